@@ -1,0 +1,1 @@
+"""The ground that compress, export, serve, benchmarks and pipeline share."""

@@ -1,0 +1,406 @@
+"""Artefacts: directories that say what made them, complete as soon as they have an artefact.json.
+
+An artefact is written in a directory beside its place (".NAME.partial") and renamed into it. A killed
+run leaves that directory behind; the next run with the same inputs gets it back and goes on. Times and
+machine go to `timings.jsonl`, which no hash covers, so that a repeated run has the same hashes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halve import environment
+from halve.errors import ArtefactError
+
+SCHEMA_VERSION = 1
+RECORD = "artefact.json"
+TIMINGS = "timings.jsonl"
+_CLAIM = "partial.json"
+_WORK = "work"
+_UNHASHED = {RECORD, TIMINGS, _CLAIM}
+KINDS = (
+    "corpus",
+    "teacher",
+    "importance",
+    "pruned",
+    "translations",
+    "adapter",
+    "student",
+    "package",
+    "results",
+    "report",
+)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of an artefact."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A complete artefact on disk."""
+
+    path: Path
+    kind: str
+    schema_version: int
+    recipe: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    parents: dict[str, str]
+    files: dict[str, FileRecord]
+    fingerprint: str
+    extra: dict[str, Any]
+
+
+@dataclass
+class Draft:
+    """An artefact being written."""
+
+    path: Path
+    resumed: bool
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """Resume state: kept while the stage runs, gone when it is published."""
+        folder = self.path / _WORK
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def timing(self, event: str, seconds: float, **facts: Any) -> None:
+        """Notes how long something took, with date and machine, outside every hash."""
+        record = {"event": event, "seconds": round(seconds, 3), **facts}
+        append_jsonl(self.path / TIMINGS, record)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON with sorted keys, readable, ending in a newline, and flushes it to disk."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+    with open(path, "w", encoding="utf8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_jsonl(path: Path, record: Any) -> None:
+    """Appends one line and flushes it to disk: a kill loses at most the line being written."""
+    mend_torn_line(path)
+    with open(path, "ab") as file:
+        file.write(json.dumps(record, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def mend_torn_line(path: Path) -> None:
+    """Cuts off a last line that a kill left without its newline."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """All lines of a JSON-lines file; a torn last line is left out, a missing file is empty.
+
+    Raises:
+        ArtefactError: a line other than a torn last one is not JSON.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        if line.strip():
+            records.append(_parse(path, line, f"line {number}"))
+    return records
+
+
+def _parse(path: Path, text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ArtefactError(f"{path}, {where}: not JSON ({error})", mend="make it again") from None
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        ArtefactError: missing, or not JSON.
+    """
+    if not path.is_file():
+        raise ArtefactError(f"{path}: no such file")
+    return _parse(path, path.read_bytes(), "the file")
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(path: Path) -> list[str]:
+    names = (entry.relative_to(path) for entry in path.rglob("*") if entry.is_file())
+    return sorted(
+        name.as_posix()
+        for name in names
+        if name.as_posix() not in _UNHASHED and name.parts[0] != _WORK
+    )
+
+
+def read(path: str | Path, kind: str | tuple[str, ...] | None = None) -> Artefact:
+    """Reads an artefact's record.
+
+    Raises:
+        ArtefactError: no artefact, another kind than `kind`, or written by a newer halve.
+    """
+    path = Path(path)
+    if not (path / RECORD).is_file():
+        found = f"{path} is no artefact" if path.exists() else f"{path} does not exist"
+        wanted = f"a directory with {RECORD}" + (f" of kind {kind}" if kind else "")
+        raise ArtefactError(found, expected=wanted, mend="name the directory a halve stage wrote")
+    record = read_json(path / RECORD)
+    if record["schema_version"] > SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{path} has schema version {record['schema_version']}",
+            expected=f"{SCHEMA_VERSION} or older",
+            mend="use a newer halve, or make the artefact again with this one",
+        )
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if kinds and record["kind"] not in kinds:
+        raise ArtefactError(f"{path} is of kind {record['kind']}", expected=" or ".join(kinds))
+    files = {
+        name: FileRecord(entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()
+    }
+    return Artefact(
+        path=path,
+        kind=record["kind"],
+        schema_version=record["schema_version"],
+        recipe=record["recipe"],
+        seed=record["seed"],
+        versions=record["versions"],
+        parents=record["parents"],
+        files=files,
+        fingerprint=record["fingerprint"],
+        extra=record.get("extra", {}),
+    )
+
+
+def verify(path: str | Path) -> list[str]:
+    """Compares an artefact's files with its record; an empty list means that all is well."""
+    artefact = read(path)
+    present = set(_files(artefact.path))
+    faults = [f"{name}: missing" for name in artefact.files if name not in present]
+    faults += [f"{name}: not in the record" for name in sorted(present - set(artefact.files))]
+    for name, record in artefact.files.items():
+        if name not in present:
+            continue
+        size = (artefact.path / name).stat().st_size
+        if size != record.size_bytes:
+            faults.append(f"{name}: {size} bytes, the record says {record.size_bytes}")
+        elif file_sha256(artefact.path / name) != record.sha256:
+            faults.append(f"{name}: its sha256 differs from the record (damaged or edited)")
+    return faults
+
+
+def identity(path: str | Path) -> str:
+    """The hash that stands for a directory as a parent.
+
+    Of an artefact, the hash of its record, which holds the hash of every file; of any other directory
+    (a model from elsewhere), a hash over its files' names and contents.
+    """
+    path = Path(path)
+    if (path / RECORD).is_file():
+        return file_sha256(path / RECORD)
+    if path.is_file():
+        return file_sha256(path)
+    if not path.is_dir():
+        raise ArtefactError(f"{path} does not exist")
+    digest = hashlib.sha256()
+    for name in _files(path):
+        digest.update(f"{name}\0{file_sha256(path / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint(
+    kind: str, recipe: Mapping[str, Any], seed: int, parents: Mapping[str, Path]
+) -> str:
+    """The hash of everything that decides what a stage makes: its kind, recipe slice, seed, inputs and code version."""
+    return _fingerprint(
+        kind, recipe, seed, {name: identity(path) for name, path in parents.items()}
+    )
+
+
+def _fingerprint(
+    kind: str, recipe: Mapping[str, Any], seed: int, parents: Mapping[str, str]
+) -> str:
+    facts = {
+        "kind": kind,
+        "recipe": recipe,
+        "seed": seed,
+        "parents": parents,
+        "schema_version": SCHEMA_VERSION,
+        "code": environment.halve_version(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def is_current(
+    out: Path, kind: str, recipe: Mapping[str, Any], seed: int, parents: Mapping[str, Path]
+) -> bool:
+    """Whether `out` already is what this stage would make."""
+    _finish_publishing(Path(out))
+    if not (out / RECORD).is_file():
+        return False
+    artefact = read(out)
+    return artefact.kind == kind and artefact.fingerprint == fingerprint(
+        kind, recipe, seed, parents
+    )
+
+
+@contextmanager
+def writing(
+    out: Path,
+    kind: str,
+    recipe: Mapping[str, Any],
+    seed: int,
+    parents: Mapping[str, Path],
+) -> Iterator[Draft]:
+    """Writes an artefact: complete in its place at the end, or not there at all.
+
+    Raises:
+        ArtefactError: `out` is taken by something else.
+    """
+    out = Path(out)
+    _finish_publishing(out)
+    _check_place(out, kind)
+    hashes = {name: identity(path) for name, path in parents.items()}
+    claim = _fingerprint(kind, recipe, seed, hashes)
+    partial = _partial(out)
+    draft = _open_draft(partial, claim)
+    started = time.monotonic()
+    try:
+        yield draft
+    except BaseException:
+        _leave(partial)
+        raise
+    draft.timing("stage", time.monotonic() - started, kind=kind, date=_today(), **_where())
+    record = {
+        "kind": kind,
+        "schema_version": SCHEMA_VERSION,
+        "recipe": dict(recipe),
+        "seed": seed,
+        "versions": environment.versions(),
+        "parents": hashes,
+        "files": _records(partial),
+        "fingerprint": claim,
+        "extra": draft.extra,
+    }
+    write_json(partial / RECORD, record)
+    _publish(partial, out)
+
+
+def _records(path: Path) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"bytes": (path / name).stat().st_size, "sha256": file_sha256(path / name)}
+        for name in _files(path)
+    }
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
+
+
+def _where() -> dict[str, Any]:
+    return {"cpu": environment.cpu_model(), "cores": environment.cores()}
+
+
+def _check_place(out: Path, kind: str) -> None:
+    if not out.exists():
+        return
+    if (out / RECORD).is_file() and read(out).kind == kind:
+        return
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    raise ArtefactError(
+        f"{out} is in the way",
+        expected=f"a new directory, or an older artefact of kind {kind}",
+        mend="choose another --out",
+    )
+
+
+def _open_draft(partial: Path, claim: str) -> Draft:
+    """Takes a killed run's partial directory when it was making the same thing, else a fresh one."""
+    record = partial / _CLAIM
+    if record.is_file():
+        try:
+            if json.loads(record.read_bytes())["fingerprint"] == claim:
+                return Draft(partial, resumed=True)
+        except (ValueError, KeyError):
+            pass
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_json(record, {"fingerprint": claim})
+    return Draft(partial, resumed=False)
+
+
+def _leave(partial: Path) -> None:
+    """After a failure: keeps finished work, and only that."""
+    work = partial / _WORK
+    if not (work.is_dir() and any(work.iterdir())):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(paths: Iterable[Path]) -> None:
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _partial(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def _finish_publishing(out: Path) -> None:
+    """A run killed after its record was written had only the renaming left to do."""
+    partial = _partial(out)
+    if (partial / RECORD).is_file():
+        try:
+            read(partial)
+        except ArtefactError:  # the kill tore the record itself
+            (partial / RECORD).unlink()
+        else:
+            _publish(partial, out)
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Renames the finished directory into its place; an older artefact steps aside first."""
+    shutil.rmtree(partial / _WORK, ignore_errors=True)
+    (partial / _CLAIM).unlink(missing_ok=True)
+    _sync([entry for entry in partial.rglob("*") if entry.is_file()])
+    _sync([partial])
+    aside = out.parent / f".{out.name}.old"
+    shutil.rmtree(aside, ignore_errors=True)
+    if out.exists():
+        out.rename(aside)
+    partial.rename(out)
+    _sync([out.parent])
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""Audio in: any file libsndfile reads becomes 16 kHz mono float32."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from halve.errors import CorpusError
+
+SAMPLE_RATE_HZ = 16_000
+
+FloatArray = NDArray[np.float32]
+
+_MEND = "convert it to 16 kHz mono WAV, FLAC or Ogg Opus, for example with ffmpeg or sox"
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a file's header says."""
+
+    duration_s: float
+    sample_rate_hz: int
+    channels: int
+    frames: int
+
+
+def probe(path: str | Path) -> AudioInfo:
+    """Reads a file's header.
+
+    Raises:
+        CorpusError: missing, empty, or no audio that libsndfile can read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CorpusError(f"{path}: no such audio file")
+    if path.stat().st_size == 0:
+        raise CorpusError(
+            f"{path}: the audio file is empty (0 bytes)", mend="record or copy it again"
+        )
+    try:
+        info = soundfile.info(str(path))
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise CorpusError(
+            f"{path}: not readable as audio ({error_text(error)})", mend=_MEND
+        ) from None
+    if info.frames <= 0 or info.samplerate <= 0:
+        raise CorpusError(f"{path}: holds no audio samples", mend="record or copy it again")
+    return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels, info.frames)
+
+
+def error_text(error: BaseException) -> str:
+    """libsndfile's message without the path that it repeats."""
+    return str(error).split(": ")[-1].strip().rstrip(".") or type(error).__name__
+
+
+def read_audio(
+    path: str | Path, offset_s: float = 0.0, duration_s: float | None = None
+) -> FloatArray:
+    """Reads a stretch of a file as 16 kHz mono.
+
+    Returns:
+        samples, float32 in [-1, 1], shape (samples,).
+
+    Raises:
+        CorpusError: missing, empty or unreadable, or samples that are not finite numbers.
+    """
+    info = probe(path)
+    start = round(offset_s * info.sample_rate_hz)
+    frames = -1 if duration_s is None else round(duration_s * info.sample_rate_hz)
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            if start:
+                file.seek(min(start, info.frames))
+            data = file.read(frames, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise CorpusError(
+            f"{path}: not readable as audio ({error_text(error)})", mend=_MEND
+        ) from None
+    return to_model_rate(data, info.sample_rate_hz, str(path))
+
+
+def decode_audio(file: BinaryIO, name: str = "the audio") -> FloatArray:
+    """Reads a whole open audio file, as `read_audio` does.
+
+    Raises:
+        CorpusError: not audio that libsndfile can read.
+    """
+    try:
+        data, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise CorpusError(
+            f"{name}: not readable as audio ({error_text(error)})", mend=_MEND
+        ) from None
+    return to_model_rate(data, rate, name)
+
+
+def to_model_rate(data: NDArray[np.float32], sample_rate_hz: int, name: str) -> FloatArray:
+    """Mixes (frames, channels) down to mono and resamples it to 16 kHz.
+
+    Raises:
+        CorpusError: no samples, or samples that are not finite.
+    """
+    if data.shape[0] == 0:
+        raise CorpusError(f"{name}: holds no audio samples", mend="record or copy it again")
+    mono = data.mean(axis=1, dtype=np.float32) if data.shape[1] > 1 else data[:, 0]
+    if not np.isfinite(mono).all():
+        raise CorpusError(f"{name}: holds samples that are not finite numbers", mend=_MEND)
+    if sample_rate_hz != SAMPLE_RATE_HZ:
+        mono = soxr.resample(mono, sample_rate_hz, SAMPLE_RATE_HZ)
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def pcm_sha256(samples: FloatArray) -> str:
+    """The hash of the samples as 16-bit PCM: the identity of audio whose container may differ."""
+    pcm = np.clip(np.round(samples * 32768.0), -32768, 32767).astype("<i2")
+    return hashlib.sha256(pcm.tobytes()).hexdigest()

@@ -1,0 +1,96 @@
+"""What runs here: versions, machine, threads. The one place that reads the environment."""
+
+import importlib.metadata
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "halve",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "bitsandbytes",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "safetensors",
+    "sacrebleu",
+    "numpy",
+    "soundfile",
+)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def halve_version() -> str:
+    """The version of halve itself; its stages are run again when it changes."""
+    return versions().get("halve", "0+source")
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    """The machine's main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and accelerator: for timings, never for hashes."""
+    facts: dict[str, Any] = {
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
+        "system": platform.platform(),
+        "gpu": None,
+    }
+    import torch
+
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name(0)
+    return facts
+
+
+def threads() -> int:
+    """The threads that torch computes with."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def pin_threads(count: int) -> None:
+    """Computes with exactly `count` threads from now on."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def runs_dir() -> Path:
+    """Where results go when no --out is given (HALVE_RUNS, else runs/ here)."""
+    return Path(os.environ.get("HALVE_RUNS", "runs"))

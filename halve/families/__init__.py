@@ -1,0 +1,30 @@
+"""The model families: one file each, one row here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from halve.errors import FamilyError
+from halve.families.base import TRANSCRIBE, Counts, Family, resolve
+from halve.families.qwen2_audio import Qwen2Audio
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (Qwen2Audio(),)}
+
+
+def family_for(config: Mapping[str, Any]) -> Family:
+    """The family of a model's config.json.
+
+    Raises:
+        FamilyError: halve has no file for this architecture.
+    """
+    model_type = config.get("model_type")
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    raise FamilyError(
+        f"Unknown model type {model_type!r}",
+        expected=f"one of the families {', '.join(FAMILIES)}",
+        mend="add a file to halve/families/ and a row to its table",
+    )
+
+
+__all__ = ["FAMILIES", "TRANSCRIBE", "Counts", "Family", "family_for", "resolve"]

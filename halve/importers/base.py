@@ -1,0 +1,161 @@
+"""What every importer hands over: segments as their source tells them, and the faults it met."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from halve.config import Config
+from halve.errors import CorpusError
+from halve.languages import LANGUAGES, language
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
+
+
+class CorpusConfig(Config):
+    """How a corpus is imported."""
+
+    format: Literal["iwslt", "acl6060", "hf", "tsv", "halve"]
+    """Layout of the source: see docs/own-data.md."""
+    split: Literal["given", "group", "segment", "paper"] | None = None
+    """given: as the source says; group: by talk, page or speaker; segment: by segment, each its own
+    group; paper: the 784/100 of Moslem 2025 (ACL 60/60 only). Without it: given, where every segment has a split,
+    else group."""
+    lang: tuple[str, ...] = ()
+    """Only these target languages; all that the source has where none is named."""
+    source_lang: str = "en"
+    """The language that is spoken."""
+    family: str = "qwen2_audio"
+    """The model family whose longest audio no segment may exceed."""
+    select_share: float = 0.1
+    """Share of the segments that go to select, where halve splits."""
+    test_share: float = 0.1
+    """Share of the segments that go to test, where halve splits."""
+    faulty: Literal["refuse", "drop"] = "refuse"
+    """refuse: any fault stops the import; drop: faulty segments are left out and listed in dropped.jsonl."""
+    duplicates: Literal["refuse", "keep"] = "refuse"
+    """Two segments with the same text: a fault, or kept ("Thank you." is said in every talk)."""
+    subset: str | None = None
+    """hf: the configuration of the data set, where it has several."""
+    audio_column: str = "audio"
+    """hf: the column that holds the audio."""
+    text_column: str = "text_{lang}"
+    """hf: the columns that hold transcript and translations, by language."""
+    group_column: str | None = None
+    """hf: the column that says which talk or speaker a segment is of; without it each is its own."""
+    seed: int = 0
+    """Decides which groups or segments go to which split."""
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Audio that is not a file of its own: bytes from a data set."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One segment as its source tells it."""
+
+    where: str
+    """file:line, for messages."""
+    id: str
+    audio: Path | Sound
+    source_text: str
+    references: dict[str, str]
+    offset_s: float = 0.0
+    duration_s: float | None = None
+    """None: the whole file."""
+    split: str | None = None
+    group: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Rows:
+    """All segments of a source, and the faults met while reading it."""
+
+    rows: list[Row] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+Importer = Callable[[str, CorpusConfig], Rows]
+
+
+def source_dir(source: str, format_name: str) -> Path:
+    """The source as a directory.
+
+    Raises:
+        CorpusError: it is none.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        raise CorpusError(
+            f"{path} is a file" if path.exists() else f"{path} does not exist",
+            expected=f"a directory in the {format_name} layout",
+            mend="name the unpacked directory",
+        )
+    return path
+
+
+def known_language(code: str) -> str | None:
+    """The two-letter code that a file or column name stands for; None where it is no language."""
+    key = code.strip().lower().replace("_", "-").split("-")[0]
+    return key if key in LANGUAGES else None
+
+
+def wanted_languages(found: Iterable[str], config: CorpusConfig) -> list[str]:
+    """The target languages to import, sorted.
+
+    Raises:
+        CorpusError: one that was asked for is not there, or there is none.
+    """
+    targets = sorted(set(found) - {config.source_lang})
+    asked = [language(code).code for code in config.lang]
+    missing = [code for code in asked if code not in targets]
+    if missing or not targets:
+        raise CorpusError(
+            f"No translations into {', '.join(missing) or 'any language'} were found",
+            expected=f"files or columns for the language; found: {', '.join(targets) or 'none'}",
+            mend="see docs/own-data.md for the names that halve looks for",
+        )
+    return asked or targets
+
+
+def read_lines(path: Path) -> list[str]:
+    """A text file's lines, without a last empty one.
+
+    Raises:
+        CorpusError: unreadable, or not UTF-8.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise CorpusError(
+            f"{path}:{line}: not UTF-8", mend="convert the file, for example with iconv"
+        ) from None
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines[:-1] if lines and lines[-1] == "" else lines
+
+
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "select": "select",
+    "dev": "select",
+    "valid": "select",
+    "validation": "select",
+    "test": "test",
+    "tst": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+
+
+def split_name(text: str) -> str | None:
+    """train, select or test, from the names that data sets use (dev, validation, tst2022, …)."""
+    word = "".join(char for char in text.strip().lower() if char.isalpha())
+    return _SPLIT_NAMES.get(word)

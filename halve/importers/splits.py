@@ -1,0 +1,101 @@
+"""Which segment goes to train, select or test."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from halve.errors import CorpusError
+from halve.importers.base import CorpusConfig, Row
+
+PAPER_SEGMENTS = 884
+PAPER_TEST = 100
+
+
+def divide(rows: Sequence[Row], config: CorpusConfig) -> list[Row]:
+    """The rows with split and group, in their order.
+
+    Raises:
+        CorpusError: they cannot be split as asked.
+    """
+    rows = [replace(row, group=row.group or _own_group(row)) for row in rows]
+    method = config.split or ("given" if all(row.split for row in rows) else "group")
+    if method == "given":
+        return _given(rows)
+    if method == "paper":
+        return _paper(rows, config)
+    if method == "segment":
+        rows = [_alone(row) for row in rows]
+    return _by_group(rows, config)
+
+
+def _own_group(row: Row) -> str:
+    # Segments of one recording belong together; audio from a data set is one segment each.
+    return row.id if row.duration_s is None else str(getattr(row.audio, "name", row.audio))
+
+
+def _alone(row: Row) -> Row:
+    return replace(row, group=row.id, extra={**row.extra, "talk": row.group})
+
+
+def _given(rows: list[Row]) -> list[Row]:
+    faults = [f"{row.where}: the source names no split" for row in rows if row.split is None]
+    if faults:
+        raise CorpusError(
+            f"{len(faults)} segments without a split",
+            expected="a split for every segment with --split given",
+            mend="name them in the source, or use --split group",
+            faults=faults,
+        )
+    return rows
+
+
+def _by_group(rows: list[Row], config: CorpusConfig) -> list[Row]:
+    """Whole groups, drawn in an order that only the seed and their names decide."""
+    members: dict[str, int] = defaultdict(int)
+    for row in rows:
+        members[str(row.group)] += 1
+    if len(members) < 3:
+        raise CorpusError(
+            f"The corpus has {len(members)} groups ({', '.join(sorted(members)[:3])})",
+            expected="at least 3, so that train, select and test each get their own",
+            mend="name groups in the source, or use --split segment and accept that talks straddle splits",
+        )
+    drawn = sorted(
+        members, key=lambda name: hashlib.sha256(f"{config.seed}\0{name}".encode()).hexdigest()
+    )
+    split: dict[str, str] = {}
+    for name, share in (("test", config.test_share), ("select", config.select_share)):
+        taken = 0
+        while drawn[:-1] and (taken == 0 or taken < share * len(rows)):
+            group = drawn.pop(0)
+            split[group] = name
+            taken += members[group]
+            if len(drawn) == (2 if name == "test" else 1):
+                break
+    split.update(dict.fromkeys(drawn, "train"))
+    return [replace(row, split=split[str(row.group)]) for row in rows]
+
+
+def _paper(rows: list[Row], config: CorpusConfig) -> list[Row]:
+    """Moslem 2025: dev and eval joined, 100 of 884 drawn for test with seed 0, the rest for training.
+
+    The draw is that of `datasets.Dataset.train_test_split(test_size=100, seed=0)`: a permutation by numpy's
+    default generator whose first 100 are the test. Layers must not be chosen on what is reported, so
+    `select` is taken from the 784, spread evenly. Talks straddle these splits.
+    """
+    if config.format != "acl6060" or len(rows) != PAPER_SEGMENTS:
+        raise CorpusError(
+            f"--split paper on {len(rows)} segments of format {config.format}",
+            expected=f"the {PAPER_SEGMENTS} segments of ACL 60/60 (dev and eval)",
+            mend="use --split group",
+        )
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    split = dict.fromkeys(order[:PAPER_TEST], "test")
+    train = sorted(order[PAPER_TEST:])
+    count = round(config.select_share * len(rows))
+    chosen = {train[index * len(train) // count] for index in range(count)}
+    split.update({index: "select" if index in chosen else "train" for index in train})
+    return [replace(_alone(row), split=split[index]) for index, row in enumerate(rows)]

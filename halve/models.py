@@ -1,0 +1,264 @@
+"""Loading a speech model as stock transformers does, and refusing what does not fit."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halve.errors import ArtefactError, FamilyError, InputError, MissingExtraError
+from halve.families import Family, family_for, resolve
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class SpeechModel:
+    """A loaded model with its processor and its family."""
+
+    model: Any
+    processor: Any
+    family: Family
+    path: Path
+    device: str
+    dtype: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json that the model was loaded from."""
+        return read_config(self.path)
+
+    def part(self, dotted: str) -> Any:
+        """A part of the model, by one of the family's paths."""
+        return resolve(self.model, dotted)
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The directory of a model: a local one, or a hub id's snapshot.
+
+    Raises:
+        ArtefactError: not there, and not to be had from the hub.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or not _is_hub_id(str(model)):
+        raise ArtefactError(f"{model} is no model directory", mend="check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model)))
+    except GatedRepoError:
+        raise ArtefactError(
+            f"{model} is gated on the hub", mend="accept its terms there and run `hf auth login`"
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ArtefactError(
+            f"{model} is neither a directory here nor a model the hub gives ({type(error).__name__})",
+            mend="check the path or the hub id; without a network, download the model first",
+        ) from None
+
+
+def _is_hub_id(model: str) -> bool:
+    return (
+        model.count("/") == 1 and not model.startswith((".", "/", "~")) and os.sep * 2 not in model
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model directory's config.json.
+
+    Raises:
+        ArtefactError: none there, or not JSON.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise ArtefactError(
+            f"{path} has no config.json" if path.exists() else f"{path} does not exist",
+            expected="a Hugging Face model directory",
+        )
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ArtefactError(f"{file} is not JSON ({error})") from None
+    return config
+
+
+def family_of(path: Path) -> Family:
+    """The family of a model directory."""
+    return family_for(read_config(path))
+
+
+def pick_device(device: str) -> str:
+    """`auto` is the GPU where there is one."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_processor(path: Path) -> Any:
+    """The processor of a model directory.
+
+    Raises:
+        ArtefactError: its files are missing or damaged.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for damaged files
+        raise ArtefactError(
+            f"{path}: its processor cannot be loaded ({_first_line(error)})",
+            expected="processor, tokenizer and feature extractor files beside config.json",
+        ) from None
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    quantization: str | None = None,
+    adapter: Path | None = None,
+) -> SpeechModel:
+    """Loads a model directory with the stock class of its family, in eval mode.
+
+    Args:
+        dtype: float32, bfloat16, float16, or auto for the stored one.
+        quantization: nf4 (double-quantised) or int8 quantise the decoder's linear layers on loading;
+            a directory that is stored quantised needs none.
+        adapter: a peft adapter to put on.
+
+    Raises:
+        ArtefactError: files missing or damaged, or weights that do not fit the config.
+        FamilyError: an architecture halve does not know.
+    """
+    path = resolve_model(path)
+    config = read_config(path)
+    family = family_for(config)
+    device = pick_device(device)
+    model = _from_pretrained(path, config, family, dtype, device, quantization)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+    model.eval()
+    return SpeechModel(model, load_processor(path), family, path, device, dtype)
+
+
+def _from_pretrained(
+    path: Path,
+    config: dict[str, Any],
+    family: Family,
+    dtype: str,
+    device: str,
+    quantization: str | None,
+) -> Any:
+    import safetensors
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    stored = config.get("quantization_config") is not None
+    if quantization and not stored:
+        options["quantization_config"] = quantization_config(family, quantization)
+    if quantization or stored:
+        options["device_map"] = {"": device}
+    loader = getattr(transformers, family.auto_class)
+    try:
+        with _quiet():
+            model, info = loader.from_pretrained(
+                str(path), local_files_only=True, output_loading_info=True, **options
+            )
+    except FamilyError:
+        raise
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ArtefactError(
+            f"{path}: its weights cannot be loaded ({_first_line(error)})",
+            expected="complete safetensors files that fit config.json",
+            mend="copy or make the model again",
+        ) from None
+    _check_loading(path, info)
+    if quantization or stored:
+        keep_trainable_on_cpu(model)
+        return model
+    return model.to(device)
+
+
+def _check_loading(path: Path, info: dict[str, Any]) -> None:
+    faults = [
+        f"{kind} {', '.join(sorted(map(str, info[key]))[:4])}{' …' if len(info[key]) > 4 else ''}"
+        for key, kind in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unexpected"),
+            ("mismatched_keys", "of another shape"),
+        )
+        if info.get(key)
+    ]
+    if faults:
+        raise ArtefactError(
+            f"{path}: config and weights disagree: {'; '.join(faults)}",
+            expected="every tensor of the config, and no other",
+        )
+
+
+def quantization_config(family: Family, quantization: str) -> Any:
+    """bitsandbytes settings that quantise the decoder's linear layers and nothing else.
+
+    NF4 with double quantisation computes in bfloat16 (Dettmers et al. 2023, QLoRA).
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("bitsandbytes", "train") from None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    # Full in-memory paths: short names are silently ignored.
+    skip = [family.audio_tower, family.projector, family.head]
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=skip,
+        )
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    raise InputError(f"Unknown quantisation {quantization!r}", expected="nf4 or int8")
+
+
+def keep_trainable_on_cpu(model: Any) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in a first eval pass on avx512_bf16.
+
+    Repacked weights cannot be trained on or saved again.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading shows no bars or reports of its own: what is wrong is raised, not logged."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

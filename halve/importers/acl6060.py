@@ -83,7 +83,9 @@ def _import_set(folder: Path, name: str, config: CorpusConfig, found: Rows) -> N
                 where=where,
                 id=f"{name}-{number:04d}",
                 audio=wav,
-                source_text=texts[config.source_lang][index][2] if config.source_lang in texts else "",
+                source_text=texts[config.source_lang][index][2]
+                if config.source_lang in texts
+                else "",
                 references={lang: texts[lang][index][2] for lang in targets},
                 split=_SETS[name],
                 group=talk or f"acl6060-{name}",
@@ -111,10 +113,10 @@ def _sentences(path: Path) -> Iterator[tuple[str, str, str]]:
         return
     text = "\n".join(read_lines(path))
     talk = ""
-    line, last = 1, 0
+    place, last = 1, 0
     for match in _TOKEN.finditer(text):
-        line, last = line + text.count("\n", last, match.start()), match.start()
+        place, last = place + text.count("\n", last, match.start()), match.start()
         if match[1] is not None:
             talk = match[1]
         else:
-            yield f"{path}:{line}", talk, " ".join(html.unescape(match[2]).split())
+            yield f"{path}:{place}", talk, " ".join(html.unescape(match[2]).split())

@@ -32,7 +32,7 @@ class CorpusConfig(Config):
     test_share: float = 0.1
     """Share of the segments that go to test, where halve splits."""
     faulty: Literal["refuse", "drop"] = "refuse"
-    """refuse: any fault stops the import; drop: faulty segments are left out and listed in dropped.jsonl."""
+    """refuse: any fault stops the import; drop: faulty segments are left out and listed in dropped.json."""
     duplicates: Literal["refuse", "keep"] = "refuse"
     """Two segments with the same text: a fault, or kept ("Thank you." is said in every talk)."""
     subset: str | None = None

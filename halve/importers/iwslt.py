@@ -154,7 +154,14 @@ def _sets(root: Path) -> Iterator[_Set]:
     yamls = sorted([*root.rglob("*.yaml"), *root.rglob("*.yml")])
     for folder in sorted({path.parent for path in yamls}):
         here = [path for path in yamls if path.parent == folder]
-        order = next((place / FILE_ORDER for place in (folder, folder.parent) if (place / FILE_ORDER).is_file()), None)
+        order = next(
+            (
+                place / FILE_ORDER
+                for place in (folder, folder.parent)
+                if (place / FILE_ORDER).is_file()
+            ),
+            None,
+        )
         if order is not None and len(here) > 1:
             yield _Set(folder.name if folder != root else root.name, here, order)
         else:
@@ -183,7 +190,9 @@ def import_iwslt(source: str, config: CorpusConfig) -> Rows:
     return found
 
 
-def _import_set(one: _Set, index: AudioIndex, config: CorpusConfig, found: Rows, alone: bool) -> None:
+def _import_set(
+    one: _Set, index: AudioIndex, config: CorpusConfig, found: Rows, alone: bool
+) -> None:
     entries: list[Entry] = []
     for path in one.yamls:
         more, faults = read_segments_yaml(path)
@@ -207,7 +216,9 @@ def _import_set(one: _Set, index: AudioIndex, config: CorpusConfig, found: Rows,
             )
             return
     for number, entry in enumerate(entries):
-        found.rows.append(_row(one, number, entry, lines, targets, index.find(entry.wav, near), config))
+        found.rows.append(
+            _row(one, number, entry, lines, targets, index.find(entry.wav, near), config)
+        )
 
 
 def _row(

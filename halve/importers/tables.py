@@ -63,7 +63,9 @@ def _table(path: Path) -> Path:
         tables = sorted(path.glob("*.tsv"))
         if len(tables) == 1:
             return tables[0]
-        raise CorpusError(f"{path} has {len(tables)} *.tsv files", expected="one", mend="name the file")
+        raise CorpusError(
+            f"{path} has {len(tables)} *.tsv files", expected="one", mend="name the file"
+        )
     if not path.is_file():
         raise CorpusError(f"{path} does not exist", expected="a TSV file with a header line")
     return path
@@ -91,7 +93,9 @@ def _table_row(where: str, root: Path, record: Mapping[str, str], columns: dict[
     split = record.get("split") or None
     if split is not None and split_name(split) is None:
         raise ValueError(f"split {split!r} is none of train, select (dev, valid) and test")
-    source = next((lang for lang, name in columns.items() if lang == "en" or name in _TEXT_COLUMNS), None)
+    source = next(
+        (lang for lang, name in columns.items() if lang == "en" or name in _TEXT_COLUMNS), None
+    )
     return Row(
         where=where,
         id=record.get("id") or f"{int(number) - 1:06d}",
@@ -132,15 +136,17 @@ def import_hf(source: str, config: CorpusConfig) -> Rows:
     found = Rows()
     for part, table in parts.items():
         columns = _checked_columns(source, table.column_names, config)
-        table = table.cast_column(config.audio_column, datasets.Audio(decode=False))
-        for index, record in enumerate(table):
+        undecoded = table.cast_column(config.audio_column, datasets.Audio(decode=False))
+        for index, record in enumerate(undecoded):
             found.rows.append(_hf_row(source, part, index, record, columns, config))
     return found
 
 
 def _load(datasets: Any, source: str, config: CorpusConfig) -> Mapping[str, Any]:
     try:
-        if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+        if (Path(source) / "state.json").is_file() or (
+            Path(source) / "dataset_dict.json"
+        ).is_file():
             loaded = datasets.load_from_disk(source)
         else:
             loaded = datasets.load_dataset(source, config.subset)
@@ -213,7 +219,9 @@ def import_halve(source: str, config: CorpusConfig) -> Rows:
             id=segment.id,
             audio=corpus.path / segment.audio,
             source_text=segment.source_text,
-            references={lang: segment.references[lang] for lang in targets if lang in segment.references},
+            references={
+                lang: segment.references[lang] for lang in targets if lang in segment.references
+            },
             offset_s=segment.offset_s,
             duration_s=segment.duration_s,
             split=segment.split,

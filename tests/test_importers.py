@@ -1,0 +1,322 @@
+"""Each importer on its real layout; every fault named with file and line."""
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from halve import artefact
+from halve.corpus import read_corpus
+from halve.errors import CorpusError, MissingExtraError
+from halve.importers import CorpusConfig, run_corpus
+from halve.importers.base import Row
+from halve.importers.splits import divide
+
+
+def sound(path: Path, duration_s: float = 1.0, rate_hz: int = 16_000) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seed = sum(path.name.encode())
+    noise = np.random.default_rng(seed).normal(0, 0.1, round(duration_s * rate_hz))
+    soundfile.write(path, noise, rate_hz)
+    return path
+
+
+def text(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
+    return path
+
+
+def faults_of(config: CorpusConfig, source: Path, out: Path) -> str:
+    with pytest.raises(CorpusError) as error:
+        run_corpus(config, source, out)
+    assert not out.exists(), "nothing half-written"
+    assert not list(out.parent.glob(f".{out.name}*"))
+    return str(error.value)
+
+
+def iwslt_set(root: Path, name: str, talks: dict[str, int]) -> None:
+    segments, number = [], 0
+    for talk, count in talks.items():
+        sound(root / name / "wav" / f"{talk}.wav", count * 1.0)
+        segments += [
+            f"- {{duration: 0.9, offset: {i}.05, wav: {talk}.wav, speaker_id: s1}}"
+            for i in range(count)
+        ]
+        number += count
+    text(root / name / "txt" / f"{name}.yaml", *segments)
+    text(root / name / "txt" / f"{name}.en", *(f"sentence {name} {i}" for i in range(number)))
+    text(root / name / "txt" / f"{name}.de", *(f"Satz {name} {i}" for i in range(number)))
+
+
+def test_iwslt_layout(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    iwslt_set(source, "train", {"ted_1": 3, "ted_2": 2})
+    iwslt_set(source, "dev", {"ted_3": 2})
+    iwslt_set(source, "tst2022", {"2022.acl-long.268": 2})
+    made = run_corpus(CorpusConfig(format="iwslt"), source, tmp_path / "corpus")
+    corpus = read_corpus(made.path)
+    assert made.extra["segments"] == {"select": 2, "test": 2, "train": 5}
+    assert [s.group for s in corpus.split("test")] == ["2022.acl-long.268"] * 2
+    third = corpus.split("train")[2]
+    assert (third.offset_s, third.references) == (2.05, {"de": "Satz train 2"})
+    assert third.extra == {"speaker": "s1"}
+    assert corpus.audio(third).shape == (14_400,)
+    assert artefact.verify(made.path) == []
+
+
+def test_iwslt_file_order(tmp_path: Path) -> None:
+    source = tmp_path / "tst"
+    for talk in ("a", "b"):
+        sound(source / f"{talk}.wav", 1.0)
+        text(source / f"{talk}.yaml", f"- {{wav: {talk}.wav, offset: 0.0, duration: 1.0}}")
+    text(source / "FILE_ORDER", "b", "a")
+    text(source / "tst.en", "second file first", "then the first")
+    text(source / "tst.de.txt", "zweite Datei zuerst", "dann die erste")
+    made = run_corpus(CorpusConfig(format="iwslt", split="given"), source, tmp_path / "corpus")
+    segments = read_corpus(made.path).segments
+    assert [(s.audio, s.references["de"]) for s in segments] == [
+        ("audio/b.wav", "zweite Datei zuerst"),
+        ("audio/a.wav", "dann die erste"),
+    ]
+
+
+def acl6060(root: Path) -> Path:
+    number = 0
+    for name, talks in {"dev": ("268", "367"), "eval": ("110",)}.items():
+        folder = root / "2" / "acl_6060" / name
+        for lang, word in (("en", "Sentence"), ("de", "Satz"), ("zh", "句子")):
+            lines, index = [f'<refset setid="x" trglang="{lang}">'], 0
+            for talk in talks:
+                lines += [
+                    f'<doc docid="2022.acl-long.{talk}" genre="presentations">',
+                    "<abstract>a < b & c</abstract>",
+                ]
+                for _ in range(2):
+                    index += 1
+                    lines.append(f'<seg id="{index}"> {word} {name} {index} &amp; more</seg>')
+                lines.append("</doc>")
+            text(folder / "text" / "xml" / f"ACL.6060.{name}.en-xx.{lang}.xml", *lines, "</refset>")
+        for index in range(1, 2 * len(talks) + 1):
+            number += 1
+            sound(folder / "segmented_wavs" / "gold" / f"sent_{index}.wav", 0.5 + number / 10)
+    return root
+
+
+def test_acl6060_layout(tmp_path: Path) -> None:
+    source = acl6060(tmp_path / "source")
+    made = run_corpus(
+        CorpusConfig(format="acl6060", split="group", lang=("de",)), source, tmp_path / "c"
+    )
+    segments = read_corpus(made.path).segments
+    assert [s.id for s in segments] == [f"dev-{i:04d}" for i in (1, 2, 3, 4)] + [
+        "eval-0001",
+        "eval-0002",
+    ]
+    assert segments[2].group == "2022.acl-long.367"
+    assert segments[2].source_text == "Sentence dev 3 & more"
+    assert segments[2].references == {"de": "Satz dev 3 & more"}
+    assert segments[2].duration_s == pytest.approx(0.8)
+    assert {s.split for s in segments} == {"train", "select", "test"}
+
+
+def test_acl6060_counts_must_agree(tmp_path: Path) -> None:
+    source = acl6060(tmp_path / "source")
+    (source / "2/acl_6060/eval/segmented_wavs/gold/sent_2.wav").unlink()
+    message = faults_of(CorpusConfig(format="acl6060"), source, tmp_path / "c")
+    assert "eval.en-xx.de.xml: 2 sentences for 1 files" in message
+
+
+def test_paper_split_is_the_papers() -> None:
+    rows = [Row(f"f:{i}", str(i), Path("a.wav"), "", {"de": "x"}, group="talk") for i in range(884)]
+    divided = divide(rows, CorpusConfig(format="acl6060", split="paper"))
+    counts = {
+        name: sum(row.split == name for row in divided) for name in ("train", "select", "test")
+    }
+    assert counts == {"train": 784 - 88, "select": 88, "test": 100}
+    # datasets 5.2: Dataset.from_dict({"i": range(884)}).train_test_split(test_size=100, seed=0)
+    first = np.random.default_rng(0).permutation(884)[:100]
+    assert {i for i, row in enumerate(divided) if row.split == "test"} == set(first.tolist())
+    with pytest.raises(CorpusError, match="884"):
+        divide(rows[:-1], CorpusConfig(format="acl6060", split="paper"))
+
+
+def test_group_split_is_whole_and_repeatable() -> None:
+    rows = [
+        Row(f"f:{i}", str(i), Path("a.wav"), "", {"de": "x"}, group=f"talk{i // 10}")
+        for i in range(200)
+    ]
+    config = CorpusConfig(format="tsv", split="group")
+    divided = divide(rows, config)
+    splits = {row.group: {r.split for r in divided if r.group == row.group} for row in divided}
+    assert all(len(names) == 1 for names in splits.values())
+    assert sum(row.split == "test" for row in divided) == 20
+    assert divided == divide(rows, config)
+    assert divided != divide(rows, config.model_copy(update={"seed": 1}))
+
+
+def tsv(tmp_path: Path, *lines: str, header: str = "id\taudio\ttext\tde\tsplit\tgroup") -> Path:
+    return text(tmp_path / "source" / "table.tsv", header, *lines)
+
+
+def test_tsv(tmp_path: Path) -> None:
+    for name in "abc":
+        sound(tmp_path / "source" / "rec" / f"{name}.flac", 2.0, rate_hz=8_000)
+    table = tsv(
+        tmp_path,
+        'x1\trec/a.flac\tSay "hi"\tSag "hallo"\ttrain\tann\t0.5\t1.0',
+        "x2\trec/b.flac\ttwo\tzwei\tdev\tbob\t\t",
+        "x3\trec/c.flac\tthree\tdrei\ttest\tcid\t\t",
+        header="id\taudio\ttext\tde\tsplit\tspeaker\toffset\tduration",
+    )
+    made = run_corpus(CorpusConfig(format="tsv"), table, tmp_path / "corpus")
+    segments = read_corpus(made.path).segments
+    assert [s.split for s in segments] == ["train", "select", "test"]
+    assert segments[0].references == {"de": 'Sag "hallo"'}
+    assert (segments[0].offset_s, segments[0].duration_s, segments[1].duration_s) == (0.5, 1.0, 2.0)
+    assert segments[0].audio == "audio/rec/a.flac"
+    # Complete by itself: the source may go.
+    for path in (tmp_path / "source").rglob("*.flac"):
+        path.unlink()
+    assert read_corpus(made.path).audio(segments[1]).shape == (32_000,)
+
+
+def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    sound(source / "good.wav", 1.0)
+    sound(source / "long.wav", 31.0)
+    text(source / "words.wav", "this is text")
+    (source / "empty.wav").touch()
+    table = tsv(
+        tmp_path,
+        "a\tgood.wav\tone\teins\ttrain\tg1\t\t",
+        "b\tmissing.wav\ttwo\tzwei\ttrain\tg1\t\t",
+        "c\twords.wav\tthree\tdrei\ttrain\tg1\t\t",
+        "d\tempty.wav\tfour\tvier\ttrain\tg1\t\t",
+        "e\tlong.wav\tfive\tfünf\ttrain\tg1\t\t",
+        "f\tgood.wav\tsix\t\ttrain\tg1\t\t",
+        "g\tgood.wav\tone\teins\ttrain\tg1\t\t",
+        "h\tgood.wav\tseven\tsieben\ttrain\tg1\t0.5\t1.0",
+        "a\tgood.wav\teight\tacht\ttrain\tg1\t\t",
+        "j\tgood.wav\tnine\tneun\tholiday\tg1\t\t",
+        "k\tgood.wav\tten",
+        header="id\taudio\ttext\tde\tsplit\tgroup\toffset\tduration",
+    )
+    message = faults_of(CorpusConfig(format="tsv"), table, tmp_path / "corpus")
+    expected = {
+        3: "no such audio file",
+        4: "not readable as audio",
+        5: "0 bytes",
+        6: "31.00 s long",
+        7: "the de text is empty",
+        8: "same text as",
+        9: "past the end",
+        10: "used twice",
+        11: "split 'holiday'",
+        12: "3 columns",
+    }
+    for line, fault in expected.items():
+        assert any(f"table.tsv:{line}: " in row and fault in row for row in message.splitlines()), (
+            line,
+            message,
+        )
+
+
+def test_groups_in_two_splits(tmp_path: Path) -> None:
+    sound(tmp_path / "source" / "a.wav", 5.0)
+    table = tsv(
+        tmp_path,
+        "a\ta.wav\tone\teins\ttrain\tann",
+        "b\ta.wav\ttwo\tzwei\tselect\tbob",
+        "c\ta.wav\tthree\tdrei\ttest\tann",
+    )
+    message = faults_of(CorpusConfig(format="tsv"), table, tmp_path / "corpus")
+    assert "group 'ann' is in test and train" in message
+
+
+def test_dropping_is_on_record(tmp_path: Path) -> None:
+    sound(tmp_path / "source" / "a.wav", 5.0)
+    table = tsv(
+        tmp_path,
+        *(
+            f"{name}\ta.wav\tsame\tgleich {name}\t{split}\t{name}"
+            for name, split in (("a", "train"), ("b", "select"), ("c", "test"))
+        ),
+        "d\tgone.wav\tx\ty\ttrain\td",
+    )
+    config = CorpusConfig(format="tsv", faulty="drop")
+    made = run_corpus(config, table, tmp_path / "corpus")
+    assert made.extra["faults_dropped"] == 1
+    assert "table.tsv:5" in (made.path / "dropped.json").read_text()
+    assert len(read_corpus(made.path).segments) == 3
+
+
+def test_halve_corpus_again(tmp_path: Path, tiny_corpus: Path) -> None:
+    made = run_corpus(CorpusConfig(format="halve", lang=("de",)), tiny_corpus, tmp_path / "c")
+    before, after = read_corpus(tiny_corpus), read_corpus(made.path)
+    assert [s.id for s in before.segments] == [s.id for s in after.segments]
+    assert {tuple(s.references) for s in after.segments} == {("de",)}
+    again = run_corpus(CorpusConfig(format="halve", lang=("de",)), tiny_corpus, tmp_path / "d")
+    assert artefact.identity(made.path) == artefact.identity(again.path)
+
+
+def test_unknown_things(tmp_path: Path) -> None:
+    assert "does not exist" in faults_of(
+        CorpusConfig(format="iwslt"), tmp_path / "no", tmp_path / "c"
+    )
+    (tmp_path / "empty").mkdir()
+    assert "segments YAML" in faults_of(
+        CorpusConfig(format="iwslt"), tmp_path / "empty", tmp_path / "c"
+    )
+    assert "segmented_wavs" in faults_of(
+        CorpusConfig(format="acl6060"), tmp_path / "empty", tmp_path / "c"
+    )
+    table = tsv(tmp_path, header="sound\twords")
+    assert "tab-separated" in faults_of(CorpusConfig(format="tsv"), table, tmp_path / "c")
+
+
+def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match="train"):
+        run_corpus(CorpusConfig(format="hf"), "someone/something", tmp_path / "c")
+    monkeypatch.setitem(sys.modules, "datasets", _datasets(tmp_path))
+    made = run_corpus(
+        CorpusConfig(format="hf", split="segment"), "someone/something", tmp_path / "c"
+    )
+    segments = read_corpus(made.path).segments
+    assert segments[0].references == {"de": "Satz 0"}
+    assert segments[0].source_text == "sentence 0"
+    assert {s.split for s in segments} == {"train", "select", "test"}
+    assert made.recipe["source"] == "someone/something"
+    assert read_corpus(made.path).audio(segments[3]).shape == (16_000,)
+
+
+class _Table(list[dict[str, Any]]):
+    """The two calls of a `datasets.Dataset` that the importer makes."""
+
+    column_names = ("index", "audio", "text_en", "text_de")
+
+    def cast_column(self, name: str, feature: Any) -> "_Table":
+        assert (name, feature) == ("audio", "undecoded")
+        return self
+
+
+def _datasets(tmp_path: Path) -> types.SimpleNamespace:
+    data = sound(tmp_path / "one.wav").read_bytes()
+    table = _Table(
+        {
+            "index": i,
+            "audio": {"bytes": data, "path": f"{i}.wav"},
+            "text_en": f"sentence {i}",
+            "text_de": f"Satz {i}",
+        }
+        for i in range(10)
+    )
+    return types.SimpleNamespace(
+        load_dataset=lambda source, subset: {"train": table},
+        Audio=lambda decode: "undecoded",
+    )

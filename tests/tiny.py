@@ -39,11 +39,60 @@ CHAT_TEMPLATE = (
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = (
-    ["open", "close", "the", "file", "menu", "new", "old", "image", "text", "page", "table", "select", "insert", "delete", "save", "print"]
-)
-GERMAN = ["öffnen", "schließen", "die", "Datei", "Menü", "neu", "alt", "Bild", "Text", "Seite", "Tabelle", "wählen", "einfügen", "löschen", "sichern", "drucken"]
-CHINESE = ["打开", "关闭", "这个", "文件", "菜单", "新", "旧", "图像", "文本", "页面", "表格", "选择", "插入", "删除", "保存", "打印"]
+WORDS = [
+    "open",
+    "close",
+    "the",
+    "file",
+    "menu",
+    "new",
+    "old",
+    "image",
+    "text",
+    "page",
+    "table",
+    "select",
+    "insert",
+    "delete",
+    "save",
+    "print",
+]
+GERMAN = [
+    "öffnen",
+    "schließen",
+    "die",
+    "Datei",
+    "Menü",
+    "neu",
+    "alt",
+    "Bild",
+    "Text",
+    "Seite",
+    "Tabelle",
+    "wählen",
+    "einfügen",
+    "löschen",
+    "sichern",
+    "drucken",
+]
+CHINESE = [
+    "打开",
+    "关闭",
+    "这个",
+    "文件",
+    "菜单",
+    "新",
+    "旧",
+    "图像",
+    "文本",
+    "页面",
+    "表格",
+    "选择",
+    "插入",
+    "删除",
+    "保存",
+    "打印",
+]
 
 
 def make_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:

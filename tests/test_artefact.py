@@ -1,0 +1,143 @@
+"""Artefacts are complete or absent, resumable, and honest about their files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from halve import artefact
+from halve.errors import ArtefactError
+
+
+def make(out: Path, text: str = "hello", recipe: dict | None = None, parents: dict | None = None):
+    with artefact.writing(out, "results", recipe or {"n": 1}, 0, parents or {}) as draft:
+        (draft.path / "a.txt").write_text(text)
+        (draft.work / "state").write_text("resume me")
+        draft.extra["fact"] = 3
+    return artefact.read(out, "results")
+
+
+def test_a_written_artefact_reads_back_and_verifies(tmp_path: Path) -> None:
+    made = make(tmp_path / "out")
+    assert made.extra == {"fact": 3}
+    assert set(made.files) == {"a.txt"}
+    assert not (tmp_path / "out" / "work").exists()
+    assert artefact.verify(tmp_path / "out") == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_repeated_run_has_the_same_record(tmp_path: Path) -> None:
+    make(tmp_path / "one")
+    make(tmp_path / "two")
+    records = [(tmp_path / name / artefact.RECORD).read_bytes() for name in ("one", "two")]
+    assert records[0] == records[1]
+    assert (tmp_path / "one" / artefact.TIMINGS).is_file()
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "add", "grow"])
+def test_damage_is_named(tmp_path: Path, damage: str) -> None:
+    out = make(tmp_path / "out").path
+    file = out / "a.txt"
+    if damage == "flip":
+        file.write_text("hellO")
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "add":
+        file = out / "b.txt"
+        file.write_text("x")
+    else:
+        file.write_text("hello!")
+    faults = artefact.verify(out)
+    assert len(faults) == 1
+    assert file.name in faults[0]
+
+
+def test_current_follows_recipe_seed_and_parents(tmp_path: Path) -> None:
+    parent = make(tmp_path / "parent").path
+    make(tmp_path / "out", parents={"model": parent})
+    current = {"recipe": {"n": 1}, "seed": 0, "parents": {"model": parent}}
+    assert artefact.is_current(tmp_path / "out", "results", **current)
+    assert not artefact.is_current(tmp_path / "out", "results", **{**current, "recipe": {"n": 2}})
+    assert not artefact.is_current(tmp_path / "out", "results", **{**current, "seed": 1})
+    make(parent, text="other")
+    assert not artefact.is_current(tmp_path / "out", "results", **current)
+
+
+def test_an_error_leaves_finished_work_and_nothing_else(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError),
+        artefact.writing(tmp_path / "out", "results", {}, 0, {}) as draft,
+    ):
+        (draft.path / "half.txt").write_text("half")
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(ValueError),
+        artefact.writing(tmp_path / "out", "results", {}, 0, {}) as draft,
+    ):
+        artefact.append_jsonl(draft.work / "done.jsonl", {"step": 1})
+        raise ValueError
+    with artefact.writing(tmp_path / "out", "results", {}, 0, {}) as draft:
+        assert draft.resumed
+        assert artefact.read_jsonl(draft.work / "done.jsonl") == [{"step": 1}]
+    with artefact.writing(tmp_path / "other", "results", {"changed": True}, 0, {}) as draft:
+        assert not draft.resumed
+
+
+def test_what_is_in_the_way_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtefactError, match="in the way"):
+        make(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    with artefact.writing(tmp_path / "corpus", "corpus", {}, 0, {}):
+        pass
+    with pytest.raises(ArtefactError, match="in the way"):
+        make(tmp_path / "corpus")
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    out = make(tmp_path / "out").path
+    record = json.loads((out / artefact.RECORD).read_text())
+    (out / artefact.RECORD).write_text(json.dumps({**record, "schema_version": 99}))
+    with pytest.raises(ArtefactError, match="newer halve"):
+        artefact.read(out)
+
+
+def test_a_torn_line_is_dropped_and_mended(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    artefact.append_jsonl(file, {"n": 1})
+    with open(file, "ab") as stream:
+        stream.write(b'{"n": 2, "half')
+    assert artefact.read_jsonl(file) == [{"n": 1}]
+    artefact.append_jsonl(file, {"n": 3})
+    assert artefact.read_jsonl(file) == [{"n": 1}, {"n": 3}]
+
+
+@pytest.mark.parametrize("call", ["rename", "unlink", "rmtree"])
+def test_a_kill_while_publishing_loses_nothing(tmp_path: Path, call: str) -> None:
+    """SIGKILL right before each step of publishing over an older artefact; the next run completes."""
+    make(tmp_path / "out", text="old")
+    program = textwrap.dedent(f"""
+        import os, pathlib, shutil, signal
+        from halve import artefact
+        def die(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGKILL)
+        with artefact.writing(pathlib.Path({str(tmp_path / "out")!r}), "results", {{"n": 2}}, 0, {{}}) as draft:
+            (draft.path / "a.txt").write_text("new")
+            if {call!r} == "rmtree":
+                shutil.rmtree = die
+            else:
+                setattr(pathlib.Path, {call!r}, die)
+    """)
+    killed = subprocess.run([sys.executable, "-c", program], check=False, env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    assert artefact.is_current(tmp_path / "out", "results", {"n": 2}, 0, {})
+    assert (tmp_path / "out" / "a.txt").read_text() == "new"
+    assert artefact.verify(tmp_path / "out") == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

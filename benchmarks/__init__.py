@@ -1,0 +1,1 @@
+"""Measurements: quality, latency, memory, size, serving, and the report made of them."""

@@ -1,0 +1,123 @@
+"""COMET through a worker in its own environment, or the reason why it was not measured."""
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import benchmarks.comet_worker
+from halve.progress import SILENT, Progress
+
+WORKER = Path(benchmarks.comet_worker.__file__)
+
+
+@dataclass(frozen=True)
+class Comet:
+    """COMET scores of several systems, or why there are none."""
+
+    reason: str = ""
+    """Why COMET was not measured; empty when it was."""
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    """Segment scores by system."""
+    signature: str = ""
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are scores."""
+        return not self.reason
+
+    def record(self) -> dict[str, Any]:
+        """What the quality result says about COMET."""
+        if self.measured:
+            return {"measured": True, "text": f"COMET measured: {self.signature}"}
+        return {"measured": False, "text": f"COMET not measured: {self.reason}"}
+
+
+def measure(
+    checkpoint: str | None,
+    python: str | None,
+    systems: Mapping[str, Sequence[str]],
+    sources: Sequence[str],
+    references: Sequence[str],
+    *,
+    batch_size: int = 8,
+    worker: Path = WORKER,
+    progress: Progress = SILENT,
+) -> Comet:
+    """Scores every system in one run of the worker, so that the checkpoint is loaded once.
+
+    A missing checkpoint or a worker that fails is no error: the result says so in words.
+
+    Args:
+        checkpoint: COMET directory or model.ckpt.
+        python: interpreter of the environment that has unbabel-comet.
+        systems: hypotheses by system name, each as long as `sources` and `references`.
+    """
+    reason = _missing(checkpoint, python, sources)
+    if reason:
+        return Comet(reason=reason)
+    rows = [
+        {"system": name, "id": str(index), "src": src, "mt": mt, "ref": ref}
+        for name, hypotheses in systems.items()
+        for index, (src, mt, ref) in enumerate(zip(sources, hypotheses, references, strict=True))
+    ]
+    request = {"checkpoint": str(checkpoint), "batch_size": batch_size}
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in [request, *rows])
+    progress.message(f"COMET: {len(rows)} hypotheses")
+    # -I keeps this folder and the user's own packages out of the worker's imports.
+    done = subprocess.run(
+        [str(python), "-I", str(worker)],
+        input=lines.encode("utf8"),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        comet = Comet(reason=f"the worker failed: {_last_line(done.stderr)}")
+    else:
+        comet = _answers(done.stdout, {name: len(sources) for name in systems})
+    if not comet.measured:
+        progress.warn(comet.record()["text"])
+    return comet
+
+
+def _missing(checkpoint: str | None, python: str | None, sources: Sequence[str]) -> str:
+    if not checkpoint:
+        return "no checkpoint was given (comet_checkpoint)"
+    if not Path(checkpoint).exists():
+        return f"the checkpoint {checkpoint} does not exist"
+    if not python:
+        return "no Python of an environment with unbabel-comet was given (comet_python)"
+    if not Path(python).is_file():
+        return f"the interpreter {python} does not exist"
+    if not all(sources):
+        return "the corpus has segments without source text"
+    return ""
+
+
+def _last_line(stderr: bytes) -> str:
+    lines = stderr.decode("utf8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def _answers(stdout: bytes, wanted: Mapping[str, int]) -> Comet:
+    """Reads the worker's lines; anything but a complete answer counts as a failure."""
+    scores: dict[str, list[float]] = {name: [] for name in wanted}
+    summary: dict[str, Any] = {}
+    try:
+        for line in stdout.decode("utf8").splitlines():
+            record = json.loads(line)
+            if record.get("done"):
+                summary = record
+            else:
+                scores[record["system"]].append(float(record["score"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Comet(reason=f"the worker's answer cannot be read ({error})")
+    if not summary or any(len(scores[name]) != count for name, count in wanted.items()):
+        return Comet(reason="the worker's answer is not complete")
+    signature = (
+        f"{summary['name']}|unbabel-comet:{summary['comet_version']}"
+        f"|sha256:{summary['checkpoint_sha256'][:12]}"
+    )
+    return Comet(scores=scores, signature=signature)

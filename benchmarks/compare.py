@@ -1,0 +1,117 @@
+"""Compares two quality results: what changed, and is the difference more than chance."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks import scoring
+from halve.metrics import METRICS, retention
+
+_SIGNIFICANT = 0.05
+_SIZES = ("stored_bytes", "logical_parameters", "decoder_layers", "precision", "target")
+
+
+def compare(
+    first: scoring.ResultFiles,
+    second: scoring.ResultFiles,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compares the models that both results have, on the segments that both scored.
+
+    Models are paired by name; where no student's name is shared, the students are paired in order.
+    The interval and p value come from the paired bootstrap of `halve.metrics.retention`.
+
+    Returns:
+        segments: how many were compared; changed: settings that differ {key: [first, second]};
+        models: one comparison a pair, each with its metrics' difference (second minus first),
+        interval, p value and whether it is significant at 5 %. No models where the languages differ
+        or no segment is shared, with the reason in `note`.
+    """
+    changed = _changed(_settings(first.result), _settings(second.result))
+    places = _shared(first, second)
+    note = ""
+    if first.result["lang"] != second.result["lang"]:
+        note = "the target languages differ"
+    elif not places:
+        note = "no segment is in both with the same reference"
+    models = (
+        []
+        if note
+        else [
+            _compare_models(first, second, a, b, places, resamples, seed)
+            for a, b in _pairs(first, second)
+        ]
+    )
+    return {"segments": len(places), "changed": changed, "models": models, "note": note}
+
+
+def _settings(result: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("lang", "split", "segments", "resamples", "seed")
+    versions = {f"version of {name}": value for name, value in result.get("versions", {}).items()}
+    return {key: result.get(key) for key in keys} | versions
+
+
+def _changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:
+    keys = sorted({*first, *second})
+    return {
+        key: [first.get(key), second.get(key)] for key in keys if first.get(key) != second.get(key)
+    }
+
+
+def _shared(first: scoring.ResultFiles, second: scoring.ResultFiles) -> list[tuple[int, int]]:
+    """Places of the segments that both scored against the same reference."""
+    known = {name: place for place, name in enumerate(second.ids)}
+    return [
+        (place, known[name])
+        for place, name in enumerate(first.ids)
+        if name in known and first.references[place] == second.references[known[name]]
+    ]
+
+
+def _pairs(
+    first: scoring.ResultFiles, second: scoring.ResultFiles
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    pairs = [(first.result["teacher"], second.result["teacher"])]
+    students = {model["name"]: model for model in second.result["students"]}
+    named = [
+        (model, students[model["name"]])
+        for model in first.result["students"]
+        if model["name"] in students
+    ]
+    in_order = list(zip(first.result["students"], second.result["students"], strict=False))
+    return pairs + (named or in_order)
+
+
+def _compare_models(
+    first: scoring.ResultFiles,
+    second: scoring.ResultFiles,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    places: list[tuple[int, int]],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    of_a, of_b = first.hypotheses(a["name"]), second.hypotheses(b["name"])
+    texts_a, texts_b = [of_a[i] for i, _ in places], [of_b[j] for _, j in places]
+    references = [first.references[i] for i, _ in places]
+    lang = str(first.result["lang"])
+    metrics = {}
+    for metric in METRICS:
+        found = asdict(retention(metric, texts_a, texts_b, references, lang, resamples, seed))
+        numbers = scoring.rounded(found)
+        metrics[metric] = {
+            "difference": numbers["difference"],
+            "low": numbers["difference_low"],
+            "high": numbers["difference_high"],
+            "p_value": numbers["p_value"],
+            "significant": texts_a != texts_b and numbers["p_value"] < _SIGNIFICANT,
+        }
+    return {
+        "first": a["name"],
+        "second": b["name"],
+        "changed": _changed({k: a.get(k) for k in _SIZES}, {k: b.get(k) for k in _SIZES}),
+        "texts_changed": sum(x != y for x, y in zip(texts_a, texts_b, strict=True)),
+        "metrics": metrics,
+    }

@@ -1,0 +1,86 @@
+"""The benches' settings. Imports nothing heavy: `halve --help` reads it."""
+
+from pydantic import Field
+
+from halve.config import Config
+
+
+class QualityConfig(Config):
+    """What `halve bench quality` measures."""
+
+    lang: str
+    """Target language (de, zh, …)."""
+    split: str = "test"
+    """Split of the corpus that is translated and scored."""
+    limit: int | None = Field(default=None, ge=2)
+    """Score only so many segments, evenly spaced; the result says that it is a subset."""
+    batch_size: int = Field(default=16, ge=1)
+    """Segments translated together."""
+    resamples: int = Field(default=1000, ge=100)
+    """Bootstrap resamples behind each interval."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+    controls: bool = True
+    """Translate another segment's audio and silence with the teacher as well: does it listen?"""
+    comet_checkpoint: str | None = None
+    """A COMET model directory (hparams.yaml and checkpoints/model.ckpt) or its model.ckpt."""
+    comet_python: str | None = None
+    """Python of the isolated environment that has unbabel-comet."""
+    comet_batch_size: int = Field(default=8, ge=1)
+    """Segments that COMET scores together."""
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads; all cores where not given."""
+
+
+class LatencyConfig(Config):
+    """What `halve bench latency` measures."""
+
+    lang: str
+    """Target language (de, zh, …)."""
+    threads: int = Field(default=1, ge=1)
+    """Compute threads, the same for every model."""
+    repeats: int = Field(default=10, ge=2)
+    """Measured runs of each clip."""
+    warmup: int = Field(default=2, ge=1)
+    """Unmeasured runs of each clip before them."""
+    split: str = "test"
+    """Split of the corpus that the clips are taken from."""
+    short_s: float = Field(default=5.0, gt=0)
+    """Length of the short clip: the segment nearest to it is taken."""
+    long_s: float = Field(default=25.0, gt=0)
+    """Length of the long clip: real segments joined with pauses up to it."""
+    pause_s: float = Field(default=0.3, ge=0)
+    """Silence between the joined segments of the long clip."""
+    baseline: bool = True
+    """Also run the stock transformers loop on the first model."""
+    seed: int = 0
+    """Kept for the record; nothing here is left to chance."""
+    timeout_s: float = Field(default=3600.0, gt=0)
+    """The longest one model may take."""
+
+
+class ServeBenchConfig(Config):
+    """What `halve bench serve` measures."""
+
+    lang: str
+    """Target language (de, zh, …)."""
+    clients: int = Field(default=16, ge=2)
+    """Clients that ask at the same time in the second regime; the first has one."""
+    requests: int = Field(default=64, ge=4)
+    """Measured requests of each regime."""
+    warmup: int = Field(default=3, ge=1)
+    """Unmeasured requests before each regime."""
+    split: str = "test"
+    """Split of the corpus that the requests are taken from."""
+    segments: int = Field(default=32, ge=2)
+    """Distinct segments sent, evenly spaced over the split."""
+    tie_gap: float = Field(default=1e-2, gt=0)
+    """A text that differs first where the best two tokens were nearer than this is a near tie."""
+    startup_s: float = Field(default=180.0, gt=0)
+    """The longest a server may take until it is ready."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """The longest one request may take."""
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads of each server; all cores where not given."""
+    seed: int = 0
+    """Kept for the record; nothing here is left to chance."""

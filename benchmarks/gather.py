@@ -1,0 +1,136 @@
+"""Reads the artefacts that a report is made of."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import scoring
+from halve.artefact import RECORD, Artefact, read, read_json, read_jsonl
+from halve.errors import ArtefactError
+
+DATA = "data"
+"""Folder of a report with copies of the small artefacts it was made of."""
+_BENCHES = ("quality", "latency", "serve", "importance")
+_SHOWN = ("results", "importance", "pruned", "adapter", "package", "report")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One artefact under the name that the report calls it by."""
+
+    label: str
+    run: str
+    """The run or report that it belongs to, empty if it was named alone."""
+    artefact: Artefact
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.artefact.path
+
+
+@dataclass
+class Gathered:
+    """Everything a report shows, by kind."""
+
+    quality: list[tuple[Source, scoring.ResultFiles]] = field(default_factory=list)
+    benches: list[tuple[Source, dict[str, Any]]] = field(default_factory=list)
+    """Other benches' results: latency, serve, importance."""
+    searches: list[tuple[Source, list[dict[str, Any]], dict[str, Any]]] = field(
+        default_factory=list
+    )
+    """Importance searches: candidates' scores and plan."""
+    adapters: list[tuple[Source, list[dict[str, Any]]]] = field(default_factory=list)
+    packages: list[tuple[Source, dict[str, Any]]] = field(default_factory=list)
+    pruned: list[Source] = field(default_factory=list)
+
+    def of_bench(self, name: str) -> list[tuple[Source, dict[str, Any]]]:
+        """The results of one bench."""
+        return [(source, result) for source, result in self.benches if result["bench"] == name]
+
+
+def gather(paths: Sequence[str | Path]) -> tuple[list[Source], Gathered]:
+    """Reads artefacts, directories of artefacts (a run), and earlier reports.
+
+    Raises:
+        ArtefactError: a path holds nothing that a report can show.
+    """
+    sources = _labelled([found for path in paths for found in _expand(Path(path), "")])
+    gathered = Gathered()
+    for source in sources:
+        _sort(source, gathered)
+    return sources, gathered
+
+
+def _expand(path: Path, run: str) -> Iterator[tuple[str, Artefact]]:
+    if not (path / RECORD).is_file():
+        yield from _children(path, path.resolve().name)
+        return
+    artefact = read(path)
+    if artefact.kind == "report":
+        yield from _children(path / DATA, path.resolve().name)
+    elif artefact.kind in _SHOWN:
+        yield run, artefact
+    else:
+        raise ArtefactError(
+            f"{path} is of kind {artefact.kind}", expected=f"one of {', '.join(_SHOWN)}"
+        )
+
+
+def _children(path: Path, run: str) -> Iterator[tuple[str, Artefact]]:
+    """The artefacts directly inside a run's directory; those that no report shows are passed over."""
+    records = sorted(path.glob(f"*/{RECORD}")) + sorted(path.glob(f"*/*/{RECORD}"))
+    found = [read(record.parent) for record in records]
+    shown = [artefact for artefact in found if artefact.kind in _SHOWN[:-1]]
+    if not shown:
+        raise ArtefactError(
+            f"{path} holds no results" if path.exists() else f"{path} does not exist",
+            expected="results of `halve bench`, an artefact of a stage, a run's directory or a report",
+        )
+    for artefact in shown:
+        yield run, artefact
+
+
+def _labelled(found: Sequence[tuple[str, Artefact]]) -> list[Source]:
+    """Labels by directory name, with the run's or the parent's name where that is not enough."""
+    sources: list[Source] = []
+    taken: set[str] = set()
+    for run, artefact in found:
+        path = artefact.path.resolve()
+        if any(source.path.resolve() == path for source in sources):
+            continue
+        candidates = [path.name, f"{run or path.parent.name}/{path.name}"]
+        candidates += [f"{candidates[1]} ({number})" for number in range(2, len(found) + 2)]
+        label = next(name for name in candidates if name not in taken)
+        taken.add(label)
+        sources.append(Source(label, run, artefact))
+    return sources
+
+
+def _sort(source: Source, gathered: Gathered) -> None:
+    path, kind = source.path, source.artefact.kind
+    if kind == "importance":
+        gathered.searches.append(
+            (source, read_jsonl(path / "importance.jsonl"), read_json(path / "plan.json"))
+        )
+    elif kind == "adapter":
+        gathered.adapters.append((source, read_jsonl(path / "history.jsonl")))
+    elif kind == "package":
+        gathered.packages.append((source, read_json(path / "package.json")))
+    elif kind == "pruned":
+        gathered.pruned.append(source)
+    elif (path / scoring.RESULT).is_file():
+        gathered.quality.append((source, scoring.read_result(path)))
+    else:
+        gathered.benches.append((source, _bench(path)))
+
+
+def _bench(path: Path) -> dict[str, Any]:
+    for name in _BENCHES:
+        if (path / f"{name}.json").is_file():
+            return {"bench": name, **read_json(path / f"{name}.json")}
+    raise ArtefactError(
+        f"{path} holds no result that a report can show",
+        expected=" or ".join(f"{name}.json" for name in _BENCHES),
+    )

@@ -1,0 +1,133 @@
+"""Times one model in a process of its own, so that load time and peak memory are its alone.
+
+Run as `python -m benchmarks.latency_worker`: one JSON request on stdin, one JSON answer on stdout.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory import peak_gpu_memory_bytes, peak_memory_bytes, resident_memory_bytes
+from halve.audio import SAMPLE_RATE_HZ, FloatArray, read_audio
+from halve.errors import HalveError
+from halve.languages import token_limit
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One translation of one clip, seconds from its start."""
+
+    total_s: float
+    first_s: float
+    tokens: int
+    text: str
+
+    @property
+    def token_s(self) -> float:
+        """Time for each token after the first."""
+        return (self.total_s - self.first_s) / max(1, self.tokens - 1)
+
+
+Run = Callable[[FloatArray, int], Timing]
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Loads the model, warms it up and times every clip.
+
+    The parent has pinned the threads in this process's environment. Nothing heavy is imported
+    before the clock starts: a runtime's imports are part of its load time and memory.
+    """
+    clips = {name: read_audio(path) for name, path in request["clips"].items()}
+    before_bytes = resident_memory_bytes()
+    started = time.perf_counter()
+    run = _stock(request) if request["backend"] == "stock" else _halve(request)
+    load_s = time.perf_counter() - started
+    timed = {
+        name: _time_clip(run, audio, request["warmup"], request["repeats"])
+        for name, audio in clips.items()
+    }
+    return {
+        "load_s": load_s,
+        "clips": timed,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "before_load_bytes": before_bytes,
+        "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
+    }
+
+
+def _time_clip(run: Run, audio: FloatArray, warmup: int, repeats: int) -> dict[str, Any]:
+    duration_s = len(audio) / SAMPLE_RATE_HZ
+    limit = token_limit(duration_s)
+    for _ in range(warmup):
+        run(audio, limit)
+    timings = [run(audio, limit) for _ in range(repeats)]
+    return {
+        "duration_s": duration_s,
+        "tokens": timings[0].tokens,
+        "text": timings[0].text,
+        "ttft_ms": [1000 * timing.first_s for timing in timings],
+        "tpot_ms": [1000 * timing.token_s for timing in timings],
+        "rtf": [timing.total_s / duration_s for timing in timings],
+    }
+
+
+def _halve(request: dict[str, Any]) -> Run:
+    from export.runtime import open_translator
+
+    translator = open_translator(Path(request["path"]), threads=request["threads"])
+    lang: str = request["lang"]
+    counts: dict[int, int] = {}
+
+    def run(audio: FloatArray, limit: int) -> Timing:
+        if len(audio) not in counts:
+            # A stream yields text, not tokens; the count is the same in every run.
+            counts[len(audio)] = len(translator.translate([audio], lang, limits=[limit])[0].tokens)
+        started = time.perf_counter()
+        first_s = 0.0
+        pieces = []
+        for piece in translator.stream(audio, lang, limit=limit):
+            first_s = first_s or time.perf_counter() - started
+            pieces.append(piece)
+        total_s = time.perf_counter() - started
+        return Timing(total_s, first_s or total_s, counts[len(audio)], "".join(pieces))
+
+    return run
+
+
+def _stock(request: dict[str, Any]) -> Run:
+    from benchmarks.baseline import StockModel
+
+    model = StockModel(Path(request["path"]))
+    lang: str = request["lang"]
+
+    def run(audio: FloatArray, limit: int) -> Timing:
+        started = time.perf_counter()
+        tokens, times_s = model.generate(audio, lang, limit)
+        total_s = time.perf_counter() - started
+        first_s = times_s[0] - started if times_s else total_s
+        return Timing(total_s, first_s, len(tokens), model.text(tokens))
+
+    return run
+
+
+def main() -> int:
+    """Answers one request; a user's mistake is one line on stderr and exit 2."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf8")
+    os.dup2(2, 1)  # What libraries print must not mix with the answer.
+    try:
+        answer = measure(json.loads(sys.stdin.read()))
+    except HalveError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    json.dump(answer, answers)
+    answers.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

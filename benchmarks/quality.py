@@ -1,0 +1,308 @@
+"""`halve bench quality`: how well models translate, and how much of the teacher's quality they keep."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import comet as comet_metric
+from benchmarks import scoring, size
+from benchmarks.config import QualityConfig
+from benchmarks.workload import FloatArray, shuffled_partners, silence_like
+from export.runtime import open_translator
+from halve import environment
+from halve.artefact import Artefact, Draft, append_jsonl, read, read_jsonl, write_json, writing
+from halve.corpus import Corpus, Segment, read_corpus
+from halve.languages import token_limit
+from halve.models import resolve_model
+from halve.progress import SILENT, Progress
+from halve.translate import Translation, Translator, is_looping
+
+_CHUNK_BATCHES = 4
+"""Batches between two points that a killed run can go on from."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    given: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Workload:
+    """The segments in corpus order, and what the corpus says of them."""
+
+    corpus: Corpus
+    segments: list[Segment]
+    references: list[str]
+    in_split: int
+
+    @classmethod
+    def of(cls, config: QualityConfig, corpus_path: Path) -> "_Workload":
+        corpus = read_corpus(corpus_path)
+        segments = corpus.split(config.split, config.lang, config.limit)
+        references = [scoring.one_line(t) for t in corpus.references(segments, config.lang)]
+        in_split = len(corpus.split(config.split, config.lang))
+        return cls(corpus, segments, references, in_split)
+
+    def audio(self, index: int) -> FloatArray:
+        return self.corpus.audio(self.segments[index])
+
+
+@dataclass(frozen=True)
+class _Hypotheses:
+    texts: list[str]
+    stopped: dict[str, str]
+
+
+def run_quality(
+    config: QualityConfig,
+    teacher: str | Path,
+    students: Sequence[str | Path],
+    corpus: Path,
+    out: Path,
+    progress: Progress = SILENT,
+) -> Artefact:
+    """Scores a teacher and its students or packages on one split.
+
+    Writes `quality.json`, and beside it the lines it scored (`ids.txt`, `sources.txt`,
+    `references.txt`, `hypotheses/NAME.txt`), from which `scoring.recompute` gets the same scores.
+    A killed run goes on with the segments that were not yet translated.
+
+    Raises:
+        CorpusError: no such split, or no reference in the language.
+        ArtefactError: a path is no model.
+    """
+    workload = _Workload.of(config, corpus)
+    models = _named([teacher, *students])
+    sizes = [size.measure(model.path, model.given) for model in models]
+    if config.threads:
+        environment.pin_threads(config.threads)
+    parents = {"corpus": corpus} | {model.name: model.path for model in models}
+    with writing(out, "results", config.model_dump(), config.seed, parents) as draft:
+        found = _translate_all(config, models, workload, draft, progress)
+        result = _result(config, models, sizes, workload, found, draft, progress)
+        draft.extra.update(bench="quality", lang=config.lang, split=config.split)
+        write_json(draft.path / scoring.RESULT, result)
+    return read(out)
+
+
+def _named(given: Sequence[str | Path]) -> list[_Model]:
+    """Names by directory, told apart where two are the same."""
+    models: list[_Model] = []
+    taken: set[str] = {"corpus"}
+    for path in given:
+        local = Path(path) if Path(path).exists() else Path(resolve_model(path))
+        stem = (Path(path).resolve() if Path(path).exists() else Path(path)).name or "model"
+        name, number = stem, 2
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken.add(name)
+        models.append(_Model(name, str(path), local))
+    return models
+
+
+def _translate_all(
+    config: QualityConfig,
+    models: Sequence[_Model],
+    workload: _Workload,
+    draft: Draft,
+    progress: Progress,
+) -> dict[str, _Hypotheses]:
+    """Translations of every model, and of the teacher's controls, by name."""
+    found: dict[str, _Hypotheses] = {}
+    for place, model in enumerate(models):
+        heard = _controls(workload) if place == 0 and config.controls else {}
+        tasks = {model.name: workload.audio} | {
+            f"{model.name}.{control}": audio for control, audio in heard.items()
+        }
+        opened = _Opener(model.path, config.threads)
+        try:
+            for name, audio in tasks.items():
+                found[name] = _translate(
+                    name, audio, opened.translator, config, workload, draft, progress
+                )
+        finally:
+            opened.close()
+    return found
+
+
+def _controls(workload: _Workload) -> dict[str, Callable[[int], FloatArray]]:
+    segments = workload.segments
+    partners = shuffled_partners([s.duration_s for s in segments], workload.references)
+    return {
+        "shuffled_audio": lambda index: workload.audio(partners[index]),
+        "silence": lambda index: silence_like(workload.audio(index)),
+    }
+
+
+class _Opener:
+    """Opens a model only when something is left to translate."""
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        self._path, self._threads = path, threads
+        self._open: Translator | None = None
+
+    def translator(self) -> Translator:
+        if self._open is None:
+            self._open = open_translator(self._path, threads=self._threads)
+        return self._open
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+
+
+def _translate(
+    name: str,
+    audio: Callable[[int], FloatArray],
+    translator: Callable[[], Translator],
+    config: QualityConfig,
+    workload: _Workload,
+    draft: Draft,
+    progress: Progress,
+) -> _Hypotheses:
+    """Translates every segment; chunks that an earlier run finished are read, not made again."""
+    store = draft.work / f"{name}.jsonl"
+    done = {record["chunk"]: record["rows"] for record in read_jsonl(store)}
+    chunks = _chunks(workload.segments, config.batch_size)
+    finished = sum(len(rows) for rows in done.values())
+    started = time.monotonic()
+    with progress.task(f"translate: {name}", len(workload.segments), finished) as advance:
+        for number, chunk in enumerate(chunks):
+            if number in done:
+                continue
+            samples = [audio(index) for index in chunk]
+            limits = [token_limit(workload.segments[index].duration_s) for index in chunk]
+            translations = translator().translate(
+                samples, config.lang, limits=limits, batch_size=config.batch_size
+            )
+            rows = [
+                [index, scoring.one_line(translation.text), _stopped(translation)]
+                for index, translation in zip(chunk, translations, strict=True)
+            ]
+            append_jsonl(store, {"chunk": number, "rows": rows})
+            done[number] = rows
+            advance(len(chunk))
+    audio_s = sum(segment.duration_s for segment in workload.segments)
+    draft.timing(
+        f"translate {name}", time.monotonic() - started, audio_s=round(audio_s, 2), resumed=finished
+    )
+    return _gather([row for rows in done.values() for row in rows], workload.segments)
+
+
+def _stopped(translation: Translation) -> str:
+    """Why a translation ended: scores are made without cutting loops, so they run to the limit."""
+    if translation.stopped == "limit" and is_looping(translation.tokens):
+        return "loop"
+    return translation.stopped
+
+
+def _chunks(segments: Sequence[Segment], batch_size: int) -> list[list[int]]:
+    """Segments of like length together; the same chunks however often the run was killed."""
+    order = sorted(range(len(segments)), key=lambda i: (segments[i].duration_s, i))
+    step = batch_size * _CHUNK_BATCHES
+    return [order[i : i + step] for i in range(0, len(order), step)]
+
+
+def _gather(rows: Sequence[Sequence[Any]], segments: Sequence[Segment]) -> _Hypotheses:
+    texts = [""] * len(segments)
+    stopped = {}
+    for index, text, reason in rows:
+        texts[index] = text
+        if reason != "end":
+            stopped[segments[index].id] = reason
+    return _Hypotheses(texts, dict(sorted(stopped.items())))
+
+
+def _result(
+    config: QualityConfig,
+    models: Sequence[_Model],
+    sizes: Sequence[size.Size],
+    workload: _Workload,
+    found: dict[str, _Hypotheses],
+    draft: Draft,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The object that the bench prints; writes the lines it was computed from."""
+    _write_lines(draft.path, workload, found)
+    comet = comet_metric.measure(
+        config.comet_checkpoint,
+        config.comet_python,
+        {model.name: found[model.name].texts for model in models},
+        [scoring.one_line(segment.source_text) for segment in workload.segments],
+        workload.references,
+        batch_size=config.comet_batch_size,
+        progress=progress,
+    )
+    for name, scores in comet.scores.items():
+        scoring.write_lines(draft.path / "comet" / f"{name}.txt", [f"{s:.6f}" for s in scores])
+    entries = []
+    for model, measured in zip(models, sizes, strict=True):
+        progress.message(f"score: {model.name}")
+        entries.append(_entry(config, model, measured, workload, found, comet, models[0].name))
+    return {
+        "bench": "quality",
+        "lang": config.lang,
+        "split": config.split,
+        "segments": len(workload.segments),
+        "segments_in_split": workload.in_split,
+        "subset": len(workload.segments) < workload.in_split,
+        "resamples": config.resamples,
+        "seed": config.seed,
+        "comet": comet.record(),
+        "versions": environment.versions(),
+        "teacher": entries[0],
+        "students": entries[1:],
+    }
+
+
+def _write_lines(path: Path, workload: _Workload, found: dict[str, _Hypotheses]) -> None:
+    segments = workload.segments
+    scoring.write_lines(path / "ids.txt", [segment.id for segment in segments])
+    scoring.write_lines(path / "sources.txt", [segment.source_text for segment in segments])
+    scoring.write_lines(path / "references.txt", workload.references)
+    for name, hypotheses in found.items():
+        scoring.write_lines(path / "hypotheses" / f"{name}.txt", hypotheses.texts)
+    write_json(path / "stopped.json", {name: found[name].stopped for name in found})
+
+
+def _entry(
+    config: QualityConfig,
+    model: _Model,
+    measured: size.Size,
+    workload: _Workload,
+    found: dict[str, _Hypotheses],
+    comet: comet_metric.Comet,
+    teacher: str,
+) -> dict[str, Any]:
+    texts, references = found[model.name].texts, workload.references
+    entry: dict[str, Any] = {"name": model.name, **measured.record()}
+    entry["scores"] = scoring.score_all(texts, references, config.lang)
+    entry["behaviour"] = scoring.behaviour(texts, references, found[model.name].stopped)
+    if comet.measured:
+        of_model = comet.scores[model.name]
+        mean = round(sum(of_model) / len(of_model), 6)
+        entry["scores"]["comet"] = {"score": mean, "signature": comet.signature}
+    if model.name == teacher:
+        entry["controls"] = {
+            control: {
+                metric: score["score"]
+                for metric, score in scoring.score_all(
+                    found[f"{teacher}.{control}"].texts, references, config.lang
+                ).items()
+            }
+            for control in (scoring.CONTROLS if config.controls else ())
+        }
+        return entry
+    drawn = {"resamples": config.resamples, "seed": config.seed}
+    entry["retention"] = scoring.retention_all(
+        found[teacher].texts, texts, references, config.lang, **drawn
+    )
+    if comet.measured:
+        entry["retention"]["comet"] = scoring.mean_retention(
+            comet.scores[teacher], comet.scores[model.name], **drawn
+        )
+    return entry

@@ -1,0 +1,268 @@
+"""`halve report`: results as one page to read, one for the web, and one for machines."""
+
+import base64
+import shutil
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from benchmarks import compare, plots, tables
+from benchmarks.gather import DATA, Gathered, Source, gather
+from benchmarks.tables import Section
+from halve.artefact import Artefact, read, write_json, writing
+from halve.errors import InputError, MissingExtraError
+from halve.languages import language
+from halve.progress import SILENT, Progress
+
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
+_WORST_SHOWN = 50
+_COPIED_BYTES = 20_000_000
+"""An artefact's text files are copied into the report up to so much."""
+_COPIED_SUFFIXES = (".json", ".jsonl", ".txt")
+
+
+def run_report(results: Sequence[str | Path], out: Path, progress: Progress = SILENT) -> Artefact:
+    """Makes report.json, report.md and report.html of results, artefacts, runs or earlier reports.
+
+    Small files of what is reported are copied under `data/`, so that a report can be compared with
+    another after its sources are gone. Quality results of one language are compared pair by pair.
+
+    Raises:
+        InputError: nothing was given.
+        ArtefactError: a path holds nothing that can be shown.
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    if not results:
+        raise InputError("No results given", expected="directories written by `halve bench`")
+    sources, gathered = gather(results)
+    parents = {source.label: source.path for source in sources}
+    with writing(out, "report", {"results": [s.label for s in sources]}, 0, parents) as draft:
+        comparisons = _compare(gathered, progress)
+        worst = _regressions(gathered)
+        sections = _sections(gathered, comparisons, worst)
+        record = {
+            "sources": [_described(source) for source in sources],
+            **_data(gathered),
+            "comparisons": comparisons,
+            "segments": worst,
+        }
+        write_json(draft.path / "report.json", record)
+        _write_pages(draft.path, f"halve report: {', '.join(s.label for s in sources)}", sections)
+        for source in sources:
+            _copy(source, draft.path / DATA)
+    return read(out)
+
+
+def _described(source: Source) -> dict[str, Any]:
+    artefact = source.artefact
+    return {
+        "label": source.label,
+        "kind": artefact.kind,
+        "recipe": artefact.recipe,
+        "seed": artefact.seed,
+        "versions": artefact.versions,
+        "parents": artefact.parents,
+        "fingerprint": artefact.fingerprint,
+    }
+
+
+def _data(gathered: Gathered) -> dict[str, Any]:
+    """The raw results, by kind and label."""
+    return {
+        "quality": {source.label: files.result for source, files in gathered.quality},
+        "benches": {source.label: result for source, result in gathered.benches},
+        "importance": {
+            source.label: {"candidates": rows, "plan": plan}
+            for source, rows, plan in gathered.searches
+        },
+        "adapters": {source.label: rows for source, rows in gathered.adapters},
+        "packages": {source.label: package for source, package in gathered.packages},
+    }
+
+
+def _compare(gathered: Gathered, progress: Progress) -> list[dict[str, Any]]:
+    found = []
+    for (a, first), (b, second) in combinations(gathered.quality, 2):
+        if first.result["lang"] == second.result["lang"]:
+            progress.message(f"compare: {a.label} with {b.label}")
+            found.append({"first": a.label, "second": b.label, **compare.compare(first, second)})
+    return found
+
+
+def _regressions(gathered: Gathered) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    return {
+        source.label: {
+            student["name"]: tables.regressions(files, student["name"])
+            for student in files.result["students"]
+        }
+        for source, files in gathered.quality
+    }
+
+
+def _sections(
+    gathered: Gathered,
+    comparisons: Sequence[Mapping[str, Any]],
+    worst: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+) -> list[Section]:
+    sections = [_quality_section(s, f.result, worst[s.label]) for s, f in gathered.quality]
+    if comparisons:
+        found = [tables.comparison_table(c["first"], c["second"], c) for c in comparisons]
+        sections.append(Section("Comparison", tables=found))
+    sections += [_latency_section(s, result) for s, result in gathered.of_bench("latency")]
+    for source, result in gathered.of_bench("serve"):
+        sections.append(Section(f"Serving: {source.label}", tables=[tables.serve_table(result)]))
+    sections += [_search_section(*search) for search in gathered.searches]
+    for source, result in gathered.of_bench("importance"):
+        table = tables.facts_table("Exact search against the paper's procedure", result)
+        sections.append(Section(f"Speed of the search: {source.label}", tables=[table]))
+    sections += [_adapter_section(source, rows) for source, rows in gathered.adapters]
+    if gathered.packages:
+        sections.append(Section("Packages", tables=[tables.packages_table(gathered.packages)]))
+    return sections
+
+
+def _quality_section(
+    source: Source,
+    result: Mapping[str, Any],
+    worst: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> Section:
+    name = language(result["lang"]).name
+    metric = language(result["lang"]).selection_metric
+    title = tables.METRIC_TITLES[metric]
+    section = Section(f"Quality into {name}: {source.label}", tables=[tables.quality_table(result)])
+    controls = tables.controls_table(result)
+    if controls:
+        section.tables.append(controls)
+    section.tables.append(tables.behaviour_table(result))
+    if result["students"]:
+        section.tables.append(tables.retention_table(result))
+        plot = plots.size_plot(_points(result, metric), title)
+        caption = f"Stored size against {title} on {result['segments']} segments"
+        section.plots.append((f"{caption}, bars: retention's 95 % interval", plot))
+    section.tables.append(tables.signatures_table(result))
+    section.details = [
+        tables.regressions_table(rows, student, title, _WORST_SHOWN)
+        for student, rows in worst.items()
+    ]
+    return section
+
+
+def _points(result: Mapping[str, Any], metric: str) -> list[plots.Point]:
+    teacher = result["teacher"]
+    whole = teacher["scores"][metric]["score"]
+    points = [plots.Point(f"{teacher['name']} (teacher)", teacher["stored_bytes"], whole)]
+    for student in result["students"]:
+        kept = student["retention"][metric]
+        points.append(
+            plots.Point(
+                student["name"],
+                student["stored_bytes"],
+                student["scores"][metric]["score"],
+                whole * kept["low"] / 100,
+                whole * kept["high"] / 100,
+            )
+        )
+    return points
+
+
+def _latency_section(source: Source, result: Mapping[str, Any]) -> Section:
+    section = Section(f"Latency: {source.label}")
+    section.tables = [tables.latency_table(result, clip) for clip in result["clips"]]
+    baseline = result.get("baseline")
+    entries = [*([baseline] if baseline else []), *result["models"]]
+    labels = [
+        f"{Path(entry['path']).name}, {entry['precision']}"
+        + (" (stock transformers)" if entry is baseline else "")
+        for entry in entries
+    ]
+    medians = [entry["tpot_ms"]["p50"] for entry in entries]
+    unit = "ms a token (median, short clip)"
+    section.plots.append(("Time per output token", plots.bar_plot(labels, medians, unit)))
+    return section
+
+
+def _search_section(
+    source: Source, rows: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
+) -> Section:
+    section = Section(
+        f"Layer importance: {source.label}", tables=[tables.removed_table(source, rows, plan)]
+    )
+    if rows:
+        caption = "Score by removed layer and round"
+        section.plots.append((caption, plots.importance_plot(rows, plan["removed"])))
+    return section
+
+
+def _adapter_section(source: Source, rows: Sequence[Mapping[str, Any]]) -> Section:
+    section = Section(f"Tuning: {source.label}")
+    subset = source.artefact.recipe.get("select_segments")
+    if subset:
+        section.text.append(f"Validated on {subset} select segments (a subset).")
+    series = [key for key in ("loss", "score") if any(row.get(key) is not None for row in rows)]
+    if series and any("step" in row for row in rows):
+        known = [row for row in rows if "step" in row]
+        plot = plots.history_plot(known, "step", series)
+        section.plots.append((f"Tuning: {' and '.join(series)} by step", plot))
+    scored = [row for row in rows if isinstance(row.get("score"), (int, float))]
+    if scored:
+        keys = [k for k in scored[0] if isinstance(scored[0][k], (str, int, float))]
+        cells = [[_cell(row.get(key)) for key in keys] for row in scored]
+        section.tables.append(tables.Table("Scores on select", keys, cells))
+    return section
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _write_pages(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """Renders both pages; plots go into the HTML page and, for Markdown, beside it as files."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise MissingExtraError("jinja2", "bench") from None
+    loader = FileSystemLoader(_TEMPLATES)
+    web = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    web.filters["base64"] = lambda text: base64.b64encode(text.encode("utf8")).decode("ascii")
+    html = web.get_template("report.html.j2").render(title=title, sections=sections)
+    (path / "report.html").write_text(html, encoding="utf8")
+    plain = Environment(
+        loader=loader,
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    plain.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    text = plain.get_template("report.md.j2").render(
+        title=title, sections=_plots_as_files(path, sections)
+    )
+    (path / "report.md").write_text(text, encoding="utf8")
+
+
+def _plots_as_files(path: Path, sections: Sequence[Section]) -> list[Section]:
+    shown = []
+    for place, section in enumerate(sections, start=1):
+        files = []
+        for number, (caption, svg) in enumerate(section.plots, start=1):
+            name = f"plots/{place}-{number}.svg"
+            (path / "plots").mkdir(exist_ok=True)
+            (path / name).write_text(svg, encoding="utf8")
+            files.append((caption, name))
+        shown.append(Section(section.title, section.text, section.tables, files))
+    return shown
+
+
+def _copy(source: Source, data: Path) -> None:
+    """Copies an artefact whole if it is small and all text; a model's weights stay where they are."""
+    files = source.artefact.files
+    if sum(record.size_bytes for record in files.values()) > _COPIED_BYTES:
+        return
+    if not all(name.endswith(_COPIED_SUFFIXES) for name in files):
+        return
+    target = data / source.label.replace("/", "-")
+    for name in [*files, "artefact.json"]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.path / name, target / name)

@@ -1,0 +1,207 @@
+"""Scores of hypotheses, and the files beside a quality result from which anyone can compute them again.
+
+A result keeps `ids.txt`, `sources.txt`, `references.txt` and `hypotheses/NAME.txt`, one segment a
+line in one order. `recompute` scores those files alone: no model, no audio.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halve.artefact import read_json
+from halve.errors import ArtefactError
+from halve.metrics import METRICS, retention, score, score_from_statistics, segment_statistics
+
+RESULT = "quality.json"
+CONTROLS = ("shuffled_audio", "silence")
+_DIGITS = 6
+
+
+def one_line(text: str) -> str:
+    """The text with every run of white space, line ends among it, as one blank."""
+    return " ".join(text.split())
+
+
+def score_all(
+    hypotheses: Sequence[str], references: Sequence[str], lang: str
+) -> dict[str, dict[str, Any]]:
+    """Corpus scores in every metric: {metric: {score, signature}}."""
+    found = {}
+    for metric in METRICS:
+        result = score(metric, hypotheses, references, lang)
+        found[metric] = {"score": round(result.score, _DIGITS), "signature": result.signature}
+    return found
+
+
+def retention_all(
+    teacher: Sequence[str],
+    student: Sequence[str],
+    references: Sequence[str],
+    lang: str,
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Quality retention in every metric: {metric: {percent, low, high, difference, …}}."""
+    return {
+        metric: rounded(
+            asdict(retention(metric, teacher, student, references, lang, resamples, seed))
+        )
+        for metric in METRICS
+    }
+
+
+def rounded(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The numbers with six decimals: enough for any use, and the same text on every machine."""
+    return {key: round(float(value), _DIGITS) for key, value in numbers.items()}
+
+
+def mean_retention(
+    teacher: Sequence[float], student: Sequence[float], *, resamples: int, seed: int
+) -> dict[str, float]:
+    """Retention of a metric that is the mean of segment scores (COMET), by the same bootstrap."""
+    of_teacher, of_student = np.asarray(teacher), np.asarray(student)
+    generator = np.random.default_rng(seed)
+    chosen = generator.integers(0, len(of_teacher), (resamples, len(of_teacher)))
+    teacher_means, student_means = of_teacher[chosen].mean(axis=1), of_student[chosen].mean(axis=1)
+    differences = student_means - teacher_means
+    low, high = np.percentile(100 * student_means / teacher_means, [2.5, 97.5])
+    difference_low, difference_high = np.percentile(differences, [2.5, 97.5])
+    side = min(float((differences <= 0).mean()), float((differences >= 0).mean()))
+    return rounded(
+        {
+            "percent": 100 * of_student.mean() / of_teacher.mean(),
+            "low": low,
+            "high": high,
+            "difference": of_student.mean() - of_teacher.mean(),
+            "difference_low": difference_low,
+            "difference_high": difference_high,
+            "p_value": min(1.0, 2 * side),
+        }
+    )
+
+
+def segment_scores(
+    metric: str, hypotheses: Sequence[str], references: Sequence[str], lang: str
+) -> list[float]:
+    """Each segment's own score in a metric."""
+    rows = segment_statistics(metric, hypotheses, references, lang)
+    return [round(score_from_statistics(metric, row, lang), 2) for row in rows]
+
+
+def behaviour(
+    hypotheses: Sequence[str], references: Sequence[str], stopped: Mapping[str, str]
+) -> dict[str, float]:
+    """How a model goes wrong, as shares of all segments.
+
+    Args:
+        stopped: "limit" or "loop" by segment, for those that did not end by themselves.
+
+    Returns:
+        length_ratio_over_2: more than twice as many characters as the reference (hallucination);
+        empty: nothing said; cut_at_limit: still going on at the token limit; loops: of those, the
+        ones that ended in a repetition.
+    """
+    count = len(references)
+    pairs = list(zip(hypotheses, references, strict=True))
+    loops = list(stopped.values()).count("loop")
+    return rounded(
+        {
+            "length_ratio_over_2": sum(len(h) > 2 * len(r) for h, r in pairs) / count,
+            "empty": sum(not h for h in hypotheses) / count,
+            "cut_at_limit": len(stopped) / count,
+            "loops": loops / count,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """A quality result with the lines it scored."""
+
+    path: Path
+    result: dict[str, Any]
+    ids: list[str]
+    sources: list[str]
+    references: list[str]
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """The teacher's entry, then the students'."""
+        return [self.result["teacher"], *self.result["students"]]
+
+    def hypotheses(self, name: str) -> list[str]:
+        """The translations of a model, or of a control ("NAME.silence"), one a segment."""
+        return read_lines(self.path / "hypotheses" / f"{name}.txt")
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Writes one line a segment, UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join(f"{one_line(text)}\n" for text in lines).encode("utf8"))
+
+
+def read_lines(path: Path) -> list[str]:
+    """Reads what `write_lines` wrote.
+
+    Raises:
+        ArtefactError: no such file.
+    """
+    if not path.is_file():
+        raise ArtefactError(f"{path}: no such file", mend="measure the result again")
+    return path.read_bytes().decode("utf8").split("\n")[:-1]
+
+
+def read_result(path: str | Path) -> ResultFiles:
+    """Opens a quality result.
+
+    Raises:
+        ArtefactError: a file is missing.
+    """
+    path = Path(path)
+    return ResultFiles(
+        path=path,
+        result=read_json(path / RESULT),
+        ids=read_lines(path / "ids.txt"),
+        sources=read_lines(path / "sources.txt"),
+        references=read_lines(path / "references.txt"),
+    )
+
+
+def recompute(path: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Scores a result's hypotheses again from its files: {name: {metric: {score, signature}}}.
+
+    Controls are named "NAME.shuffled_audio" and "NAME.silence".
+    """
+    files = read_result(path)
+    names = [str(model["name"]) for model in files.models]
+    teacher = files.result["teacher"]
+    names += [f"{teacher['name']}.{control}" for control in teacher.get("controls", {})]
+    lang = str(files.result["lang"])
+    return {name: score_all(files.hypotheses(name), files.references, lang) for name in names}
+
+
+def recompute_faults(path: str | Path, tolerance: float = 1e-4) -> list[str]:
+    """Where a result's scores differ from those of its own files; empty when they agree."""
+    files = read_result(path)
+    again = recompute(path)
+    faults = []
+    for model in files.models:
+        for metric, entry in again[model["name"]].items():
+            stated = model["scores"][metric]
+            if abs(stated["score"] - entry["score"]) > tolerance:
+                faults.append(
+                    f"{model['name']} {metric}: {stated['score']} stated, {entry['score']} computed"
+                )
+            if stated["signature"] != entry["signature"]:
+                faults.append(f"{model['name']} {metric}: signature {entry['signature']} computed")
+    teacher = files.result["teacher"]
+    for control, scores in teacher.get("controls", {}).items():
+        for metric, value in scores.items():
+            computed = again[f"{teacher['name']}.{control}"][metric]["score"]
+            if abs(value - computed) > tolerance:
+                faults.append(f"{control} {metric}: {value} stated, {computed} computed")
+    return faults

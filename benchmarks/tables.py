@@ -1,0 +1,354 @@
+"""A report's tables, from results: the same rows for Markdown and for HTML."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks import scoring
+from benchmarks.gather import Source
+from halve.languages import language
+from halve.metrics import LOWER_IS_BETTER, METRICS
+
+METRIC_TITLES = {"bleu": "BLEU", "chrf": "chrF", "chrf++": "chrF++", "ter": "TER", "comet": "COMET"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table with what a reader must know of it."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+@dataclass
+class Section:
+    """One part of a report."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    plots: list[tuple[str, str]] = field(default_factory=list)
+    """Caption and SVG of each plot."""
+    details: list[Table] = field(default_factory=list)
+    """Long tables, folded in HTML and left out of Markdown."""
+
+
+def megabytes(count: float) -> str:
+    """Bytes as MB (10^6 bytes)."""
+    return f"{count / 1e6:.1f}"
+
+
+def segments_text(used: int, total: int | None, split: str) -> str:
+    """How many segments a figure stands on: "40 of 120 select segments (a subset)"."""
+    if total is None:
+        return f"{used} {split} segments"
+    if used < total:
+        return f"{used} of {total} {split} segments (a subset)"
+    return f"all {total} {split} segments"
+
+
+def quality_table(result: Mapping[str, Any]) -> Table:
+    """Models with sizes, scores and the retention that the language is judged by."""
+    selection = language(result["lang"]).selection_metric
+    metrics = [m for m in METRIC_TITLES if m in result["teacher"]["scores"]]
+    teacher_bytes = result["teacher"]["stored_bytes"]
+    header = ["model", "target", "precision", "layers", "MB", "% of teacher", "parameters (M)"]
+    header += [METRIC_TITLES[metric] for metric in metrics]
+    header += [f"{METRIC_TITLES[selection]} kept in % (95 %)", "points"]
+    rows = []
+    for model in [result["teacher"], *result["students"]]:
+        row = [
+            model["name"] + (" (teacher)" if model is result["teacher"] else ""),
+            model["target"],
+            model["precision"],
+            str(model["decoder_layers"]),
+            megabytes(model["stored_bytes"]),
+            f"{100 * model['stored_bytes'] / teacher_bytes:.1f}",
+            f"{model['logical_parameters'] / 1e6:.2f}",
+        ]
+        row += [_score(metric, model["scores"][metric]["score"]) for metric in metrics]
+        row += _kept(model.get("retention", {}).get(selection))
+        rows.append(row)
+    used = segments_text(result["segments"], result.get("segments_in_split"), result["split"])
+    return Table(
+        f"{language(result['lang']).name}: {used}",
+        header,
+        rows,
+        note=f"{result['comet']['text']}. Retention: paired bootstrap, "
+        f"{result['resamples']} resamples, seed {result['seed']}.",
+    )
+
+
+def _score(metric: str, value: float) -> str:
+    return f"{value:.4f}" if metric == "comet" else f"{value:.2f}"
+
+
+def _kept(retention: Mapping[str, float] | None) -> list[str]:
+    if not retention:
+        return ["", ""]
+    percent, low, high = retention["percent"], retention["low"], retention["high"]
+    return [f"{percent:.1f} [{low:.1f}, {high:.1f}]", f"{retention['difference']:+.2f}"]
+
+
+def retention_table(result: Mapping[str, Any]) -> Table:
+    """Retention in every metric."""
+    metrics = [m for m in METRIC_TITLES if m in result["teacher"]["scores"]]
+    rows = [
+        [
+            student["name"],
+            METRIC_TITLES[metric],
+            *_kept(student["retention"][metric]),
+            f"{student['retention'][metric]['p_value']:.3f}",
+        ]
+        for student in result["students"]
+        for metric in metrics
+    ]
+    lower = ", ".join(METRIC_TITLES[m] for m in METRICS if m in LOWER_IS_BETTER)
+    return Table(
+        "Retention in every metric",
+        ["student", "metric", "% of the teacher's (95 %)", "points", "p"],
+        rows,
+        note=f"Lower is better for {lower}: there, over 100 % is a loss.",
+    )
+
+
+def controls_table(result: Mapping[str, Any]) -> Table | None:
+    """The teacher's scores when it hears something else: a model that listens loses nearly all."""
+    controls = result["teacher"].get("controls") or {}
+    if not controls:
+        return None
+    metrics = list(METRICS)
+    heard = [
+        ("the segment's own audio", {m: result["teacher"]["scores"][m]["score"] for m in metrics})
+    ]
+    titles = {"shuffled_audio": "shuffled audio", "silence": "silence"}
+    heard += [(titles.get(name, name), scores) for name, scores in controls.items()]
+    rows = [[name, *(f"{scores[metric]:.2f}" for metric in metrics)] for name, scores in heard]
+    return Table(
+        "Does the teacher listen?",
+        ["heard", *(METRIC_TITLES[metric] for metric in metrics)],
+        rows,
+        note="Shuffled audio: each segment gets the audio of another one of like duration.",
+    )
+
+
+def behaviour_table(result: Mapping[str, Any]) -> Table:
+    """How often models go wrong."""
+    keys = {
+        "length_ratio_over_2": "over twice the reference's length %",
+        "loops": "repetition loops %",
+        "cut_at_limit": "cut at the token limit %",
+        "empty": "empty %",
+    }
+    rows = [
+        [model["name"], *(f"{100 * model['behaviour'][key]:.2f}" for key in keys)]
+        for model in [result["teacher"], *result["students"]]
+    ]
+    return Table("Hallucinations and loops", ["model", *keys.values()], rows)
+
+
+def signatures_table(result: Mapping[str, Any]) -> Table:
+    """What it takes to repeat the scores."""
+    scores = result["teacher"]["scores"]
+    rows = [[METRIC_TITLES.get(m, m), entry["signature"]] for m, entry in scores.items()]
+    return Table("Signatures", ["metric", "signature"], rows)
+
+
+def regressions(files: scoring.ResultFiles, name: str) -> list[dict[str, Any]]:
+    """Every segment with the teacher's and a student's translation, worst regressions first."""
+    result = files.result
+    metric, lang = language(result["lang"]).selection_metric, result["lang"]
+    teacher, student = files.hypotheses(result["teacher"]["name"]), files.hypotheses(name)
+    of_teacher = scoring.segment_scores(metric, teacher, files.references, lang)
+    of_student = scoring.segment_scores(metric, student, files.references, lang)
+    rows = [
+        {
+            "id": files.ids[i],
+            "source": files.sources[i],
+            "reference": files.references[i],
+            "teacher": teacher[i],
+            "student": student[i],
+            "teacher_score": of_teacher[i],
+            "student_score": of_student[i],
+            "difference": round(of_student[i] - of_teacher[i], 2),
+        }
+        for i in range(len(files.ids))
+    ]
+    return sorted(rows, key=lambda row: (row["difference"], row["id"]))
+
+
+def regressions_table(
+    rows: Sequence[Mapping[str, Any]], name: str, metric: str, most: int
+) -> Table:
+    """The worst segments of a student."""
+    shown = rows[:most]
+    header = ["segment", "source", "reference", "teacher", name]
+    header += [f"teacher's {metric}", f"its {metric}", "difference"]
+    cells = [
+        [
+            *(row[key] for key in ("id", "source", "reference", "teacher", "student")),
+            f"{row['teacher_score']:.1f}",
+            f"{row['student_score']:.1f}",
+            f"{row['difference']:+.1f}",
+        ]
+        for row in shown
+    ]
+    title = f"{name}: the {len(shown)} worst of {len(rows)} segments against the teacher"
+    return Table(title, header, cells, note="All are in report.json.")
+
+
+def latency_table(result: Mapping[str, Any], clip: str) -> Table:
+    """Speed of all models on one clip."""
+    header = ["model", "layers", "precision", "load s", "first token ms", "a token ms", "RTF"]
+    header += ["tokens", "peak memory MB", "times faster (first token, a token, RTF)"]
+    rows = []
+    baseline = result.get("baseline")
+    for entry in [*([baseline] if baseline else []), *result["models"]]:
+        timed = entry["clips"][clip]
+        faster = entry.get("times_faster_than_baseline", {}).get(clip, {})
+        rows.append(
+            [
+                entry["path"] + (" (stock transformers)" if entry is baseline else ""),
+                str(entry["layers"]),
+                entry["precision"],
+                f"{entry['load_s']:.2f}",
+                _spread(timed["ttft_ms"], 1),
+                _spread(timed["tpot_ms"], 2),
+                _spread(timed["rtf"], 3),
+                str(timed["tokens"]),
+                megabytes(entry["peak_memory_bytes"]),
+                ", ".join(f"{value:.1f}" for value in faster.values()),
+            ]
+        )
+    duration_s = result["clips"][clip]["duration_s"]
+    return Table(
+        f"{clip} clip, {duration_s:.1f} s, {result['threads']} thread(s)",
+        header,
+        rows,
+        note=f"p50 (p95) of {result['repeats']} runs after {result['warmup']} to warm up; each model "
+        f"in a process of its own, on {result['machine']['cpu']}.",
+    )
+
+
+def _spread(value: Mapping[str, float], digits: int) -> str:
+    return f"{value['p50']:.{digits}f} ({value['p95']:.{digits}f})"
+
+
+def serve_table(result: Mapping[str, Any]) -> Table:
+    """Requests to a server, and to the plain one."""
+    sides = [("halve serve", result)]
+    if result.get("baseline"):
+        sides.append(("baseline (--engine plain)", result["baseline"]))
+    rows = [
+        [
+            name,
+            key.removeprefix("clients_"),
+            f"{side[key]['p50_ms']:.0f}",
+            f"{side[key]['p95_ms']:.0f}",
+            f"{side[key]['throughput_rps']:.2f}",
+        ]
+        for name, side in sides
+        for key in sorted((k for k in side if k.startswith("clients_")), key=lambda k: int(k[8:]))
+    ]
+    return Table(
+        "Server under load",
+        ["server", "clients", "p50 ms", "p95 ms", "requests/s"],
+        rows,
+        note=f"{result['errors']} errors, {result['wrong_texts']} wrong texts, "
+        f"{result['tie_texts']} texts that differ from a near tie on.",
+    )
+
+
+def facts_table(title: str, result: Mapping[str, Any]) -> Table:
+    """The plain values of a result, one a row."""
+    rows = [
+        [key, f"{value:.4g}" if isinstance(value, float) else str(value)]
+        for key, value in result.items()
+        if isinstance(value, (str, int, float, bool))
+    ]
+    return Table(title, ["what", "value"], rows)
+
+
+def removed_table(
+    source: Source, rows: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
+) -> Table:
+    """The order in which layers went, with the score after each."""
+    by_round: dict[int, dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_round.setdefault(int(row["round"]), {})[int(row["layer"])] = row
+    cells: list[list[str]] = []
+    for number, layer in zip(sorted(by_round), plan["removed"], strict=False):
+        candidates = by_round[number]
+        best = candidates.get(layer)
+        score = f"{best['score']:.2f}" if best else ""
+        cells.append([str(len(cells) + 1), str(layer), score, str(len(candidates))])
+    used = len(plan.get("max_new_tokens", {}))
+    total = source.artefact.extra.get("segments_in_split")
+    subset = segments_text(used, total, "select")
+    if total is None and source.artefact.recipe.get("segments"):
+        subset += " (a subset: the search was told to use so many)"
+    metric = METRIC_TITLES.get(str(rows[0]["metric"]), str(rows[0]["metric"])) if rows else "score"
+    return Table(
+        f"{source.label}: {len(plan['removed'])} of {plan['num_layers']} decoder layers removed, {subset}",
+        ["round", "layer removed", f"{metric} without it", "candidates"],
+        cells,
+        note=f"Signature: {rows[0]['signature']}" if rows else "",
+    )
+
+
+def packages_table(packages: Sequence[tuple[Source, Mapping[str, Any]]]) -> Table:
+    """Packages with their parity to the student."""
+    rows = [
+        [
+            source.label,
+            package["target"],
+            package["precision"],
+            ", ".join(package.get("languages", [])),
+            megabytes(sum(record.size_bytes for record in source.artefact.files.values())),
+            _parity(package.get("parity") or {}),
+        ]
+        for source, package in packages
+    ]
+    return Table("Packages", ["package", "target", "precision", "languages", "MB", "parity"], rows)
+
+
+def _parity(parity: Mapping[str, Any]) -> str:
+    plain = [f"{k}: {v}" for k, v in parity.items() if isinstance(v, (str, int, float, bool))]
+    return "; ".join(plain) or "not recorded"
+
+
+def comparison_table(first: str, second: str, found: Mapping[str, Any]) -> Table:
+    """Two results: the second minus the first."""
+    rows = [
+        [
+            pair["first"]
+            if pair["first"] == pair["second"]
+            else f"{pair['first']} → {pair['second']}",
+            METRIC_TITLES[metric],
+            f"{numbers['difference']:+.2f} [{numbers['low']:+.2f}, {numbers['high']:+.2f}]",
+            f"{numbers['p_value']:.3f}",
+            "yes" if numbers["significant"] else "no",
+        ]
+        for pair in found["models"]
+        for metric, numbers in pair["metrics"].items()
+    ]
+    changed = "; ".join(f"{key}: {old} → {new}" for key, (old, new) in found["changed"].items())
+    changed = "; ".join(
+        [
+            *([changed] if changed else []),
+            *(
+                f"{pair['second']} {key}: {old} → {new}"
+                for pair in found["models"]
+                for key, (old, new) in pair["changed"].items()
+            ),
+        ]
+    )
+    note = found["note"] or f"Paired bootstrap on {found['segments']} shared segments."
+    return Table(
+        f"{first} → {second}",
+        ["model", "metric", "difference (95 %)", "p", "significant at 5 %"],
+        rows,
+        note=f"{note} What else changed: {changed or 'nothing'}.",
+    )

@@ -1,0 +1,89 @@
+"""COMET's worker protocol, with a stand-in worker, and the reasons why COMET is not measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import comet, scoring
+
+SYSTEMS = {"teacher": ["eins", "zwei"], "student": ["eins", "drei"]}
+SOURCES, REFERENCES = ["one", "two"], ["eins", "zwei"]
+
+STAND_IN = """
+import json, sys
+lines = [json.loads(line) for line in sys.stdin.buffer if line.strip()]
+assert lines[0]["batch_size"] == 8, lines[0]
+for row in lines[1:]:
+    score = 0.9 if row["mt"] == row["ref"] else 0.5
+    print(json.dumps({"system": row["system"], "id": row["id"], "score": score}))
+print(json.dumps({"done": True, "name": "wmt22-comet-da", "comet_version": "2.2.7",
+                  "checkpoint_sha256": "0123456789abcdef", "segments": len(lines) - 1}))
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    path = tmp_path / "checkpoints" / "model.ckpt"
+    path.parent.mkdir()
+    path.write_bytes(b"weights")
+    return str(tmp_path)
+
+
+def _measure(checkpoint: str | None, python: str | None, worker: Path) -> comet.Comet:
+    return comet.measure(checkpoint, python, SYSTEMS, SOURCES, REFERENCES, worker=worker)
+
+
+def _script(folder: Path, text: str) -> Path:
+    path = folder / "worker.py"
+    path.write_text(text)
+    return path
+
+
+def test_scores_come_back_by_system(checkpoint: str, tmp_path: Path) -> None:
+    found = _measure(checkpoint, sys.executable, _script(tmp_path, STAND_IN))
+    assert found.measured, found.reason
+    assert found.scores == {"teacher": [0.9, 0.9], "student": [0.9, 0.5]}
+    assert found.signature == "wmt22-comet-da|unbabel-comet:2.2.7|sha256:0123456789ab"
+    assert found.record()["text"].startswith("COMET measured")
+
+
+@pytest.mark.parametrize(
+    ("given", "python", "reason"),
+    [
+        (None, sys.executable, "no checkpoint was given"),
+        ("/nowhere/model", sys.executable, "does not exist"),
+        ("checkpoint", None, "no Python of an environment"),
+        ("checkpoint", "/nowhere/python", "interpreter /nowhere/python does not exist"),
+    ],
+)
+def test_what_is_missing_is_said(
+    given: str | None, python: str | None, reason: str, checkpoint: str
+) -> None:
+    found = _measure(checkpoint if given == "checkpoint" else given, python, comet.WORKER)
+    assert not found.measured
+    text = found.record()["text"]
+    assert text.startswith("COMET not measured: ")
+    assert reason in text
+
+
+def test_the_real_worker_says_why_it_failed(checkpoint: str) -> None:
+    # This environment has no unbabel-comet: the worker's last line is the reason.
+    found = _measure(checkpoint, sys.executable, comet.WORKER)
+    assert "COMET not measured: the worker failed: ModuleNotFoundError" in found.record()["text"]
+
+
+@pytest.mark.parametrize("text", ["print('hello')", "", "print('{\"done\": true}')"])
+def test_half_an_answer_is_no_score(text: str, checkpoint: str, tmp_path: Path) -> None:
+    found = _measure(checkpoint, sys.executable, _script(tmp_path, text))
+    assert not found.measured
+    assert "answer" in found.reason
+
+
+def test_retention_of_means() -> None:
+    kept = scoring.mean_retention([0.8, 0.9, 0.7, 0.8], [0.8, 0.9, 0.6, 0.7], resamples=500, seed=0)
+    assert kept["percent"] == pytest.approx(93.75)
+    assert kept["low"] < 93.75 < kept["high"]
+    assert kept["difference"] == pytest.approx(-0.05)
+    same = scoring.mean_retention([0.8, 0.9], [0.8, 0.9], resamples=100, seed=0)
+    assert (same["percent"], same["p_value"]) == (100.0, 1.0)

@@ -1,0 +1,137 @@
+"""The quality bench on small real models."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import scoring
+from benchmarks.config import QualityConfig
+from benchmarks.quality import run_quality
+from export.runtime import open_translator
+from halve import artefact
+from halve.errors import CorpusError
+from halve.metrics import METRICS, score
+
+
+def _result(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((path / "quality.json").read_text())
+    return value
+
+
+def test_the_object_has_every_key(quality_result: Path, tiny_model: Path) -> None:
+    result = _result(quality_result)
+    assert (result["lang"], result["split"], result["segments"]) == ("de", "test", 4)
+    assert result["segments_in_split"] == 6
+    assert result["subset"] is True
+    teacher, (student,) = result["teacher"], result["students"]
+    for model, layers in ((teacher, 6), (student, 4)):
+        assert model["decoder_layers"] == layers
+        assert model["precision"] == "fp32"
+        assert model["target"] == "checkpoint"
+        assert model["stored_bytes"] > 4 * model["logical_parameters"]
+        assert set(model["scores"]) == set(METRICS)
+        assert all("version:" in entry["signature"] for entry in model["scores"].values())
+        assert set(model["behaviour"]) == {"length_ratio_over_2", "empty", "cut_at_limit", "loops"}
+    assert teacher["path"] == str(tiny_model)
+    for metric in METRICS:
+        kept = student["retention"][metric]
+        assert kept["low"] <= kept["high"]
+    assert set(teacher["controls"]) == {"shuffled_audio", "silence"}
+    for scores in teacher["controls"].values():
+        assert set(scores) == set(METRICS)
+    assert result["comet"]["text"].startswith("COMET not measured: no checkpoint")
+
+
+def test_the_result_holds_no_times(quality_result: Path) -> None:
+    text = (quality_result / "quality.json").read_text()
+    assert "second" not in text
+    assert not artefact.verify(quality_result)
+    events = [row["event"] for row in artefact.read_jsonl(quality_result / "timings.jsonl")]
+    assert {"translate tiny", "translate tiny.silence", "translate student"} <= set(events)
+
+
+def test_recomputed_scores_are_equal(quality_result: Path) -> None:
+    assert scoring.recompute_faults(quality_result) == []
+    again = scoring.recompute(quality_result)
+    assert set(again) == {"tiny", "student", "tiny.shuffled_audio", "tiny.silence"}
+    files = scoring.read_result(quality_result)
+    direct = score("bleu", files.hypotheses("student"), files.references, "de")
+    assert again["student"]["bleu"]["score"] == pytest.approx(direct.score, abs=1e-6)
+
+
+def test_an_edited_hypothesis_is_found(quality_result: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(quality_result, copy)
+    references = scoring.read_lines(copy / "references.txt")
+    scoring.write_lines(copy / "hypotheses" / "student.txt", references)
+    faults = scoring.recompute_faults(copy)
+    assert any(fault.startswith("student bleu") for fault in faults)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(
+    quality_result: Path,
+    tiny_model: Path,
+    tiny_student: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+    stock = open_translator
+
+    def interrupted(path: Any, **options: Any) -> Any:
+        opened.append(Path(path).name)
+        if len(opened) == 2:
+            raise KeyboardInterrupt
+        return stock(path, **options)
+
+    monkeypatch.setattr("benchmarks.quality.open_translator", interrupted)
+    config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)
+    out = tmp_path / "quality"
+    inputs = (config, tiny_model, [tiny_student], tiny_corpus, out)
+    with pytest.raises(KeyboardInterrupt):
+        run_quality(*inputs)
+    assert not out.exists()
+    run_quality(*inputs)
+    assert opened == ["tiny", "student", "student"]
+    for name in artefact.read(out).files:
+        assert (out / name).read_bytes() == (quality_result / name).read_bytes(), name
+
+
+def test_a_model_against_itself_keeps_everything(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = QualityConfig(lang="zh", resamples=100, controls=False, threads=1)
+    run_quality(config, tiny_model, [tiny_model], tiny_corpus, tmp_path / "out")
+    result = _result(tmp_path / "out")
+    assert result["subset"] is False
+    assert [model["name"] for model in result["students"]] == ["tiny-2"]
+    assert "tok:zh" in result["teacher"]["scores"]["bleu"]["signature"]
+    for kept in result["students"][0]["retention"].values():
+        assert (kept["percent"], kept["low"], kept["high"]) == (100.0, 100.0, 100.0)
+    assert result["teacher"]["controls"] == {}
+
+
+def test_a_missing_language_is_one_clear_error(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CorpusError, match="no test segment with a fr reference"):
+        run_quality(QualityConfig(lang="fr"), tiny_model, [], tiny_corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_behaviour_counts_shares() -> None:
+    found = scoring.behaviour(["", "abcdefg", "ab"], ["abc", "abc", "ab"], {"1": "loop"})
+    assert found == pytest.approx(
+        {"length_ratio_over_2": 1 / 3, "empty": 1 / 3, "cut_at_limit": 1 / 3, "loops": 1 / 3},
+        abs=1e-6,
+    )
+
+
+def test_lines_survive_odd_characters(tmp_path: Path) -> None:
+    lines = ["a b\x0bc\u2028d", "", "ü 打开"]
+    scoring.write_lines(tmp_path / "lines.txt", lines)
+    assert scoring.read_lines(tmp_path / "lines.txt") == ["a b c d", "", "ü 打开"]

@@ -1,0 +1,1 @@
+"""Export: adapters merged into students, students packaged for their runtimes, packages run."""

@@ -1,0 +1,129 @@
+"""Reads a LoRA adapter and computes what it adds to each weight of its base model."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halve.errors import ArtefactError
+from halve.families import Family
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+_REFUSED = (
+    "use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "alpha_pattern", "rank_pattern",
+    "trainable_token_indices", "target_parameters", "layer_replication",
+)  # fmt: skip
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter, not a whole model."""
+    return (path / CONFIG).is_file()
+
+
+@dataclass
+class Adapter:
+    """A LoRA adapter: pairs of low-rank factors by the key, on disk, of the weight they change."""
+
+    factors: dict[str, tuple["torch.Tensor", "torch.Tensor"]]
+    scaling: float
+
+    def added(self, key: str, tensor: "torch.Tensor") -> "torch.Tensor":
+        """weight + scaling * B @ A in float32 where the adapter changes it, else the tensor itself."""
+        import torch
+
+        if key not in self.factors:
+            return tensor
+        down, up = (factor.to(torch.float32) for factor in self.factors[key])
+        merged: torch.Tensor = tensor.to(torch.float32) + self.scaling * (up @ down)
+        return merged
+
+
+def read_adapter(
+    path: Path, family: Family, shapes: dict[str, tuple[tuple[int, ...], str]]
+) -> Adapter:
+    """Reads a peft directory.
+
+    Args:
+        shapes: shape and type of each tensor of the base model, by its key on disk.
+
+    Raises:
+        ArtefactError: damaged, of a kind that cannot be merged so, or made for another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = _read_config(path)
+    try:
+        tensors = load_file(str(path / WEIGHTS))
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path / WEIGHTS} is missing or damaged ({error})") from None
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, separator, which = name.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
+        if not separator or which not in ("A.weight", "B.weight"):
+            raise ArtefactError(f"{path}: {name} is no LoRA factor of a linear layer")
+        pairs.setdefault(disk_key(family, f"{module}.weight"), {})[which[0]] = tensor
+    factors = {key: (pair["A"], pair["B"]) for key, pair in pairs.items() if len(pair) == 2}
+    _check(path, factors, pairs, shapes)
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    # Rank-stabilised LoRA (Kalajdzievski 2023) divides by the root of the rank.
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return Adapter(factors, scaling)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path / CONFIG} is missing or damaged ({error})") from None
+    refused = [name for name in _REFUSED if config.get(name)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or refused:
+        raise ArtefactError(
+            f"{path} is an adapter of type {config.get('peft_type')} with {', '.join(refused) or 'biases'}",
+            expected="plain LoRA or rank-stabilised LoRA on linear layers",
+            mend="merge it with peft's merge_and_unload, and go on from the merged model",
+        )
+    return config
+
+
+def _check(
+    path: Path,
+    factors: dict[str, tuple["torch.Tensor", "torch.Tensor"]],
+    pairs: dict[str, Any],
+    shapes: dict[str, tuple[tuple[int, ...], str]],
+) -> None:
+    faults = [f"{key} has only one factor" for key in pairs if key not in factors]
+    for key, (down, up) in factors.items():
+        expected = (up.shape[0], down.shape[1])
+        if key not in shapes:
+            faults.append(f"the model has no {key}")
+        elif shapes[key][0] != expected:
+            faults.append(f"{key} is {shapes[key][0]} in the model, {expected} in the adapter")
+    if faults or not factors:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ArtefactError(
+            f"{path} does not fit the model: {'; '.join(faults[:3]) or 'it is empty'}{more}",
+            expected="the adapter that was tuned on this very model",
+            mend="name the pruned model that `halve tune` started from",
+        )
+
+
+def disk_key(family: Family, key: str) -> str:
+    """The key on disk of a parameter given by its path in memory."""
+    table = (
+        (f"{family.layers}.", family.disk_layers),
+        (f"{family.embeddings}.", family.disk_embeddings),
+        (f"{family.head}.", family.disk_head),
+        (f"{family.audio_tower}.", family.disk_audio_tower),
+        (f"{family.projector}.", family.disk_projector),
+    )
+    for memory, disk in table:
+        if key.startswith(memory):
+            return disk + key.removeprefix(memory)
+    return key

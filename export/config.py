@@ -1,0 +1,60 @@
+"""Settings of merging and packaging."""
+
+from typing import Literal
+
+from halve.config import Config
+
+
+class MergeConfig(Config):
+    """How an adapter becomes part of its base model."""
+
+    onto: Literal["base", "dequantized", "auto"] = "base"
+    """base: onto the stored weights. dequantized: onto the weights as NF4 rounds them, which is what
+    QLoRA trained on. auto: makes both, scores both on `select` and keeps the better."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type that the student's weights are stored in."""
+    langs: tuple[str, ...] = ()
+    """Languages that `auto` scores; those that the adapter was tuned for where empty."""
+    select_segments: int | None = None
+    """`auto` scores at most so many segments of `select`, spread evenly over it."""
+    batch_size: int = 16
+    """Segments translated at once while scoring."""
+    requantized: bool = False
+    """With `auto`: also scores the adapter on its quantised base and each student quantised to NF4
+    again, for students that will be stored in 4 bits."""
+    verify: Literal["full", "structure"] = "full"
+    """full: loads the student in stock transformers; structure: compares its files' headers with the
+    base model's, in little memory."""
+    max_shard_bytes: int = 1_000_000_000
+    """A file of weights is at most so large."""
+
+
+class PackageConfig(Config):
+    """What a student is packaged as."""
+
+    target: Literal["checkpoint", "onnx", "gguf"] = "onnx"
+    """checkpoint: for stock transformers; onnx: for onnxruntime on the CPU."""
+    precision: Literal["bf16", "nf4", "fp32", "fp16", "int8", "int4"] = "int8"
+    """bf16 or nf4 of a checkpoint; fp32, int8 or int4 of an ONNX package."""
+    langs: tuple[str, ...] = ()
+    """Languages that the package translates into; those of the corpus where empty."""
+    parity_segments: int | None = None
+    """Compares the package with its student on at most so many segments of `select`; all where None."""
+    max_drop: float = 1.0
+    """The most points of the selection metric that a quantised package may lose to its student."""
+    force: bool = False
+    """Keeps a package that is not faithful enough, and marks it."""
+    block_size: int = 32
+    """Weights that share a scale in an int8 or int4 package: 16, 32, 64 or 128."""
+    head_bits: Literal[4, 8] | None = None
+    """Bits of the head's weights; those of `precision` where None."""
+    embedding_bits: Literal[4, 8] | None = None
+    """Bits of the embedding table; those of `precision` where None."""
+    encoder_bits: Literal[4, 8, 32] = 8
+    """Bits of the audio encoder's linear layers in an int8 or int4 package."""
+    batch_size: int = 8
+    """Segments translated at once in the parity check."""
+    seed: int = 0
+    """Of the bootstrap that gives the score difference its interval."""
+    max_shard_bytes: int = 1_000_000_000
+    """A file of a checkpoint's weights is at most so large."""

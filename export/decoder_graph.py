@@ -1,0 +1,199 @@
+"""The ONNX graph of a Llama-layout text decoder with a key-value cache in place.
+
+RMS norm, rotary grouped-query attention, gated SiLU: Llama, Mistral and Qwen2 are of this layout. The
+cache's inputs and outputs are bound to the same buffers, so that a step writes one position and copies
+none. Rows of a batch may be of different lengths: each has its own in `last_positions`.
+"""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from export.geometry import Geometry
+from export.graph import FUSED, GraphWriter
+from halve.errors import FamilyError
+
+FloatArray = NDArray[np.float32]
+Read = Callable[[str], FloatArray]
+
+_LAYER_WEIGHTS = {
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    *(f"self_attn.{part}_proj.weight" for part in "qkvo"),
+    *(f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+}
+_QKV_BIASES = {f"self_attn.{part}_proj.bias" for part in "qkv"}
+
+
+def geometry_of(config: Any) -> Geometry:
+    """Reads a transformers text configuration.
+
+    Raises:
+        FamilyError: it asks for what this layout has not.
+    """
+    rope = dict(config.rope_parameters or {})
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    for name, found, expected in (
+        ("rotary embeddings", rope.get("rope_type", "default"), "default"),
+        ("activation", config.hidden_act, "silu"),
+        ("attention", "/".join(sorted(layer_types)), "full_attention"),
+    ):
+        if found != expected:
+            raise _unsupported(f"{name} of type {found!r}", repr(expected))
+    heads = int(config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1.0) / np.float32(rope["rope_theta"]) ** exponents
+    return Geometry(
+        layers=int(config.num_hidden_layers),
+        hidden=int(config.hidden_size),
+        heads=heads,
+        kv_heads=int(config.num_key_value_heads),
+        head_dim=head_dim,
+        vocabulary=int(config.vocab_size),
+        norm_epsilon=float(config.rms_norm_eps),
+        max_positions=int(config.max_position_embeddings),
+        rotary_frequencies=tuple(float(value) for value in frequencies),
+    )
+
+
+def _unsupported(found: str, expected: str) -> FamilyError:
+    return FamilyError(
+        f"A decoder with {found} cannot be written as ONNX yet",
+        expected=expected,
+        mend="package this model with --target checkpoint",
+    )
+
+
+def check_layer(suffixes: Collection[str]) -> bool:
+    """Whether a layer of these tensors has attention biases.
+
+    Raises:
+        FamilyError: tensors are missing, or there are others.
+    """
+    biases = set(suffixes) & _QKV_BIASES
+    other = set(suffixes) ^ _LAYER_WEIGHTS ^ biases
+    if other or biases not in (set(), _QKV_BIASES):
+        raise _unsupported(
+            f"layers that differ in {', '.join(sorted(other or biases))}", "a Llama layout"
+        )
+    return bool(biases)
+
+
+class DecoderWriter:
+    """Writes `decoder.onnx`.
+
+    Inputs: inputs_embeds (batch, steps, hidden), last_positions (batch,) int32, total_positions ()
+    int32, cosines and sines (positions, head_dim / 2), past_key.N and past_value.N (batch, kv heads,
+    capacity, head_dim). Outputs: logits (batch, vocabulary) of the last step, key.N, value.N.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        geometry: Geometry,
+        biased: bool,
+        bits: int,
+        head_bits: int,
+        block_size: int,
+    ) -> None:
+        self._graph = GraphWriter(folder, "decoder")
+        self._geometry = geometry
+        self._biased = biased
+        self._bits, self._head_bits, self._block_size = bits, head_bits, block_size
+
+    def write(self, layers: str, norm_key: str, head_key: str, read: Read) -> list[Path]:
+        """Writes the graph; `layers` is the prefix of the layers' keys on disk, before their number."""
+        graph, geometry = self._graph, self._geometry
+        hidden = graph.input("inputs_embeds", ["batch", "steps", geometry.hidden])
+        graph.input("last_positions", ["batch"], TensorProto.INT32)
+        graph.input("total_positions", [], TensorProto.INT32)
+        for name in ("cosines", "sines"):
+            graph.input(name, ["positions", geometry.head_dim // 2])
+        norm = graph.weight("layers.0.norm", read(f"{layers}0.input_layernorm.weight"))
+        epsilon = geometry.norm_epsilon
+        normed = graph.node(
+            "SimplifiedLayerNormalization", [hidden, norm], axis=-1, epsilon=epsilon
+        )
+        for layer in range(geometry.layers):
+            last = layer + 1 == geometry.layers
+            following = norm_key if last else f"{layers}{layer + 1}.input_layernorm.weight"
+            prefix = f"{layers}{layer}."
+            normed, hidden = self._layer(layer, prefix, normed, hidden, read, read(following))
+        flat = graph.node("Squeeze", [normed, graph.integers([1])])
+        logits = graph.linear(
+            "head", flat, read(head_key), bits=self._head_bits, block_size=self._block_size
+        )
+        graph.nodes("Identity", [logits], ["logits"])
+        graph.output("logits", ["batch", geometry.vocabulary])
+        return graph.save()
+
+    def _layer(
+        self, layer: int, prefix: str, normed: str, hidden: str, read: Read, next_norm: FloatArray
+    ) -> tuple[str, str]:
+        """One layer; returns the next norm's output and the residual stream."""
+        attended = self._attention(layer, prefix, normed, read)
+        if layer + 1 == self._geometry.layers:
+            # Only the last step's logits are wanted, and nothing after this mixes steps.
+            last = self._graph.integers([-1])
+            attended = self._graph.node("Gather", [attended, last], axis=1)
+            hidden = self._graph.node("Gather", [hidden, last], axis=1)
+        out = self._linear(
+            f"layers.{layer}.output", attended, read(f"{prefix}self_attn.o_proj.weight")
+        )
+        norm = read(f"{prefix}post_attention_layernorm.weight")
+        normed, hidden = self._add_and_norm(f"layers.{layer}.mlp_norm", hidden, out, norm)
+        down = self._mlp(layer, prefix, normed, read)
+        return self._add_and_norm(f"layers.{layer}.next_norm", hidden, down, next_norm)
+
+    def _linear(self, name: str, x: str, weight: FloatArray, bias: FloatArray | None = None) -> str:
+        return self._graph.linear(
+            name, x, weight, bias, bits=self._bits, block_size=self._block_size
+        )
+
+    def _attention(self, layer: int, prefix: str, normed: str, read: Read) -> str:
+        graph, geometry = self._graph, self._geometry
+        parts = [f"{prefix}self_attn.{part}_proj" for part in "qkv"]
+        weight = np.concatenate([read(f"{part}.weight") for part in parts])
+        bias = np.concatenate([read(f"{part}.bias") for part in parts]) if self._biased else None
+        packed = self._linear(f"layers.{layer}.qkv", normed, weight, bias)
+        shape: list[str | int] = ["batch", geometry.kv_heads, "capacity", geometry.head_dim]
+        key = graph.input(f"past_key.{layer}", shape)
+        value = graph.input(f"past_value.{layer}", shape)
+        attended, _, _ = graph.nodes(
+            "GroupQueryAttention",
+            [packed, "", "", key, value, "last_positions", "total_positions", "cosines", "sines"],
+            [None, f"key.{layer}", f"value.{layer}"],
+            FUSED,
+            num_heads=geometry.heads,
+            kv_num_heads=geometry.kv_heads,
+            do_rotary=1,
+        )
+        graph.output(f"key.{layer}", shape)
+        graph.output(f"value.{layer}", shape)
+        return attended
+
+    def _mlp(self, layer: int, prefix: str, normed: str, read: Read) -> str:
+        graph = self._graph
+        parts = [read(f"{prefix}mlp.{part}_proj.weight") for part in ("gate", "up")]
+        both = self._linear(f"layers.{layer}.gate_up", normed, np.concatenate(parts))
+        gate, up = graph.nodes("Split", [both], [None, None], axis=-1, num_outputs=2)
+        # x * sigmoid(alpha * x) with alpha 1 is SiLU.
+        gated = graph.node("Mul", [graph.node("QuickGelu", [gate], FUSED, alpha=1.0), up])
+        return self._linear(f"layers.{layer}.down", gated, read(f"{prefix}mlp.down_proj.weight"))
+
+    def _add_and_norm(
+        self, name: str, hidden: str, addend: str, norm: FloatArray
+    ) -> tuple[str, str]:
+        normed, _, _, total = self._graph.nodes(
+            "SkipSimplifiedLayerNormalization",
+            [hidden, addend, self._graph.weight(name, norm)],
+            [None, "", "", None],
+            FUSED,
+            epsilon=self._geometry.norm_epsilon,
+        )
+        return normed, total

@@ -1,0 +1,218 @@
+"""Greedy decoding on an ONNX decoder: rows of a batch come and go, each at its own length.
+
+A row's cache lies in a slot of buffers that the graph reads and writes in place. A new row's prompt is
+read alone, unpadded, straight into its slot, so that it computes what it computes without neighbours;
+from then on all rows take a step together. A row that stops makes way at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from export.geometry import Geometry, rotary_table
+from halve.errors import InputError
+from halve.translate import is_looping
+
+FloatArray = NDArray[np.float32]
+
+_CAPACITY_STEP = 64
+
+
+def open_session(path: Path, threads: int | None, *, spin: bool) -> onnxruntime.InferenceSession:
+    """Opens a graph for the CPU.
+
+    Args:
+        threads: None leaves the choice to onnxruntime.
+        spin: whether idle threads wait actively after a run: right for many short runs.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False  # shapes change from run to run
+    options.log_severity_level = 3
+    if not spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@dataclass
+class Row:
+    """One translation under way."""
+
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    stopped: str = ""
+    """end, limit or loop; empty while it goes on."""
+    length: int = 0
+    """Positions in the cache."""
+
+
+class Decoder:
+    """A decoder graph with what it takes to drive it."""
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        geometry: Geometry,
+        embed: Callable[[Sequence[int]], FloatArray],
+        end_ids: Sequence[int],
+        stop_loops: bool = False,
+    ) -> None:
+        self.session = session
+        self.geometry = geometry
+        self.embed = embed
+        self._ends = frozenset(end_ids)
+        self._stop_loops = stop_loops
+
+    def take(self, row: Row, token: int) -> None:
+        """Notes the token a row says next, and whether it stops there."""
+        if token in self._ends:
+            row.stopped = "end"
+            return
+        row.tokens.append(token)
+        if len(row.tokens) >= row.limit:
+            row.stopped = "limit"
+        elif self._stop_loops and is_looping(row.tokens):
+            row.stopped = "loop"
+
+
+class DecodeBatch:
+    """Up to `slots` rows that take their steps together."""
+
+    def __init__(self, decoder: Decoder, slots: int, capacity: int) -> None:
+        """`capacity`: positions a row may take (prompt, audio and tokens); it grows when it must."""
+        self._decoder = decoder
+        self._slots = slots
+        self.rows: list[Row] = []
+        geometry = decoder.geometry
+        self._embeddings = np.zeros((slots, 1, geometry.hidden), np.float32)
+        self._logits = np.zeros((slots, geometry.vocabulary), np.float32)
+        self._last = np.zeros(slots, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._allocate(capacity)
+
+    @property
+    def free(self) -> int:
+        """Slots without a row."""
+        return self._slots - len(self.rows)
+
+    def add(self, inputs: FloatArray, limit: int) -> Row:
+        """Reads a prompt and takes its first token; the row stays unless it stops with that.
+
+        Args:
+            inputs: embeddings of prompt and audio, (positions, hidden).
+
+        Raises:
+            InputError: no slot is free, or the row cannot fit the model's positions.
+        """
+        if not self.free:
+            raise InputError(f"All {self._slots} slots are taken", expected="one free slot")
+        need, most = len(inputs) + limit, self._decoder.geometry.max_positions
+        if need > most:
+            raise InputError(
+                f"{len(inputs)} positions of prompt and audio and {limit} new tokens",
+                expected=f"at most {most} positions together",
+                mend="cut the audio, or lower the token limit",
+            )
+        if need > self._capacity:
+            self._allocate(need)
+        row = Row(limit, length=len(inputs))
+        self._decoder.take(row, self._prefill(inputs))
+        if not row.stopped:
+            self.rows.append(row)
+        return row
+
+    def step(self) -> list[Row]:
+        """One token for every row; returns the rows that stopped, which have left."""
+        count = len(self.rows)
+        if not count:
+            return []
+        tokens = [row.tokens[-1] for row in self.rows]
+        self._embeddings[:count, 0] = self._decoder.embed(tokens)
+        lengths = [row.length for row in self.rows]
+        self._last[:count] = lengths
+        self._total[...] = max(lengths) + 1
+        self._decoder.session.run_with_iobinding(self._binding(count))
+        chosen = self._logits[:count].argmax(axis=1)
+        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+            row.length += 1
+            self._decoder.take(row, token)
+        stopped = [row for row in self.rows if row.stopped]
+        for row in stopped:
+            self.remove(row)
+        return stopped
+
+    def remove(self, row: Row) -> None:
+        """Frees a row's slot (a cancelled row, or one that stopped); the last row moves into it."""
+        slot = next(i for i, kept in enumerate(self.rows) if kept is row)
+        last = self.rows.pop()
+        if last is row:
+            return
+        self.rows[slot] = last
+        for cache in self._caches:
+            cache[slot, :, : last.length] = cache[len(self.rows), :, : last.length]
+
+    def _allocate(self, capacity: int) -> None:
+        """Makes buffers of at least `capacity` positions and keeps the rows' caches."""
+        geometry = self._decoder.geometry
+        capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        shape = (self._slots, geometry.kv_heads, capacity, geometry.head_dim)
+        old = getattr(self, "_caches", [])
+        self._caches = [np.empty(shape, np.float32) for _ in range(2 * geometry.layers)]
+        for before, after in zip(old, self._caches, strict=False):
+            for slot, row in enumerate(self.rows):
+                after[slot, :, : row.length] = before[slot, :, : row.length]
+        self._capacity = capacity
+        self._rotary = rotary_table(geometry, capacity)
+        self._bindings: dict[int, Any] = {}
+
+    def _binding(self, count: int) -> Any:
+        """The binding of a step of `count` rows, made once."""
+        if count not in self._bindings:
+            rows = slice(0, count)
+            self._bindings[count] = self._bind(
+                rows, self._embeddings[rows], self._last[rows], self._total, self._logits[rows]
+            )
+        return self._bindings[count]
+
+    def _prefill(self, inputs: FloatArray) -> int:
+        slot = len(self.rows)
+        embeddings = np.ascontiguousarray(inputs, dtype=np.float32)[None]
+        last = np.array([len(inputs) - 1], np.int32)
+        total = np.array(len(inputs), np.int32)
+        logits = np.empty((1, self._decoder.geometry.vocabulary), np.float32)
+        binding = self._bind(slice(slot, slot + 1), embeddings, last, total, logits)
+        self._decoder.session.run_with_iobinding(binding)
+        return int(logits[0].argmax())
+
+    def _bind(
+        self,
+        rows: slice,
+        embeddings: FloatArray,
+        last: NDArray[np.int32],
+        total: NDArray[np.int32],
+        logits: FloatArray,
+    ) -> Any:
+        """Binds a run on some rows' slots; numpy keeps the memory, onnxruntime copies none of it."""
+        binding = self._decoder.session.io_binding()
+        value = onnxruntime.OrtValue.ortvalue_from_numpy
+        for name, array in (
+            ("inputs_embeds", embeddings),
+            ("last_positions", last),
+            ("total_positions", total),
+            ("cosines", self._rotary[0]),
+            ("sines", self._rotary[1]),
+        ):
+            binding.bind_ortvalue_input(name, value(array))
+        binding.bind_ortvalue_output("logits", value(logits))
+        for index, cache in enumerate(self._caches):
+            name = f"{'value' if index % 2 else 'key'}.{index // 2}"
+            shared = value(cache[rows])
+            binding.bind_ortvalue_input(f"past_{name}", shared)
+            binding.bind_ortvalue_output(name, shared)
+        return binding

@@ -1,0 +1,82 @@
+"""package.json: everything a runtime must know of a package, in plain numbers."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export.frontend import LogMel
+from export.geometry import Geometry
+from halve.artefact import read_json, write_json
+from halve.errors import ArtefactError
+
+MANIFEST = "package.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts of one package."""
+
+    target: str
+    precision: str
+    family: str
+    languages: list[str]
+    max_audio_s: float
+    sample_rate_hz: int
+    prompt: dict[str, tuple[list[int], list[int]]]
+    """Token ids before and after the audio, by language code."""
+    end_ids: list[int]
+    files: list[str]
+    parity: dict[str, Any] = field(default_factory=dict)
+    onnx: dict[str, Any] | None = None
+    """Of an ONNX package: front_end, decoder, bits."""
+
+    @property
+    def front_end(self) -> LogMel:
+        """Parameters of the audio front end."""
+        return LogMel(**self._of_onnx("front_end"))
+
+    @property
+    def decoder(self) -> Geometry:
+        """Sizes of the decoder."""
+        facts = dict(self._of_onnx("decoder"))
+        return Geometry(**{**facts, "rotary_frequencies": tuple(facts["rotary_frequencies"])})
+
+    @property
+    def embedding_bits(self) -> int:
+        """Bits that an embedding is stored in."""
+        return int(self._of_onnx("bits")["embeddings"])
+
+    def _of_onnx(self, key: str) -> Any:
+        if self.onnx is None:
+            raise ArtefactError(f"This package is of target {self.target}", expected="target onnx")
+        return self.onnx[key]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes package.json."""
+    write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **asdict(manifest)})
+
+
+def read_manifest(folder: Path, target: str | None = None) -> Manifest:
+    """Reads package.json.
+
+    Raises:
+        ArtefactError: none there, of a newer halve, incomplete, or of another target.
+    """
+    facts = read_json(folder / MANIFEST)
+    version = facts.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{folder / MANIFEST} has schema version {version}",
+            expected=str(SCHEMA_VERSION),
+            mend="make the package again with this halve, or use a newer one",
+        )
+    try:
+        facts["prompt"] = {code: (ids[0], ids[1]) for code, ids in facts["prompt"].items()}
+        manifest = Manifest(**facts)
+    except (TypeError, KeyError, IndexError) as error:
+        raise ArtefactError(f"{folder / MANIFEST} is incomplete ({error})") from None
+    if target and manifest.target != target:
+        raise ArtefactError(f"{folder} is of target {manifest.target}", expected=target)
+    return manifest

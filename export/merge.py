@@ -1,0 +1,183 @@
+"""Merges an adapter into its base model: the student, an ordinary Hugging Face directory."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export import nf4
+from export.adapter import Adapter, is_adapter, read_adapter
+from export.card import write_card
+from export.checkpoint import write_nf4, write_plain
+from export.config import MergeConfig
+from export.scoring import SelectSet, open_select_sets
+from halve import artefact
+from halve.artefact import Artefact, Draft
+from halve.errors import ArtefactError, InputError
+from halve.families import Family, family_for
+from halve.models import load_model, read_config
+from halve.progress import SILENT, Progress
+from halve.shards import tensor_shapes
+from halve.translate import TorchTranslator
+
+if TYPE_CHECKING:
+    import torch
+
+BASES = ("base", "dequantized")
+
+
+def run_merge(
+    config: MergeConfig,
+    model: Path,
+    adapter: Path,
+    corpus: Path | None,
+    out: Path,
+    progress: Progress = SILENT,
+) -> Artefact:
+    """Makes a student of a (pruned) model and the adapter tuned on it.
+
+    The merge goes shard by shard and never holds the model. A fully tuned model in place of an adapter
+    is the student already: it is only cast.
+
+    Args:
+        corpus: needed by ``onto="auto"`` alone.
+
+    Raises:
+        ArtefactError: the adapter does not fit the model, or files are damaged.
+        InputError: ``auto`` without a corpus.
+    """
+    parents = {"model": model, "adapter": adapter}
+    if config.onto == "auto" and is_adapter(adapter):
+        if corpus is None:
+            raise InputError(
+                "Choosing a base by score needs a corpus", mend="name --corpus or --onto"
+            )
+        parents["corpus"] = corpus
+    recipe = config.model_dump(mode="json")
+    with artefact.writing(out, "student", recipe, 0, parents) as draft:
+        if not is_adapter(adapter):
+            progress.message(f"{adapter} is a whole model: it is the student as it is")
+            write_plain(adapter, draft.path, config.dtype, config.max_shard_bytes)
+            draft.extra["onto"] = "none (fully tuned)"
+        elif config.onto == "auto" and corpus is not None:
+            _merge_better(config, model, adapter, corpus, draft, progress)
+        else:
+            _merge(config, model, adapter, config.onto, draft.path)
+            draft.extra["onto"] = config.onto
+        draft.extra |= _carried(model)
+        _verify(config, model, draft.path)
+        write_card(draft.path, source=model, kind="student", facts=draft.extra)
+    return artefact.read(out, "student")
+
+
+def _merge(config: MergeConfig, model: Path, adapter: Path, onto: str, folder: Path) -> None:
+    family = family_for(read_config(model))
+    transform = _transform(onto, family, read_adapter(adapter, family, tensor_shapes(model)))
+    write_plain(model, folder, config.dtype, config.max_shard_bytes, transform)
+
+
+def _transform(
+    onto: str, family: Family, adapter: Adapter
+) -> "Callable[[str, torch.Tensor], torch.Tensor]":
+    def onto_dequantised(key: str, tensor: "torch.Tensor") -> "torch.Tensor":
+        if nf4.is_quantised(family, key, tensor):
+            tensor = nf4.rounded(key, tensor.float())
+        return adapter.added(key, tensor)
+
+    return onto_dequantised if onto == "dequantized" else adapter.added
+
+
+def _merge_better(
+    config: MergeConfig,
+    model: Path,
+    adapter: Path,
+    corpus: Path,
+    draft: Draft,
+    progress: Progress,
+) -> None:
+    """Makes both students, scores both on `select`, keeps the better (the unquantised base on a tie)."""
+    langs = config.langs or _tuned_languages(adapter)
+    sets = open_select_sets(corpus, langs, config.select_segments)
+    scores: dict[str, dict[str, float]] = {}
+    folders = {onto: draft.work / onto for onto in BASES}
+    with progress.task("merge: score both bases", total=len(BASES)) as advance:
+        for onto, folder in folders.items():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            _merge(config, model, adapter, onto, folder)
+            scores[onto] = _scores(sets, config, folder)
+            if config.requantized:
+                scores[f"{onto}, quantised again"] = _scores_quantised(sets, config, folder)
+            advance(1, _shown(scores[onto]))
+    if config.requantized:
+        scores["adapter on the quantised base"] = _scores(
+            sets, config, model, "bfloat16", quantization="nf4", adapter=adapter
+        )
+    means = {onto: sum(scores[onto].values()) / len(sets) for onto in BASES}
+    better = "dequantized" if means["dequantized"] > means["base"] else "base"
+    for entry in folders[better].iterdir():
+        entry.rename(draft.path / entry.name)
+    draft.extra |= {
+        "onto": better,
+        "select_scores": scores,
+        "select_segments": len(sets[0].segments),
+        "metrics": {each.lang: each.metric for each in sets},
+    }
+
+
+def _scores(
+    sets: list[SelectSet],
+    config: MergeConfig,
+    model: Path,
+    dtype: str = "float32",
+    **options: Any,
+) -> dict[str, float]:
+    translator = TorchTranslator(load_model(model, dtype=dtype, **options))
+    found = {each.lang: each.score(each.translate(translator, config.batch_size)) for each in sets}
+    translator.close()
+    return found
+
+
+def _scores_quantised(
+    sets: list[SelectSet], config: MergeConfig, student: Path
+) -> dict[str, float]:
+    """Scores of a student in the very files that a 4-bit package holds."""
+    folder = student.with_name(f"{student.name}-nf4")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_nf4(student, folder, config.max_shard_bytes)
+    found = _scores(sets, config, folder, "bfloat16")
+    shutil.rmtree(folder)
+    return found
+
+
+def _shown(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{lang} {value:.2f}" for lang, value in scores.items())
+
+
+def _tuned_languages(adapter: Path) -> tuple[str, ...]:
+    """The languages an adapter artefact was tuned for; none where it does not say."""
+    if not (adapter / artefact.RECORD).is_file():
+        return ()
+    return tuple(artefact.read(adapter).recipe.get("langs") or ())
+
+
+def _carried(model: Path) -> dict[str, Any]:
+    """What the base model's record says of its making, for the student's own."""
+    if not (model / artefact.RECORD).is_file():
+        return {}
+    extra = artefact.read(model).extra
+    return {key: extra[key] for key in ("removed", "kept", "base_model") if key in extra}
+
+
+def _verify(config: MergeConfig, model: Path, student: Path) -> None:
+    """Raises ArtefactError where the student does not hold what its config asks for."""
+    if config.verify == "full":
+        speech = load_model(student, dtype=config.dtype, device="cpu")
+        del speech
+        return
+    shapes = [
+        {key: shape for key, (shape, _) in tensor_shapes(path).items()} for path in (model, student)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ArtefactError(f"{student}: the merged tensors are not those of {model}")

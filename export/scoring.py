@@ -1,0 +1,56 @@
+"""Scores on `select`: what merging chooses by, and what packages are judged by."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from halve.audio import FloatArray
+from halve.corpus import Corpus, Segment, read_corpus
+from halve.errors import InputError
+from halve.languages import language
+from halve.metrics import score
+from halve.translate import Translation, Translator
+
+
+class SelectSet:
+    """The segments of `select` in one language, with their audio."""
+
+    def __init__(self, corpus: Corpus, lang: str, limit: int | None) -> None:
+        self.lang = language(lang).code
+        self.metric = language(lang).selection_metric
+        self.segments: list[Segment] = corpus.split("select", self.lang, limit)
+        self.audio: list[FloatArray] = [corpus.audio(segment) for segment in self.segments]
+        self.references = corpus.references(self.segments, self.lang)
+
+    def translate(self, translator: Translator, batch_size: int) -> list[Translation]:
+        """All segments' translations, under the limits that their durations give."""
+        return translator.translate(self.audio, self.lang, batch_size=batch_size)
+
+    def score(self, translations: Sequence[Translation]) -> float:
+        """The corpus score by the language's selection metric."""
+        texts = [translation.text for translation in translations]
+        return score(self.metric, texts, self.references, self.lang).score
+
+
+def languages_of(corpus: Corpus) -> list[str]:
+    """The languages that `select` has references in."""
+    found = {code for s in corpus.segments if s.split == "select" for code in s.references}
+    return sorted(found)
+
+
+def open_select_sets(
+    corpus_path: Path | None, langs: Sequence[str], limit: int | None
+) -> list[SelectSet]:
+    """The select sets of `langs`, of all the corpus's languages where that is empty.
+
+    Raises:
+        InputError: there is no corpus.
+        CorpusError: it has no such segments.
+    """
+    if corpus_path is None:
+        raise InputError(
+            "Scoring needs a corpus",
+            expected="a corpus with a `select` split",
+            mend="name --corpus",
+        )
+    corpus = read_corpus(corpus_path)
+    return [SelectSet(corpus, lang, limit) for lang in langs or languages_of(corpus)]

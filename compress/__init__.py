@@ -1,0 +1,1 @@
+"""Layer importance, pruning, distillation and tuning: from a teacher to a student."""

@@ -1,0 +1,167 @@
+"""Settings of the stages that make a student. No torch: the command line reads them for its help."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from halve.config import Config
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Langs = Annotated[tuple[str, ...], Field(min_length=1)]
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["float32", "bfloat16"]
+
+
+class TrainingConfig(Config):
+    """What full fine-tuning and adapter tuning have in common."""
+
+    langs: Langs
+    """Target languages; the model learns them together."""
+    epochs: Positive = 3
+    """Passes over the training rows."""
+    max_steps: Positive | None = None
+    """Stop after so many optimiser steps, if that is before the epochs end."""
+    batch_size: Positive = 4
+    """Training rows (one text of one segment) in an optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls, to zero at the end."""
+    warmup: Fraction = 0.0
+    """Share of the steps over which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay; norms and biases have none."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    label_smoothing: Fraction = 0.0
+    """Probability mass spread over the vocabulary in the loss."""
+    spec_mask: Fraction = 0.0
+    """Share of the audio's positions blanked in each step, in spans (after SpecAugment)."""
+    share_audio: bool = True
+    """Run all texts of a segment behind one copy of its audio: the same loss for less work."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass: slower, and far less memory."""
+    checkpoint_every: Positive = 50
+    """Steps between checkpoints; a killed run goes on from the last one."""
+    eval_every: Positive | None = None
+    """Steps between scores on `select`; once an epoch if not given."""
+    select_segments: Annotated[int, Field(ge=0)] | None = None
+    """How many `select` segments are scored; all if not given, 0 for none (the last state is kept)."""
+    patience: Positive | None = None
+    """Stop after so many scores in a row that are no better than the best."""
+    train_segments: Positive | None = None
+    """Use so many segments of `train`, spread evenly; all if not given."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    seed: int = 0
+    """Order of the batches and every other choice made by chance."""
+
+
+class TeachConfig(TrainingConfig):
+    """Full fine-tuning of the base model on the corpus: the teacher."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.001
+    """AdamW's decoupled weight decay; norms and biases have none."""
+    transcribe: bool = False
+    """Also learn to transcribe: a help for models that must first learn to hear."""
+    freeze_audio: bool = True
+    """Leave the audio tower as it is, and compute its states only once."""
+    projector_factor: Annotated[float, Field(gt=0)] = 1.0
+    """The projector's learning rate as a multiple of the rest's."""
+    projector_only_steps: Annotated[int, Field(ge=0)] = 0
+    """First train the projector alone for so many steps: spares a decoder that knows text only."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stop after so many minutes of training, the schedule following the clock. No two such runs are alike."""
+    precision: Precision = "bfloat16"
+    """Arithmetic: bfloat16 is autocast over float32 weights."""
+    weights: Precision = "float32"
+    """How weights and optimiser state are kept; bfloat16 takes half the memory and learns less finely."""
+
+
+class ImportanceConfig(Config):
+    """The layer-importance search."""
+
+    remove: Positive
+    """How many decoder layers to remove."""
+    lang: str
+    """Target language whose translations are scored."""
+    metric: str | None = None
+    """Selection metric; the language's own if not given (chrF++, or chrF for Chinese)."""
+    method: Literal[
+        "exact",
+        "reference",
+        "bounded",
+        "racing",
+        "block-influence",
+        "angular",
+        "loss",
+        "random",
+        "middle",
+    ] = "exact"
+    """exact ranks as the paper does; reference keeps the paper's one-by-one procedure; bounded and racing stop early what cannot, or will hardly, win; the others do not translate."""
+    split: Literal["select", "train", "test"] = "select"
+    """Split that layers are ranked on; test is refused."""
+    segments: Positive | None = None
+    """How many segments are scored, spread evenly; all if not given."""
+    batch_size: Positive = 128
+    """The most segments worked on at once."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the search."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Most memory for what the search keeps beside the model; two fifths of the device's if not given."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
+    """How sure racing must be that a candidate will not win before it stops it."""
+    seed: int = 0
+    """Choices made by chance: random's layers, racing's resamples."""
+
+
+class PruneConfig(Config):
+    """Cutting decoder layers out."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers to remove, numbered from 0; those of the plan if not given."""
+    verify: Literal["structure", "full", "none"] = "structure"
+    """structure checks keys, shapes and hashes; full reloads in stock transformers and compares logits."""
+
+
+class DistillConfig(Config):
+    """Sequence-level knowledge distillation: the teacher translates the training audio."""
+
+    langs: Langs
+    """Target languages."""
+    splits: tuple[Literal["train", "select"], ...] = ("train",)
+    """Splits to translate; `test` is never one of them."""
+    limit: Positive | None = None
+    """Translate so many segments of each split, spread evenly; all if not given."""
+    batch_size: Positive = 32
+    """Segments translated at once."""
+    max_length_ratio: Annotated[float, Field(gt=1)] = 2.0
+    """Drop a translation whose length in characters is more than so many times the reference's, or less than its inverse."""
+    min_score: Annotated[float, Field(ge=0, le=100)] = 10.0
+    """Drop a translation whose sentence score in the selection metric is below this: a wrong one."""
+    dtype: str = "float32"
+    """Arithmetic of the teacher."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    seed: int = 0
+    """Kept with the artefact; greedy translation leaves nothing to chance."""
+
+
+class TuneConfig(TrainingConfig):
+    """Tuning the pruned model on references and the teacher's translations."""
+
+    method: Literal["qlora", "lora", "full"] = "qlora"
+    """qlora trains an adapter over NF4 weights, lora over plain ones; full trains the decoder and writes a student."""
+    rank: Positive = 64
+    """Rank of the adapter."""
+    alpha: Positive = 128
+    """Scale of the adapter, divided by the rank's root (rsLoRA) or the rank."""
+    rslora: bool = True
+    """Rank-stabilised scaling (Kalajdzievski 2023)."""
+    dropout: Fraction = 0.0
+    """Dropout in front of the adapter."""
+    patience: Positive | None = 3
+    """Stop after so many scores in a row that are no better than the best."""
+    precision: Precision = "bfloat16"
+    """Arithmetic: bfloat16 is autocast; frozen weights are then kept in bfloat16 too."""

@@ -1,0 +1,127 @@
+"""Training rows: which texts a model learns from which segment, and their tokens."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compress.collate import Branch, TrainingSequence
+from halve.artefact import read_jsonl
+from halve.corpus import Corpus, Segment
+from halve.errors import CorpusError, FamilyError
+from halve.families import TRANSCRIBE
+from halve.languages import language
+from halve.models import SpeechModel
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text of one segment."""
+
+    id: str
+    """The segment's id."""
+    lang: str
+    text: str
+    origin: str
+    """reference, teacher, or transcript."""
+
+    def record(self) -> dict[str, str]:
+        """The line of rows.jsonl."""
+        return {"id": self.id, "lang": self.lang, "text": self.text, "origin": self.origin}
+
+
+def segments_for(
+    corpus: Corpus, split: str, langs: Sequence[str], limit: int | None
+) -> list[Segment]:
+    """Segments of a split that have a reference in any of the languages, in the manifest's order.
+
+    Raises:
+        CorpusError: a language has none at all.
+    """
+    wanted = {segment.id for lang in langs for segment in corpus.split(split, lang)}
+    found = [segment for segment in corpus.split(split) if segment.id in wanted]
+    if limit is not None and limit < len(found):
+        found = [found[index * len(found) // limit] for index in range(limit)]
+    return found
+
+
+def reference_rows(
+    segments: Iterable[Segment], langs: Sequence[str], transcribe: bool = False
+) -> list[Row]:
+    """The segments' references, and their transcripts if asked."""
+    rows = []
+    for segment in segments:
+        for lang in langs:
+            if segment.references.get(lang, "").strip():
+                rows.append(Row(segment.id, lang, segment.references[lang].strip(), "reference"))
+        if transcribe and segment.source_text.strip():
+            text = segment.source_text.strip()
+            rows.append(Row(segment.id, segment.source_lang, text, "transcript"))
+    return rows
+
+
+def read_rows(path: Any, segments: Sequence[Segment], langs: Sequence[str]) -> list[Row]:
+    """The rows.jsonl of a translations artefact, for these segments and languages.
+
+    Raises:
+        CorpusError: none of its rows fits.
+    """
+    ids = {segment.id for segment in segments}
+    rows = [Row(**record) for record in read_jsonl(path)]
+    found = [row for row in rows if row.id in ids and row.lang in langs]
+    if not found:
+        raise CorpusError(
+            f"{path} has no row for this corpus in {', '.join(langs)}",
+            expected="translations made from the same corpus and language",
+            mend="run `halve distill` with this corpus and --lang",
+        )
+    return found
+
+
+def build_sequences(
+    speech: SpeechModel, segments: Sequence[Segment], rows: Sequence[Row], share_audio: bool
+) -> list[TrainingSequence]:
+    """Rows as token sequences, in the segments' order; a segment's rows share one if asked.
+
+    Raises:
+        FamilyError: the prompt leaves nothing to predict the first token from.
+    """
+    by_segment: dict[str, list[Row]] = {}
+    for row in rows:
+        by_segment.setdefault(row.id, []).append(row)
+    end = end_token(speech)
+    prompts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    sequences = []
+    for place, segment in enumerate(segments):
+        heads: dict[tuple[int, ...], list[Branch]] = {}
+        for row in by_segment.get(segment.id, ()):
+            head, tail = _prompt(speech, row, prompts)
+            heads.setdefault(head, []).append(Branch(tail, (*_tokens(speech, row.text), end)))
+        for head, branches in heads.items():
+            parts = [tuple(branches)] if share_audio else [(branch,) for branch in branches]
+            sequences += [TrainingSequence(place, head, part) for part in parts]
+    return sequences
+
+
+def end_token(speech: SpeechModel) -> int:
+    """The token that a translation is taught to end with: the tokenizer's own, if generation stops there."""
+    ends = speech.family.end_ids(speech.model)
+    own = speech.processor.tokenizer.eos_token_id
+    return own if own in ends else ends[0]
+
+
+def _prompt(
+    speech: SpeechModel, row: Row, known: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    family = speech.family
+    asked = TRANSCRIBE if row.origin == "transcript" else family.instruction(language(row.lang))
+    if asked not in known:
+        head, tail = family.prompt_ids(speech.processor, asked)
+        if not tail:
+            raise FamilyError(f"The {family.name} prompt has no token after the audio")
+        known[asked] = (tuple(head), tuple(tail))
+    return known[asked]
+
+
+def _tokens(speech: SpeechModel, text: str) -> list[int]:
+    encoded: Mapping[str, list[int]] = speech.processor.tokenizer(text, add_special_tokens=False)
+    return list(encoded["input_ids"])

@@ -1,0 +1,124 @@
+"""The audio tower's states of every training segment: computed once, kept on disk, read at random.
+
+A frozen tower gives the same states in every epoch. They are appended to one flat file of float16
+(`states.bin`) a chunk at a time, each chunk then noted in `index.jsonl`: a killed run loses at most the
+chunk being written, and only a memory map is ever open on what may be many gigabytes.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halve.artefact import append_jsonl, identity, read_json, read_jsonl, write_json
+from halve.corpus import Corpus, Segment
+from halve.models import SpeechModel
+from halve.progress import SILENT, Progress
+
+CHUNK_SEGMENTS = 64
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+class AudioStates(Protocol):
+    """Where training takes the audio's states from."""
+
+    lengths: Sequence[int]
+    """Positions of each segment, or what is proportional to them: for sorting by length."""
+
+    def read(self, segment: int) -> Tensor:
+        """Tower states of one segment: (positions, width)."""
+        ...
+
+
+class LiveStates:
+    """States computed anew at each call, with gradients: for a tower that trains."""
+
+    def __init__(self, speech: SpeechModel, corpus: Corpus, segments: Sequence[Segment]) -> None:
+        self._speech, self._corpus, self._segments = speech, corpus, segments
+        self.lengths = [round(100 * segment.duration_s) for segment in segments]
+
+    def read(self, segment: int) -> Tensor:
+        """See AudioStates."""
+        speech = self._speech
+        audio = self._corpus.audio(self._segments[segment])
+        return speech.family.encode(speech.model, speech.processor, audio)
+
+
+class StoredStates:
+    """States read from a finished store."""
+
+    def __init__(self, folder: Path) -> None:
+        chunks = read_jsonl(folder / "index.jsonl")
+        self.lengths = [length for chunk in chunks for length in chunk["positions"]]
+        self._starts = [0, *accumulate(self.lengths)]
+        width = read_json(folder / "meta.json")["width"]
+        shape = (self._starts[-1], width)
+        self._states = np.memmap(folder / "states.bin", np.float16, "r", shape=shape)
+
+    def read(self, segment: int) -> Tensor:
+        """See AudioStates; float16."""
+        start, end = self._starts[segment : segment + 2]
+        return torch.from_numpy(np.array(self._states[start:end]))
+
+
+def store_states(
+    speech: SpeechModel,
+    corpus: Corpus,
+    segments: Sequence[Segment],
+    folder: Path,
+    progress: Progress = SILENT,
+) -> StoredStates:
+    """The segments' states out of `folder`, after computing those that are not there yet.
+
+    A store made with another tower or from other segments is thrown away. About 19 kB a second of audio
+    at Whisper tiny's width, 64 kB at Qwen2-Audio's.
+    """
+    key = _key(speech, corpus, segments)
+    meta = folder / "meta.json"
+    if not meta.is_file() or read_json(meta)["key"] != key:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        width = int(_encode(speech, corpus, segments[0]).shape[1])
+        write_json(meta, {"key": key, "width": width})
+    width = read_json(meta)["width"]
+    chunks = read_jsonl(folder / "index.jsonl")
+    done = sum(len(chunk["positions"]) for chunk in chunks)
+    size_bytes = 2 * width * sum(sum(chunk["positions"]) for chunk in chunks)
+    with (
+        open(folder / "states.bin", "ab") as file,
+        progress.task("Encoding audio", len(segments), done) as advance,
+    ):
+        file.truncate(size_bytes)  # what a kill left of an unfinished chunk
+        for start in range(done, len(segments), CHUNK_SEGMENTS):
+            chunk = segments[start : start + CHUNK_SEGMENTS]
+            positions = []
+            for segment in chunk:
+                states = _encode(speech, corpus, segment)
+                file.write(states.tobytes())
+                positions.append(len(states))
+                advance()
+            file.flush()
+            append_jsonl(folder / "index.jsonl", {"positions": positions})
+    return StoredStates(folder)
+
+
+def _encode(speech: SpeechModel, corpus: Corpus, segment: Segment) -> np.ndarray:
+    with torch.inference_mode():
+        states = speech.family.encode(speech.model, speech.processor, corpus.audio(segment))
+        return states.float().clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
+
+
+def _key(speech: SpeechModel, corpus: Corpus, segments: Sequence[Segment]) -> str:
+    """Stands for the tower's weights, their type, the corpus and the segments in their order."""
+    digest = hashlib.sha256(f"{identity(corpus.path)} {speech.dtype}\n".encode())
+    for name, tensor in sorted(speech.part(speech.family.audio_tower).state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update("\n".join(segment.id for segment in segments).encode())
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""Full fine-tuning: a base model becomes the teacher."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import Parameter
+
+from compress.config import TeachConfig, TrainingConfig
+from compress.loop import Scores, Training, checkpoint_activations, train
+from compress.rows import build_sequences, reference_rows, segments_for
+from compress.states import AudioStates, LiveStates, store_states
+from halve import artefact
+from halve.artefact import Artefact, Draft
+from halve.corpus import Corpus, Segment, read_corpus
+from halve.languages import language, token_limit
+from halve.metrics import score
+from halve.models import SpeechModel, load_model, resolve_model
+from halve.progress import SILENT, Progress
+from halve.shards import copy_side_files
+from halve.translate import TorchTranslator
+
+SCORE_BATCH = 40
+"""Segments translated at once when `select` is scored."""
+
+
+def run_teach(
+    config: TeachConfig,
+    model: str | Path,
+    corpus: Path,
+    out: Path,
+    progress: Progress = SILENT,
+    *,
+    states_dir: Path | None = None,
+) -> Artefact:
+    """Fine-tunes a model on the `train` split, and keeps the state that translates `select` best.
+
+    Writes an ordinary model directory in bfloat16 with `history.jsonl`. A killed run goes on from its last
+    checkpoint, on another machine too if the partial directory beside `out` is taken there, and ends with
+    the same bytes on the same machine, versions and threads, unless `max_minutes` is set.
+
+    Args:
+        states_dir: where the frozen tower's states are kept between runs; with the resume state if not given.
+
+    Raises:
+        InputError: a corpus, model or setting that cannot be used.
+    """
+    base = resolve_model(model)
+    recipe = config.model_dump(mode="json")
+    parents = {"model": base, "corpus": Path(corpus)}
+    with artefact.writing(Path(out), "teacher", recipe, config.seed, parents) as draft:
+        speech = load_model(base, dtype=config.weights, device=config.device)
+        data = read_corpus(corpus)
+        training = _prepare(config, speech, data, draft, states_dir, progress)
+        state = train(training, progress)
+        write_history(draft, state.history)
+        draft.extra = {
+            "steps": state.step,
+            "best_step": state.best_step,
+            "score": state.best_score,
+            "langs": list(config.langs),
+            "family": speech.family.name,
+        }
+        draft.timing("training", state.elapsed_s, steps=state.step)
+        save_model(speech, base, draft.path)
+    return artefact.read(out, "teacher")
+
+
+def _prepare(
+    config: TeachConfig,
+    speech: SpeechModel,
+    corpus: Corpus,
+    draft: Draft,
+    states_dir: Path | None,
+    progress: Progress,
+) -> Training:
+    folder = states_dir or draft.work
+    segments = segments_for(corpus, "train", config.langs, config.train_segments)
+    rows = reference_rows(segments, config.langs, config.transcribe)
+    if config.freeze_audio:
+        audio: AudioStates = store_states(speech, corpus, segments, folder / "train", progress)
+    else:
+        audio = LiveStates(speech, corpus, segments)
+    if config.checkpoint_activations:
+        checkpoint_activations(speech)
+    weights, projector = select_weights(speech, config.freeze_audio)
+    progress.message(
+        f"{len(segments)} segments, {len(rows)} rows, "
+        f"{sum(parameter.numel() for parameter in weights.values()):,} weights to train"
+    )
+    return Training(
+        speech=speech,
+        config=config,
+        sequences=build_sequences(speech, segments, rows, config.share_audio),
+        audio=audio,
+        weights=weights,
+        folder=draft.work / "checkpoints",
+        evaluate=scorer(config, speech, corpus, folder, config.freeze_audio, progress),
+        projector=projector,
+        autocast=config.precision == "bfloat16" and config.weights == "float32",
+        max_minutes=config.max_minutes,
+        projector_factor=config.projector_factor,
+        projector_only_steps=config.projector_only_steps,
+    )
+
+
+def select_weights(
+    speech: SpeechModel, freeze_audio: bool
+) -> tuple[dict[str, Parameter], frozenset[str]]:
+    """What full fine-tuning trains, by name, and which of it is the projector; the rest is frozen."""
+    tower = f"{speech.family.audio_tower}."
+    weights = {}
+    for name, parameter in speech.model.named_parameters():
+        # The tower's sinusoid positions say themselves that they do not train.
+        if name.startswith(tower) and (freeze_audio or not parameter.requires_grad):
+            parameter.requires_grad_(False)
+        else:
+            weights[name] = parameter
+    prefix = f"{speech.family.projector}."
+    return weights, frozenset(name for name in weights if name.startswith(prefix))
+
+
+def scorer(
+    config: TrainingConfig,
+    speech: SpeechModel,
+    corpus: Corpus,
+    folder: Path,
+    frozen_audio: bool,
+    progress: Progress,
+) -> Callable[[], Scores] | None:
+    """A function that translates `select` greedily and scores it in each language's selection metric.
+
+    Loops are cut short, which spares time while a model knows little. None where nothing is to be scored.
+    """
+    if config.select_segments == 0:
+        return None
+    segments = segments_for(corpus, "select", config.langs, config.select_segments)
+    if frozen_audio:
+        audio: AudioStates = store_states(speech, corpus, segments, folder / "select", progress)
+    else:
+        audio = LiveStates(speech, corpus, segments)
+
+    def evaluate() -> Scores:
+        return {lang: select_score(speech, segments, audio, lang) for lang in config.langs}
+
+    return evaluate
+
+
+def select_score(
+    speech: SpeechModel, segments: Sequence[Segment], audio: AudioStates, lang: str
+) -> float:
+    """Corpus score of greedy translations into `lang`, for the segments that have a reference in it."""
+    translator = TorchTranslator(speech, stop_loops=True)
+    places = [place for place, segment in enumerate(segments) if lang in segment.references]
+    projector = next(speech.part(speech.family.projector).parameters())
+    with torch.inference_mode():
+        embeddings = [
+            speech.family.project(
+                speech.model, audio.read(place).to(projector.device, projector.dtype)
+            )
+            for place in places
+        ]
+    limits = [token_limit(segments[place].duration_s) for place in places]
+    found = translator.translate_embeddings(embeddings, lang, limits=limits, batch_size=SCORE_BATCH)
+    references = Corpus.references([segments[place] for place in places], lang)
+    metric = language(lang).selection_metric
+    return score(metric, [row.text for row in found], references, lang).score
+
+
+def write_history(draft: Draft, history: Sequence[dict[str, object]]) -> None:
+    """Writes history.jsonl: a line at each score, with step, loss, learning rate and scores."""
+    path = draft.path / "history.jsonl"
+    path.unlink(missing_ok=True)
+    for line in history:
+        artefact.append_jsonl(path, line)
+
+
+def save_model(speech: SpeechModel, base: Path, out: Path) -> None:
+    """Writes the model in bfloat16 as stock transformers does, with the base's tokenizer and processor."""
+    copy_side_files(base, out)
+    speech.model.to(torch.bfloat16).save_pretrained(out)

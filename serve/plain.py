@@ -1,0 +1,85 @@
+"""The yardstick: stock transformers, one request at a time, audio padded as stock code pads it."""
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halve import environment
+from halve.languages import LANGUAGES, language
+from halve.translate import Translation, limits_for
+
+if TYPE_CHECKING:
+    from halve.models import SpeechModel
+
+FloatArray = NDArray[np.float32]
+
+
+class PlainTranslator:
+    """A Translator (see `halve.translate`) that calls the stock processor and stock generate."""
+
+    sample_rate_hz = 16_000
+
+    def __init__(self, speech: "SpeechModel") -> None:
+        self._speech = speech
+        self._ends = frozenset(speech.family.end_ids(speech.model))
+        self.family = speech.family.name
+        self.languages = tuple(LANGUAGES)
+        self.max_audio_s = speech.family.max_audio_s
+
+    def translate(
+        self,
+        audio: Sequence[FloatArray],
+        lang: str,
+        *,
+        limits: Sequence[int] | None = None,
+        batch_size: int = 16,
+    ) -> list[Translation]:
+        """Translates clips one by one, whatever the batch size."""
+        chosen = limits_for(audio, limits)
+        return [self._one(clip, lang, limit) for clip, limit in zip(audio, chosen, strict=True)]
+
+    def _one(self, clip: FloatArray, lang: str, limit: int) -> Translation:
+        import torch
+
+        speech = self._speech
+        instruction = speech.family.instruction(language(lang))
+        dtype = next(speech.model.parameters()).dtype
+        inputs = speech.family.stock_inputs(speech.processor, clip, instruction, dtype)
+        inputs = {key: value.to(speech.model.device) for key, value in inputs.items()}
+        with torch.inference_mode():
+            rows = speech.model.generate(
+                **inputs, max_new_tokens=limit, do_sample=False, num_beams=1
+            )
+        tokens = rows[0, inputs["input_ids"].shape[1] :].tolist()
+        ended = bool(tokens) and tokens[-1] in self._ends
+        tokens = tokens[:-1] if ended else tokens
+        text = speech.family.decode_text(speech.processor, tokens)
+        return Translation(text, tokens, "end" if ended else "limit")
+
+    def stream(
+        self, audio: FloatArray, lang: str, *, limit: int | None = None
+    ) -> Generator[str, None, Translation]:
+        """Everything at the end: stock code as it is."""
+        found = self.translate([audio], lang, limits=None if limit is None else [limit])[0]
+        if found.text:
+            yield found.text
+        return found
+
+    def close(self) -> None:
+        """Frees the model."""
+        del self._speech
+
+
+def open_plain(path: str, *, threads: int | None = None, device: str = "auto") -> PlainTranslator:
+    """Opens a model directory or hub id for the yardstick.
+
+    Raises:
+        ArtefactError: not a model that transformers loads.
+    """
+    from halve.models import load_model
+
+    if threads:
+        environment.pin_threads(threads)
+    return PlainTranslator(load_model(path, device=device))

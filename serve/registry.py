@@ -1,0 +1,294 @@
+"""The models that a server knows: loaded when first asked for, evicted by least use."""
+
+import asyncio
+import ctypes
+import gc
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halve.errors import HalveError, InputError
+from halve.languages import LANGUAGES
+from halve.translate import Translator
+from serve.engine import Engine
+from serve.errors import ApiError, bad_field, unavailable
+from serve.pieces import Watcher
+from serve.settings import ServeSettings
+
+log = logging.getLogger("halve.serve")
+
+GIGABYTE = 1_000_000_000
+WEIGHTS = (".safetensors", ".onnx", ".data", ".gguf", ".bin")
+OVERHEAD = 1.2
+"""A loaded model takes about this much more than its weights."""
+UNLOAD_WAIT_S = 60.0
+
+OpenTranslator = Callable[[str, ServeSettings], Translator]
+
+
+@dataclass(eq=False)
+class Model:
+    """One --model: where it is, and its engine while it is loaded."""
+
+    id: str
+    path: str
+    size_bytes: int
+    """Estimate of the memory it takes when loaded."""
+    default_lang: str | None
+    """None where its files do not say; requests must then."""
+    languages: tuple[str, ...] | None = None
+    max_audio_s: float | None = None
+    created_s: int = 0
+    engine: Engine | None = None
+    loading: "asyncio.Task[None] | None" = None
+    users: int = 0
+    """Requests that hold it now: it is not evicted under them."""
+    used_s: float = 0.0
+
+    def choose_language(self, asked: str | None) -> str:
+        """The language to translate into, which the model must know.
+
+        Raises:
+            ApiError: it does not, or none was asked for and there is no default.
+        """
+        known = self.languages or ()
+        if asked is None:
+            if self.default_lang is None:
+                raise bad_field("to_language", f"Say which language: {_listed(known)}.")
+            return self.default_lang
+        code = asked.strip().lower().replace("_", "-").split("-")[0]
+        by_name = {language.name.lower(): language.code for language in LANGUAGES.values()}
+        code = by_name.get(code, code)
+        if code not in known:
+            raise ApiError(
+                400,
+                f"The model {self.id} does not translate into {asked[:20]!r}. "
+                f"It translates into: {_listed(known)}.",
+                param="to_language",
+                code="unsupported_language",
+            )
+        return code
+
+
+def _listed(codes: tuple[str, ...]) -> str:
+    return ", ".join(codes) or "none"
+
+
+def find_models(settings: ServeSettings) -> dict[str, Model]:
+    """The models of the settings by id, in their order; nothing is loaded.
+
+    Raises:
+        InputError: a model is given twice, or cannot fit into the memory allowed.
+    """
+    models: dict[str, Model] = {}
+    for given in settings.models:
+        path = Path(given)
+        name = path.resolve().name if path.is_dir() else given
+        if name in models:
+            name = f"{path.resolve().parent.name}-{name}"
+        if name in models:
+            raise InputError(f"The model {given} is given twice", mend="give each model once")
+        models[name] = _describe(name, given)
+    if settings.memory_gb is not None:
+        for model in models.values():
+            if model.size_bytes > settings.memory_gb * GIGABYTE:
+                raise InputError(
+                    f"The model {model.id} takes about {model.size_bytes / GIGABYTE:.2f} GB of "
+                    f"memory and --memory-gb allows {settings.memory_gb:g}",
+                    mend="allow more, or serve a smaller package",
+                )
+    return models
+
+
+def _describe(name: str, given: str) -> Model:
+    path = Path(given)
+    if not path.is_dir():
+        return Model(name, given, 0, None, created_s=int(time.time()))
+    languages = _languages(path)
+    return Model(
+        name,
+        given,
+        _size_bytes(path),
+        languages[0] if languages else None,
+        languages=languages or None,
+        created_s=int(path.stat().st_mtime),
+    )
+
+
+def _languages(path: Path) -> tuple[str, ...]:
+    """Languages that a package or an artefact says it was made for; empty where it does not say."""
+    recipe = _read_json(path / "artefact.json").get("recipe")
+    sources = (_read_json(path / "package.json"), recipe if isinstance(recipe, dict) else {})
+    for facts in sources:
+        for key in ("languages", "langs", "lang"):
+            found = facts.get(key) or ()
+            codes = [found] if isinstance(found, str) else found
+            known = tuple(code for code in codes if code in LANGUAGES)
+            if known:
+                return known
+    return ()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _size_bytes(path: Path) -> int:
+    stored = sum(f.stat().st_size for f in path.rglob("*") if f.suffix in WEIGHTS)
+    config = _read_json(path / "config.json")
+    # 16-bit checkpoints are computed in 32 bits, packages as they are.
+    is_half = str(config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16")
+    is_half = is_half and not (path / "package.json").is_file()
+    return int(stored * OVERHEAD * (2 if is_half else 1))
+
+
+class Registry:
+    """Loads, lends and evicts models. All methods run in the event loop."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        open_translator: OpenTranslator,
+        watcher: Watcher | None = None,
+    ) -> None:
+        self.models = find_models(settings)
+        self._settings = settings
+        self._open = open_translator
+        self._watcher = watcher or Watcher()
+        self._room = asyncio.Condition()
+        self._one_at_a_time = asyncio.Lock()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether some model can answer at once."""
+        return any(model.engine is not None for model in self.models.values())
+
+    def find(self, model_id: str) -> Model:
+        """The model of an id.
+
+        Raises:
+            ApiError: there is none (404).
+        """
+        if model_id in self.models:
+            return self.models[model_id]
+        raise ApiError(
+            404,
+            f"The model {model_id[:80]!r} does not exist here. "
+            f"This server has: {', '.join(self.models)}.",
+            param="model",
+            code="model_not_found",
+        )
+
+    async def load_first(self) -> None:
+        """Loads the first model.
+
+        Raises:
+            HalveError: it cannot be loaded.
+        """
+        await self._start(next(iter(self.models.values())))
+
+    @asynccontextmanager
+    async def borrow(self, model_id: str) -> AsyncIterator[tuple[Model, Engine]]:
+        """A loaded model that is not evicted meanwhile.
+
+        Raises:
+            ApiError: unknown (404), or it cannot be loaded (503).
+        """
+        model = self.find(model_id)
+        model.users += 1
+        try:
+            if model.engine is None:
+                if model.loading is None:
+                    model.loading = asyncio.create_task(self._load(model))
+                    # Its failure counts as seen even if everyone who waited is gone.
+                    model.loading.add_done_callback(
+                        lambda task: task.cancelled() or task.exception()
+                    )
+                # The loading goes on for others when this request is given up.
+                await asyncio.shield(model.loading)
+            assert model.engine is not None
+            yield model, model.engine
+        finally:
+            model.users -= 1
+            model.used_s = time.monotonic()
+            async with self._room:
+                self._room.notify_all()
+
+    async def _load(self, model: Model) -> None:
+        try:
+            async with self._one_at_a_time:
+                await self._make_room(model)
+                await self._start(model)
+        except HalveError as error:
+            log.error("%s: cannot be loaded: %s", model.id, error)
+            raise unavailable(f"The model {model.id} cannot be loaded.") from None
+        except ApiError:
+            raise
+        except Exception:
+            log.exception("%s: cannot be loaded", model.id)
+            raise unavailable(f"The model {model.id} cannot be loaded.") from None
+        finally:
+            model.loading = None
+
+    async def _start(self, model: Model) -> None:
+        engine = Engine(
+            model.id,
+            lambda: self._open(model.path, self._settings),
+            batch_size=1 if self._settings.engine == "plain" else self._settings.batch_size,
+            watcher=self._watcher,
+        )
+        translator = await asyncio.wrap_future(engine.ready)
+        if model.default_lang is None and len(translator.languages) == 1:
+            model.default_lang = translator.languages[0]
+        model.languages = model.languages or tuple(translator.languages)
+        model.max_audio_s = translator.max_audio_s
+        model.engine = engine
+        log.info("%s: loaded", model.id)
+
+    async def _make_room(self, wanted: Model) -> None:
+        if self._settings.memory_gb is None:
+            return
+        budget = self._settings.memory_gb * GIGABYTE
+        while True:
+            loaded = [m for m in self.models.values() if m.engine is not None]
+            if sum(m.size_bytes for m in loaded) + wanted.size_bytes <= budget or not loaded:
+                return
+            idle = [m for m in loaded if not m.users]
+            if idle:
+                await self._evict(min(idle, key=lambda m: m.used_s))
+            else:
+                async with self._room:
+                    await self._room.wait()
+
+    async def _evict(self, model: Model) -> None:
+        engine, model.engine = model.engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.close, UNLOAD_WAIT_S)
+            await asyncio.to_thread(_return_memory)
+            log.info("%s: unloaded", model.id)
+
+    async def close(self, wait_s: float) -> bool:
+        """Unloads everything; False if an engine is still in a translation."""
+        engines = [m.engine for m in self.models.values() if m.engine is not None]
+        for model in self.models.values():
+            model.engine = None
+        closing = [asyncio.to_thread(engine.close, wait_s) for engine in engines]
+        return all(await asyncio.gather(*closing))
+
+
+def _return_memory() -> None:
+    """Gives freed memory back to the system, where the C library can."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return

@@ -1,0 +1,165 @@
+"""Runs the server until it is told to stop."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+
+from halve.errors import InputError
+from halve.progress import SILENT, Progress
+from serve.app import create_app
+from serve.registry import OpenTranslator
+from serve.service import Service
+from serve.settings import ServeSettings
+
+log = logging.getLogger("halve.serve")
+
+KEEP_ALIVE_S = 75
+CLOSING_S = 2
+"""After draining: for connections to take their last bytes."""
+
+
+def run_server(
+    settings: ServeSettings,
+    progress: Progress = SILENT,
+    *,
+    open_translator: OpenTranslator | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT; running requests are finished within drain_s.
+
+    A second signal ends it at once. Says one line with the address when it is ready.
+
+    Raises:
+        InputError: the settings, the address or the API key file cannot be used.
+        HalveError: the first model cannot be loaded.
+    """
+    warning = settings.check_exposure()
+    if warning:
+        progress.warn(warning)
+    _show_log(progress)
+    listener = _listen(settings)
+    with contextlib.closing(listener):
+        stopped = asyncio.run(_serve(settings, progress, listener, open_translator))
+    if not stopped:
+        # An engine is inside a translation that cannot be interrupted; unwinding the interpreter
+        # under it can crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _listen(settings: ServeSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise InputError(
+            f"Cannot listen on {settings.host}:{settings.port} ({error.strerror or error})",
+            mend="choose another --port (0 takes a free one) or --host",
+        ) from None
+    return listener
+
+
+async def _serve(
+    settings: ServeSettings,
+    progress: Progress,
+    listener: socket.socket,
+    open_translator: OpenTranslator | None,
+) -> bool:
+    service = Service(settings, open_translator)
+    try:
+        await service.start()
+        app = create_app(settings, service=service)
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=CLOSING_S,
+        )
+        server = _Server(config, service)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        names = ", ".join(service.registry.models)
+        announce = f"Serving on http://{host}:{listener.getsockname()[1]} ({names})"
+        await server.run_until_told(listener, lambda: progress.message(announce))
+    finally:
+        stopped = await service.stop()
+    return stopped
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, draining before it closes its socket and exiting with 0 after SIGTERM."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._draining: asyncio.Task[None] | None = None
+        self._announce: Callable[[], None] = lambda: None
+
+    async def run_until_told(self, listener: socket.socket, announce: Callable[[], None]) -> None:
+        """Serves on an open socket; `announce` is called once it does."""
+        self._announce = announce
+        self._loop = asyncio.get_running_loop()
+        await self.serve(sockets=[listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn would raise the signal again afterwards and so exit with it.
+        kept = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._begin_to_stop)
+
+    def _begin_to_stop(self) -> None:
+        if self._draining is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        log.info("draining: %d requests run", self._service.running)
+        if not await self._service.drain():
+            log.warning("%d requests were not finished in time", self._service.running)
+        self.should_exit = True
+
+
+class _ProgressHandler(logging.Handler):
+    """Shows the server's warnings where progress goes."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.warn(self.format(record))
+
+
+def _show_log(progress: Progress) -> None:
+    for name in ("halve.serve", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers = [_ProgressHandler(progress)]
+        logger.propagate = False

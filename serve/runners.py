@@ -1,0 +1,217 @@
+"""How pieces are computed: step by step where the runtime allows it, else batch by batch."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from halve.translate import TextStream, Translation, Translator
+from serve.errors import internal, unavailable
+from serve.pieces import Outcome, Piece, earliest, pick_batch
+
+log = logging.getLogger("halve.serve")
+
+
+@dataclass(eq=False)
+class Finished:
+    """A piece that has left its runner, translated or failed."""
+
+    piece: Piece
+    translation: Translation | None = None
+    error: Exception | None = None
+
+    def outcome(self) -> Outcome:
+        """The translation with its times."""
+        piece, now_s = self.piece, time.monotonic()
+        assert self.translation is not None
+        return Outcome(
+            self.translation,
+            wait_s=piece.started_s - piece.queued_s,
+            compute_s=now_s - piece.started_s,
+            first_text_s=(piece.first_text_s or now_s) - piece.ticket.arrival_s,
+        )
+
+
+class Runner(Protocol):
+    """Computes pieces; used by one thread."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step has something to do."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Pieces in it."""
+        ...
+
+    def choose(self, waiting: list[Piece]) -> list[Piece]:
+        """Which of the waiting pieces (at least one) to add before the next step."""
+        ...
+
+    def add(self, piece: Piece) -> None:
+        """Takes a piece in."""
+        ...
+
+    def step(self, crowded: bool) -> list[Finished]:
+        """Computes; returns the pieces that left. `crowded`: more pieces wait outside."""
+        ...
+
+    def abandon(self) -> list[Piece]:
+        """Gives up what is in it."""
+        ...
+
+
+def runner_for(translator: Translator, batch_size: int) -> Runner:
+    """The best way to drive a runtime."""
+    if hasattr(translator, "open_batch"):
+        return ContinuousRunner(translator, batch_size)
+    return BatchRunner(translator, batch_size)
+
+
+class ContinuousRunner:
+    """Rows join at any step and leave when they end or when their client does."""
+
+    def __init__(self, translator: Any, batch_size: int) -> None:
+        self._translator = translator
+        self._batch = translator.open_batch(batch_size)
+        self._rows: list[tuple[Piece, Any, TextStream]] = []
+        self._left: list[Finished] = []
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._rows or self._left)
+
+    @property
+    def size(self) -> int:
+        return len(self._rows)
+
+    def choose(self, waiting: list[Piece]) -> list[Piece]:
+        # One a step: reading a prompt holds up the rows that are being written.
+        return earliest(waiting)[:1] if self._batch.free else []
+
+    def add(self, piece: Piece) -> None:
+        try:
+            inputs = self._translator.inputs(piece.samples, piece.lang)
+            row = self._batch.add(inputs, piece.token_limit())
+        except Exception:
+            log.exception("a piece of %.1f s failed", piece.duration_s)
+            self._left.append(Finished(piece, error=internal()))
+            return
+        entry = (piece, row, TextStream(self._translator.text))
+        if row.stopped:
+            self._left.append(self._end(*entry))
+        else:
+            self._rows.append(entry)
+            self._tell(*entry)
+
+    def step(self, crowded: bool) -> list[Finished]:
+        left, self._left = self._left, []
+        for entry in [entry for entry in self._rows if entry[0].ticket.cancelled]:
+            self._rows.remove(entry)
+            self._batch.remove(entry[1])
+            left.append(Finished(entry[0], error=unavailable("The request was cancelled.")))
+        self._batch.step()
+        running = []
+        for entry in self._rows:
+            if entry[1].stopped:
+                left.append(self._end(*entry))
+            else:
+                self._tell(*entry)
+                running.append(entry)
+        self._rows = running
+        return left
+
+    def _tell(self, piece: Piece, row: Any, stream: TextStream) -> None:
+        # Decoding text at each step costs time: only for those who watch it appear.
+        if piece.on_text is not None or not piece.first_text_s:
+            piece.tell(stream.push(row.tokens))
+
+    def _end(self, piece: Piece, row: Any, stream: TextStream) -> Finished:
+        if piece.on_text is not None:
+            piece.tell(stream.push(row.tokens, last=True))
+        text = self._translator.text(row.tokens)
+        return Finished(piece, Translation(text, list(row.tokens), row.stopped))
+
+    def abandon(self) -> list[Piece]:
+        pieces = [piece for piece, _, _ in self._rows] + [f.piece for f in self._left]
+        for _, row, _ in self._rows:
+            if not row.stopped:
+                self._batch.remove(row)
+        self._rows, self._left = [], []
+        return pieces
+
+
+class BatchRunner:
+    """Whole batches, one after another; a piece alone shows its text as it appears."""
+
+    def __init__(self, translator: Translator, batch_size: int) -> None:
+        self._translator = translator
+        self._batch_size = batch_size
+        self._batch: list[Piece] = []
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._batch)
+
+    @property
+    def size(self) -> int:
+        return len(self._batch)
+
+    def choose(self, waiting: list[Piece]) -> list[Piece]:
+        return pick_batch(waiting, self._batch_size)
+
+    def add(self, piece: Piece) -> None:
+        self._batch.append(piece)
+
+    def step(self, crowded: bool) -> list[Finished]:
+        batch, self._batch = self._batch, []
+        if not batch:
+            return []
+        # Text as it appears costs the others their batch, so it is given while nobody waits.
+        if len(batch) == 1 and batch[0].on_text is not None and not crowded:
+            return [self._stream(batch[0])]
+        try:
+            return self._translate(batch)
+        except Exception:
+            log.exception("a batch of %d failed", len(batch))
+        if len(batch) == 1:
+            return [Finished(batch[0], error=internal())]
+        # Each by itself, so that one cannot fail the others.
+        return [finished for piece in batch for finished in self._alone(piece)]
+
+    def _alone(self, piece: Piece) -> list[Finished]:
+        self._batch = [piece]
+        return self.step(crowded=True)
+
+    def _translate(self, batch: list[Piece]) -> list[Finished]:
+        translations = self._translator.translate(
+            [piece.samples for piece in batch],
+            batch[0].lang,
+            limits=[piece.token_limit() for piece in batch],
+            batch_size=len(batch),
+        )
+        for piece, translation in zip(batch, translations, strict=True):
+            piece.tell(translation.text)
+        return [Finished(p, t) for p, t in zip(batch, translations, strict=True)]
+
+    def _stream(self, piece: Piece) -> Finished:
+        texts: list[str] = []
+        limit = piece.token_limit()
+        stream = self._translator.stream(piece.samples, piece.lang, limit=limit)
+        try:
+            while not piece.ticket.cancelled:
+                text = next(stream)
+                texts.append(text)
+                piece.tell(text)
+        except StopIteration as end:
+            # Its return value, where a runtime gives one, says how the translation stopped.
+            return Finished(piece, end.value or Translation("".join(texts), [], "end"))
+        except Exception:
+            log.exception("a stream failed")
+            return Finished(piece, error=internal())
+        return Finished(piece, error=unavailable("The request was cancelled."))
+
+    def abandon(self) -> list[Piece]:
+        pieces, self._batch = self._batch, []
+        return pieces

@@ -1,0 +1,123 @@
+"""What one server holds: settings, models, counters, private directory, and the work in hand."""
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from halve.translate import Translator
+from serve.engine import Engine
+from serve.errors import busy, too_slow
+from serve.metrics import Metrics
+from serve.registry import Model, OpenTranslator, Registry
+from serve.settings import ServeSettings
+
+log = logging.getLogger("halve.serve")
+
+READERS = 4
+"""Threads that decode uploads."""
+DRAIN_POLL_S = 0.05
+
+
+class Service:
+    """The state of a server; made and used in the event loop."""
+
+    def __init__(
+        self, settings: ServeSettings, open_translator: OpenTranslator | None = None
+    ) -> None:
+        self.settings = settings
+        self.api_key = settings.read_api_key()
+        self.metrics = Metrics()
+        self.registry = Registry(settings, open_translator or open_model, self.metrics)
+        self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="decode")
+        self.is_draining = False
+        self.running = 0
+        """Requests for work now in the server, uploads included."""
+        self._directory: Path | None = None
+        self._started = False
+        self._stopped = True
+
+    @property
+    def directory(self) -> Path:
+        """The private directory for uploads (0700)."""
+        if self._directory is None:
+            made = tempfile.mkdtemp(prefix="halve-serve-", dir=self.settings.temp_dir)
+            self._directory = Path(made)
+        return self._directory
+
+    async def start(self) -> None:
+        """Loads the first model; a second call does nothing.
+
+        Raises:
+            HalveError: it cannot be loaded.
+        """
+        if not self._started:
+            self._started = True
+            await self.registry.load_first()
+
+    async def drain(self) -> bool:
+        """Refuses new work and waits for what runs; False if drain_s was not enough."""
+        self.is_draining = True
+        until_s = time.monotonic() + self.settings.drain_s
+        while self.running and time.monotonic() < until_s:
+            await asyncio.sleep(DRAIN_POLL_S)
+        return not self.running
+
+    async def stop(self, wait_s: float = 5.0) -> bool:
+        """Unloads the models and removes the private directory; False if an engine still runs."""
+        self.is_draining = True
+        self._stopped = await self.registry.close(wait_s) and self._stopped
+        self.readers.shutdown(wait=False, cancel_futures=True)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        return self._stopped
+
+    @asynccontextmanager
+    async def borrow(self, model_id: str) -> AsyncIterator[tuple[Model, Engine]]:
+        """A loaded model with a place in its queue.
+
+        Raises:
+            ApiError: unknown model (404), no place (429), not loadable (503).
+        """
+        model = self.registry.find(model_id)
+        if model.users >= self.settings.max_queue:
+            raise busy(f"The model {model.id} has {model.users} requests waiting; try again later.")
+        async with self.registry.borrow(model_id) as lent:
+            yield lent
+
+    @asynccontextmanager
+    async def time_limit(self, arrival_s: float) -> AsyncIterator[None]:
+        """Ends what runs inside when the request's time is over.
+
+        Raises:
+            ApiError: it was (504).
+        """
+        limit_s = self.settings.request_timeout_s
+        left_s = arrival_s + limit_s - time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, left_s)):
+                yield
+        except TimeoutError:
+            raise too_slow(limit_s) from None
+
+    def window_s(self, model: Model) -> float:
+        """The longest stretch of audio to translate at once."""
+        longest_s = model.max_audio_s or 30.0
+        asked_s = self.settings.segment_s
+        return longest_s if asked_s is None else min(longest_s, asked_s)
+
+
+def open_model(path: str, settings: ServeSettings) -> Translator:
+    """Opens a model with the runtime that the settings ask for; runs in the engine's thread."""
+    if settings.engine == "plain":
+        from serve.plain import open_plain
+
+        return open_plain(path, threads=settings.threads, device=settings.device)
+    from export.runtime import open_translator
+
+    return open_translator(path, threads=settings.threads, device=settings.device)

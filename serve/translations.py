@@ -1,0 +1,167 @@
+"""POST /v1/audio/translations."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import ValidationError
+
+from serve import formats
+from serve.answers import JobStream, run_limited, start_stream, while_connected
+from serve.audio_input import Recording
+from serve.errors import ApiError, bad_field
+from serve.formats import Transcript
+from serve.guard import FORM_BYTES
+from serve.jobs import Job
+from serve.pieces import Ticket
+from serve.schemas import ErrorBody, TranslationFields, TranslationText, VerboseTranslation
+from serve.service import Service
+from serve.upload import Form, read_form
+
+router = APIRouter()
+
+
+def _form_schema() -> dict[str, Any]:
+    schema = TranslationFields.model_json_schema()
+    schema["properties"]["file"] = {
+        "type": "string",
+        "format": "binary",
+        "description": "The recording: WAV, FLAC, Ogg, MP3; m4a and webm where ffmpeg is installed.",
+    }
+    schema["required"] = ["file", *schema.get("required", [])]
+    return schema
+
+
+_REQUEST_BODY = {"required": True, "content": {"multipart/form-data": {"schema": _form_schema()}}}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": TranslationText | VerboseTranslation,
+        "description": "The translation, in the format asked for.",
+        "content": {
+            "text/plain": {"schema": {"type": "string"}},
+            "text/vtt": {"schema": {"type": "string"}},
+            "application/x-subrip": {"schema": {"type": "string"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
+    },
+    "4XX": {"model": ErrorBody, "description": "Refused."},
+    "5XX": {"model": ErrorBody, "description": "Not possible now, or failed."},
+}
+
+
+def faults(error: ValidationError) -> ApiError:
+    """The first fault of a request's fields, in OpenAI's shape."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    # Custom validators' messages begin with the exception's name.
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{param or 'The body'}: {message}.", param=param, code=str(first["type"]))
+
+
+def read_fields(form: Form) -> tuple[TranslationFields, tuple[str, ...]]:
+    """The form's fields, checked, and the names of those that have no effect.
+
+    Raises:
+        ApiError: one cannot be used.
+    """
+    try:
+        fields = TranslationFields.model_validate(form.fields)
+    except ValidationError as error:
+        raise faults(error) from None
+    check_temperature(fields.temperature)
+    if fields.stream and fields.response_format != "json":
+        raise bad_field("response_format", "Streams come as json events only.")
+    if form.file is None:
+        raise bad_field("file", "The form has no part named file that holds the audio.")
+    ignored = set(form.fields) - set(TranslationFields.model_fields)
+    if fields.prompt:
+        ignored.add("prompt")
+    # Names come from the client and go into a header.
+    plain = {name for name in ignored if name.isidentifier() and name.isascii()}
+    return fields, tuple(sorted(plain)[:16])
+
+
+def check_temperature(temperature: float | None) -> None:
+    """Refuses sampling."""
+    if temperature:
+        raise bad_field(
+            "temperature",
+            "Only temperature 0 is served: the most probable translation, the same every time.",
+        )
+
+
+@router.post(
+    "/v1/audio/translations",
+    response_model=None,
+    responses=_ANSWERS,
+    openapi_extra={"requestBody": _REQUEST_BODY},
+)
+async def translate(request: Request) -> Response:
+    """Translates a recording; in OpenAI's form, with to_language added."""
+    service: Service = request.app.state.service
+    ticket = Ticket(request.state.arrival_s)
+    async with AsyncExitStack() as held:
+        async with service.time_limit(ticket.arrival_s):
+            form = await read_form(
+                request.headers.get("content-type", ""),
+                request.stream(),
+                service.settings.max_upload_bytes + FORM_BYTES,
+                service.directory,
+            )
+            held.callback(form.close)
+            fields, ignored = read_fields(form)
+            job = await _prepare(request, service, held, form, fields, ticket)
+        job.ignored = ignored
+        if fields.stream:
+            events = _events(ticket.arrival_s)
+            return await start_stream(request, service, job, events, held)
+        transcript = await while_connected(request, run_limited(service, job))
+    return _answer(transcript, fields.response_format, time.monotonic() - ticket.arrival_s)
+
+
+async def _prepare(
+    request: Request,
+    service: Service,
+    held: AsyncExitStack,
+    form: Form,
+    fields: TranslationFields,
+    ticket: Ticket,
+) -> Job:
+    lending = held.enter_async_context(service.borrow(fields.model))
+    model, engine = await while_connected(request, lending)
+    assert form.file is not None
+    return Job(
+        model,
+        engine,
+        Recording(form.file, service.settings.max_audio_s),
+        model.choose_language(fields.to_language),
+        service.window_s(model),
+        ticket,
+        service.readers,
+    )
+
+
+def _events(arrival_s: float) -> Any:
+    async def events(stream: JobStream) -> AsyncIterator[bytes]:
+        async for text in stream.texts():
+            yield formats.delta_event(text)
+        yield formats.done_event(stream.transcript(), time.monotonic() - arrival_s)
+
+    return events
+
+
+def _answer(transcript: Transcript, response_format: str, elapsed_s: float) -> Response:
+    headers = formats.headers(transcript, elapsed_s)
+    if response_format == "json":
+        return JSONResponse({"text": transcript.text}, headers=headers)
+    if response_format == "verbose_json":
+        return JSONResponse(formats.as_verbose(transcript).model_dump(), headers=headers)
+    text, media_type = {
+        "text": (transcript.text + "\n", "text/plain"),
+        "srt": (formats.as_srt(transcript), "application/x-subrip"),
+        "vtt": (formats.as_vtt(transcript), "text/vtt"),
+    }[response_format]
+    return PlainTextResponse(text, headers=headers, media_type=media_type)

@@ -4,7 +4,7 @@ Decoding is greedy, as the paper's: the same tokens as stock `generate`, with au
 frames only and finished rows leaving the batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -169,8 +169,10 @@ class TorchTranslator:
                 found[index] = Translation(text, row, reason)
         return [found[index] for index in range(len(embeddings))]
 
-    def stream(self, audio: FloatArray, lang: str, *, limit: int | None = None) -> Iterator[str]:
-        """See `Translator.stream`."""
+    def stream(
+        self, audio: FloatArray, lang: str, *, limit: int | None = None
+    ) -> Generator[str, None, Translation]:
+        """See `Translator.stream`; the generator's value is the whole translation."""
         decoding = _Decoding(self, self.encode_all([audio]), lang)
         stream = TextStream(self.decode)
         tokens: list[int] = []
@@ -182,6 +184,7 @@ class TorchTranslator:
         piece = stream.push(tokens, last=True)
         if piece:
             yield piece
+        return Translation(self.decode(tokens), list(tokens), decoding.reasons[0])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens."""

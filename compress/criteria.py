@@ -1,0 +1,196 @@
+"""Cheap criteria that translate nothing: for comparison, and as a shortcut on large models.
+
+The distances are pure functions; the walks below feed them with the decoder's states on the prompt, the
+audio and the reference translation of each segment. Here as everywhere the first and the last layer stay.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress.exact import ExactTranslator, Pack
+from compress.search import Candidate, Ledger, Ranking, plan_chunks, removable
+from compress.task import SearchTask
+from halve.models import SpeechModel
+from halve.progress import Progress
+
+LOWER = {"better": "lower"}
+_LOSS_ROWS = 128
+
+
+def blind(method: str, num_layers: int, remove: int, seed: int) -> Ranking:
+    """Layers chosen without looking at the model: the floor that a criterion must beat.
+
+    `random` draws them; `middle` takes the block around the middle, as the paper's ablation does
+    (Moslem 2025, arXiv 2505.20237).
+    """
+    inner = list(range(1, num_layers - 1))
+    if method == "random":
+        drawn = np.random.default_rng(seed).permutation(inner)[:remove]
+        removed = tuple(int(layer) for layer in drawn)
+    else:
+        first = (len(inner) - remove) // 2
+        removed = tuple(inner[first : first + remove])
+    candidates = [Candidate(1, layer, float(layer in removed)) for layer in inner]
+    return Ranking(removed, tuple(candidates), method, f"halve|{method}|seed:{seed}")
+
+
+def block_influence(before: Tensor, after: Tensor) -> Tensor:
+    """How much a layer changes its input: one minus the cosine of input and output.
+
+    ShortGPT (Men et al. 2024, arXiv 2403.03853), equation 1; its layers of least influence go, all at once.
+
+    Args:
+        before, after: a layer's input and output, shape (tokens, hidden).
+
+    Returns:
+        shape (tokens,).
+    """
+    return 1 - functional.cosine_similarity(before.float(), after.float(), dim=-1)
+
+
+def angular_distance(before: Tensor, after: Tensor) -> Tensor:
+    """The angle between the states before and after a block of layers, as a share of a half turn.
+
+    Gromov et al. 2024 (arXiv 2403.17887), equation 7, taken at each row's last token; the block of the
+    wanted length with the least distance goes.
+
+    Args:
+        before, after: shape (rows, hidden).
+
+    Returns:
+        shape (rows,).
+    """
+    cosine = functional.cosine_similarity(before.double(), after.double(), dim=-1)
+    return torch.arccos(cosine.clamp(-1, 1)) / math.pi
+
+
+def by_similarity(
+    method: str, speech: SpeechModel, task: SearchTask, remove: int, progress: Progress
+) -> Ranking:
+    """Ranks by block influence or angular distance in one walk through the whole model."""
+    texts = reference_tokens(speech, task)
+    num_layers = len(speech.part(speech.family.layers))
+    influence = np.zeros(num_layers)
+    last: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
+    with ExactTranslator(speech, task) as walker:
+        packs = walker.pack(range(len(texts)), texts)
+        tokens = sum(pack.hidden.shape[1] for pack in packs)
+        with progress.task(method, len(packs)) as advance:
+            for pack in packs:
+                ends = [end - 1 for end in pack.attention.starts[1:]]
+                for layer in range(num_layers):
+                    before = pack.hidden[0]
+                    last[layer].append(before[ends].clone())
+                    walker.advance(pack, layer)
+                    influence[layer] += (
+                        float(block_influence(before, pack.hidden[0]).sum()) / tokens
+                    )
+                last[num_layers].append(pack.hidden[0][ends].clone())
+                # Nothing looks back at this pack again.
+                pack.attention.keys.clear()
+                pack.attention.values.clear()
+                advance()
+        if method == "block-influence":
+            return _least_influence(influence, remove, num_layers, len(texts))
+        return _nearest_block([torch.cat(rows) for rows in last], remove, num_layers)
+
+
+def _least_influence(
+    influence: "np.ndarray", remove: int, num_layers: int, segments: int
+) -> Ranking:
+    inner = removable(range(num_layers), num_layers)
+    order = sorted(inner, key=lambda layer: (influence[layer], layer))
+    candidates = [Candidate(1, layer, float(influence[layer]), LOWER) for layer in inner]
+    signature = f"halve|block-influence|segments:{segments}"
+    return Ranking(tuple(order[:remove]), tuple(candidates), "block-influence", signature)
+
+
+def _nearest_block(states: Sequence[Tensor], remove: int, num_layers: int) -> Ranking:
+    """Candidates are the blocks' first layers."""
+    candidates = [
+        Candidate(
+            1, layer, float(angular_distance(states[layer], states[layer + remove]).mean()), LOWER
+        )
+        for layer in range(1, num_layers - remove)
+    ]
+    first = min(candidates, key=lambda candidate: (candidate.score, candidate.layer)).layer
+    signature = f"halve|angular|block:{remove}|segments:{len(states[0])}"
+    return Ranking(tuple(range(first, first + remove)), tuple(candidates), "angular", signature)
+
+
+def reference_tokens(speech: SpeechModel, task: SearchTask) -> list[list[int]]:
+    """Each reference as the model would write it, its end token included."""
+    end = speech.family.end_ids(speech.model)[0]
+    tokenizer = speech.processor.tokenizer
+    return [
+        [*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in task.references
+    ]
+
+
+def by_loss(
+    speech: SpeechModel, task: SearchTask, remove: int, ledger: Ledger, progress: Progress
+) -> Ranking:
+    """Greedy removal of the layer without which the references stay most likely.
+
+    Mean negative log-likelihood of a reference token, in nats, with the true tokens before it (teacher
+    forcing). As SLEB (Song et al. 2024, arXiv 2402.09025), which takes perplexity on running text.
+    """
+    texts = reference_tokens(speech, task)
+    num_layers = len(speech.part(speech.family.layers))
+    chunks = ledger.chunks(
+        lambda: plan_chunks([0] * len(texts), [len(text) for text in texts], _LOSS_ROWS, 0)
+    )
+    kept, removed, found = list(range(num_layers)), [], []
+    total = len(chunks) * sum(num_layers - 2 - done for done in range(remove))
+    with (
+        ExactTranslator(speech, task) as walker,
+        progress.task("loss", total, done=ledger.pieces()) as advance,
+    ):
+        for number in range(1, remove + 1):
+            layers = removable(kept, num_layers)
+            for chunk, rows in enumerate(chunks):
+                todo = [layer for layer in layers if (number, layer, chunk) not in ledger]
+                packs = walker.pack(rows, [texts[row] for row in rows])
+                for layer, loss in _losses(walker, packs, kept, todo):
+                    ledger.add((number, layer, chunk), loss)
+                    advance(note=f"round {number}, without layer {layer}")
+            tokens = sum(len(text) for text in texts)
+            losses = {
+                layer: sum(ledger[number, layer, chunk] for chunk in range(len(chunks))) / tokens
+                for layer in layers
+            }
+            found += [Candidate(number, layer, losses[layer], LOWER) for layer in layers]
+            removed.append(min(layers, key=lambda layer: (losses[layer], layer)))
+            kept.remove(removed[-1])
+    return Ranking(tuple(removed), tuple(found), "loss", f"halve|loss|segments:{len(texts)}")
+
+
+def _losses(
+    walker: ExactTranslator, packs: Sequence[Pack], kept: Sequence[int], todo: Sequence[int]
+) -> "list[tuple[int, float]]":
+    """The summed loss of all rows without each layer of `todo`, what lies below it computed once."""
+    found = []
+    for index, layer in enumerate(kept):
+        if not todo or layer > max(todo):
+            break
+        if layer in todo:
+            found.append((layer, sum(_loss(walker, pack, kept[index + 1 :]) for pack in packs)))
+        for pack in packs:
+            walker.advance(pack, layer)
+    return found
+
+
+def _loss(walker: ExactTranslator, pack: Pack, above: Sequence[int]) -> float:
+    hidden, _ = walker.branch(pack, above)
+    wanted = torch.tensor([token for draft in pack.drafts for token in draft], device=hidden.device)
+    total, start = 0.0, 0
+    for block in walker.logits(hidden[0, pack.choices]):
+        labels = wanted[start : start + len(block)]
+        start += len(block)
+        total += float(functional.cross_entropy(block.float(), labels, reduction="sum"))
+    return total

@@ -1,0 +1,323 @@
+"""The fast search: a candidate computes only what it does not share with its parent.
+
+What the model without layer n shares with its parent, and is therefore computed once:
+
+- the audio: encoded once a search, on its valid frames;
+- prompt and draft below layer n: the parent's hidden states, keys and values, while candidates are
+  walked from the first layer to the last;
+- most of the translation: the parent's one is a draft that the child checks in one pass. The longest
+  prefix that it would have chosen itself is kept, and it goes on from there by itself.
+
+Checking a draft is speculative decoding (Leviathan et al. 2023, arXiv 2211.17192) with greedy choice:
+the tokens are those of the child's own greedy decoding, whatever the draft. Rows are packed without
+padding and decoded together; a finished row leaves. Floating-point sums may be ordered otherwise than in
+stock `generate`, so that a choice between two all but equal logits can differ.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.packing import DecodingRows, PackedRows, packed_attention
+from compress.task import SearchTask
+from halve.languages import language
+from halve.models import SpeechModel
+
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
+"""Tokens packed into one forward pass: small enough for a CPU's caches, large enough to fill a GPU."""
+LOGITS_PER_PASS = 1 << 25
+"""The most logits held at once."""
+COMPACT_BELOW = 0.75
+"""Slots are moved together once fewer of them than this are still decoding."""
+
+
+@dataclass
+class Pack:
+    """Some rows with their drafts, on their way through the layers."""
+
+    rows: list[int]
+    drafts: list[list[int]]
+    prompts: list[int]
+    """Prompt length of each row in tokens, audio included."""
+    hidden: Tensor
+    """Input of the next layer: (1, tokens, hidden)."""
+    places: Tensor
+    """Position of each token in its row: (1, tokens)."""
+    choices: Tensor
+    """Indices of the tokens whose logits choose a draft's tokens: one a draft token, at least one a row."""
+    attention: PackedRows
+    """The parent's keys and values so far."""
+    counts: list[int] = field(default_factory=list)
+    """How many of `choices` belong to each row."""
+
+
+class ExactTranslator:
+    """Translates with layers left out. Open it as a context: the decoder attends its own way inside."""
+
+    def __init__(self, speech: SpeechModel, task: SearchTask) -> None:
+        family = speech.family
+        self.task = task
+        self.layers: Any = speech.part(family.layers)
+        self._decoder = speech.part(family.decoder)
+        self._norm = speech.part(family.norm)
+        self._head = speech.part(family.head)
+        self._table = speech.part(family.embeddings)
+        self._ends = frozenset(family.end_ids(speech.model))
+        self._config = self.layers[0].self_attn.config
+        self._device = self._table.weight.device
+        self._pass_tokens = TOKENS_PER_PASS.get(self._device.type, TOKENS_PER_PASS["cpu"])
+        self._context = ExitStack()
+        self._slots: DecodingRows | None = None
+        self._slots_shape = (0, 0)
+        self._prompts = self._embed_prompts(speech)
+
+    def __enter__(self) -> "ExactTranslator":
+        opened: list[AbstractContextManager[Any]] = [
+            packed_attention(self._config),
+            torch.inference_mode(),
+        ]
+        for context in opened:
+            self._context.enter_context(context)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.close()
+        self._slots = None
+
+    def _embed_prompts(self, speech: SpeechModel) -> list[Tensor]:
+        """Prompt and audio of every segment as decoder inputs (tokens, hidden): the audio tower's only run."""
+        family, model, processor = speech.family, speech.model, speech.processor
+        ids = family.prompt_ids(processor, family.instruction(language(self.task.lang)))
+        prompts = []
+        with torch.inference_mode():
+            before, after = (self._table(torch.tensor(part, device=self._device)) for part in ids)
+            for audio in self.task.audio:
+                heard = family.project(model, family.encode(model, processor, audio))
+                prompts.append(torch.cat([before, heard.to(before.dtype), after]))
+        return prompts
+
+    # Memory
+
+    def row_bytes(self) -> list[int]:
+        """The most that each segment takes: its own and its parent's keys and values, and states."""
+        config = self._config
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        of_token = 2 * config.num_key_value_heads * dim * len(self.layers)
+        item = self._table.weight.element_size()
+        return [
+            (len(prompt) + limit) * (2 * of_token + 2 * config.hidden_size) * item
+            for prompt, limit in zip(self._prompts, self.task.limits, strict=True)
+        ]
+
+    # Packing
+
+    def pack(self, rows: Sequence[int], drafts: Sequence[Sequence[int]]) -> list[Pack]:
+        """Packs of rows with drafts, longest rows first, each of at most one pass's tokens."""
+        lengths = [
+            len(self._prompts[row]) + max(0, len(draft) - 1)
+            for row, draft in zip(rows, drafts, strict=True)
+        ]
+        order = sorted(range(len(rows)), key=lambda index: (-lengths[index], rows[index]))
+        packs: list[Pack] = []
+        chosen: list[int] = []
+        total = 0
+        for index in order:
+            if chosen and total + lengths[index] > self._pass_tokens:
+                packs.append(self._pack(chosen, rows, drafts))
+                chosen, total = [], 0
+            chosen.append(index)
+            total += lengths[index]
+        return [*packs, self._pack(chosen, rows, drafts)]
+
+    def _pack(
+        self, chosen: Sequence[int], rows: Sequence[int], drafts: Sequence[Sequence[int]]
+    ) -> Pack:
+        parts, places, choices, counts, lengths = [], [], [], [], []
+        start = 0
+        for index in chosen:
+            prompt, draft = self._prompts[rows[index]], drafts[index]
+            parts.append(prompt)
+            # The last token of a draft is only ever chosen, never looked back to.
+            if len(draft) > 1:
+                parts.append(self._table(torch.tensor(draft[:-1], device=self._device)))
+            length, count = len(prompt) + max(0, len(draft) - 1), max(1, len(draft))
+            places.append(torch.arange(length))
+            choices.append(torch.arange(start + length - count, start + length))
+            counts.append(count)
+            lengths.append(length)
+            start += length
+        return Pack(
+            rows=[rows[index] for index in chosen],
+            drafts=[list(drafts[index]) for index in chosen],
+            prompts=[len(self._prompts[rows[index]]) for index in chosen],
+            hidden=torch.cat(parts)[None],
+            places=torch.cat(places)[None].to(self._device),
+            choices=torch.cat(choices).to(self._device),
+            attention=PackedRows(lengths),
+            counts=counts,
+        )
+
+    def advance(self, pack: Pack, layer: int) -> None:
+        """Takes the parent's states through one layer."""
+        pack.hidden = self._through(pack.hidden, pack.places, pack.attention, [layer])
+
+    def _through(
+        self, hidden: Tensor, places: Tensor, rows: PackedRows | DecodingRows, layers: Sequence[int]
+    ) -> Tensor:
+        rotary = self._decoder.rotary_emb(hidden, places)
+        for layer in layers:
+            hidden = self.layers[layer](
+                hidden,
+                attention_mask=None,
+                position_ids=places,
+                position_embeddings=rotary,
+                past_key_values=None,
+                use_cache=False,
+                halve_rows=rows,
+            )
+        return hidden
+
+    def branch(self, pack: Pack, layers: Sequence[int]) -> tuple[Tensor, PackedRows]:
+        """The parent's states taken through other layers: final states (1, tokens, hidden), own attention."""
+        rows = PackedRows([])
+        rows.starts = pack.attention.starts
+        return self._through(pack.hidden, pack.places, rows, layers), rows
+
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits of states (tokens, hidden), in blocks (some tokens, vocabulary)."""
+        for block in torch.split(hidden, max(1, LOGITS_PER_PASS // self._table.num_embeddings)):
+            yield self._head(self._norm(block))
+
+    # Translating
+
+    def run(
+        self,
+        kept: Sequence[int],
+        drafts: Sequence[Sequence[int]],
+        candidates: Sequence[int | None],
+        rows: Sequence[int],
+    ) -> Iterator[tuple[int | None, list[list[int]]]]:
+        """Translates the segments `rows` once without each of the candidates.
+
+        Args:
+            kept: the parent's layers.
+            drafts: the parent's translation of each row, or empty ones.
+            candidates: layers to leave out, one at a time; None leaves out nothing.
+
+        Yields:
+            a candidate and its tokens for each row, the end token included, in ascending order of
+            layers and None last.
+        """
+        packs = self.pack(rows, drafts)
+        last = max((layer for layer in candidates if layer is not None), default=-1)
+        for index, layer in enumerate(kept):
+            if layer in candidates:
+                yield layer, self._candidate(packs, kept[:index], kept[index + 1 :], rows)
+            if layer >= last and None not in candidates:
+                return
+            for pack in packs:
+                self.advance(pack, layer)
+        yield None, self._candidate(packs, kept, (), rows)
+
+    def _candidate(
+        self, packs: Sequence[Pack], below: Sequence[int], above: Sequence[int], rows: Sequence[int]
+    ) -> list[list[int]]:
+        """One candidate's translations: checks the drafts pack by pack, then decodes what is left."""
+        found: dict[int, list[int]] = {}
+        slots = self._open_slots(rows)
+        waiting: list[int] = []
+        for pack in packs:
+            hidden, attention = self.branch(pack, above)
+            chosen = torch.cat([block.argmax(-1) for block in self.logits(hidden[0, pack.choices])])
+            open_rows = self._check(pack, chosen.tolist(), found)
+            if open_rows:
+                indices = self._indices(pack, open_rows, found)
+                slots.fill(len(waiting), pack.attention, below, indices)
+                slots.fill(len(waiting), attention, above, indices)
+                waiting += [pack.rows[place] for place in open_rows]
+        self._decode(slots, waiting, (*below, *above), found)
+        return [found[row] for row in rows]
+
+    def _check(self, pack: Pack, chosen: Sequence[int], found: dict[int, list[int]]) -> list[int]:
+        """Keeps of each draft what the candidate chose too, and its first own token.
+
+        Returns:
+            the places in the pack of rows that go on.
+        """
+        open_rows, start = [], 0
+        for place, (row, draft, count) in enumerate(
+            zip(pack.rows, pack.drafts, pack.counts, strict=True)
+        ):
+            own = list(chosen[start : start + count])
+            start += count
+            agreed = 0
+            while agreed < len(draft) and own[agreed] == draft[agreed]:
+                agreed += 1
+            found[row] = own[: min(agreed + 1, count)]
+            if not self._finished(row, found[row]):
+                open_rows.append(place)
+        return open_rows
+
+    def _finished(self, row: int, tokens: Sequence[int]) -> bool:
+        return tokens[-1] in self._ends or len(tokens) >= self.task.limits[row]
+
+    def _indices(self, pack: Pack, places: Sequence[int], found: dict[int, list[int]]) -> Tensor:
+        """Token indices (rows, longest) of what the rows keep in mind: the prompt and the agreed tokens."""
+        lengths = [pack.prompts[place] + len(found[pack.rows[place]]) - 1 for place in places]
+        starts = torch.tensor([pack.attention.starts[place] for place in places])
+        offsets = torch.arange(max(lengths))[None, :].clamp(max=torch.tensor(lengths)[:, None] - 1)
+        return (starts[:, None] + offsets).to(self._device)
+
+    def _open_slots(self, rows: Sequence[int]) -> DecodingRows:
+        """The decoding buffers, made anew only when these rows need larger ones."""
+        capacity = max(len(self._prompts[row]) + self.task.limits[row] for row in rows)
+        if self._slots is None or self._slots_shape != (len(rows), capacity):
+            config, weight = self._config, self._table.weight
+            dim = getattr(config, "head_dim", None) or (
+                config.hidden_size // config.num_attention_heads
+            )
+            self._slots = None  # frees the old ones first
+            self._slots = DecodingRows(
+                len(rows), capacity, config.num_key_value_heads, dim, weight.dtype, weight.device
+            )
+            self._slots_shape = (len(rows), capacity)
+        return self._slots
+
+    def _decode(
+        self,
+        slots: DecodingRows,
+        waiting: Sequence[int],
+        layers: Sequence[int],
+        found: dict[int, list[int]],
+    ) -> None:
+        """Decodes on greedily; slot i holds the row waiting[i] up to its last token."""
+        in_slot: list[int | None] = list(waiting)
+        tokens = torch.tensor([found[row][-1] for row in waiting], device=self._device)
+        places = torch.tensor(
+            [len(self._prompts[row]) + len(found[row]) - 1 for row in waiting], device=self._device
+        )
+        active = len(in_slot)
+        while active:
+            slots.begin_step(places)
+            hidden = self._through(self._table(tokens)[None], places[None], slots, layers)
+            tokens = torch.cat([block.argmax(-1) for block in self.logits(hidden[0])])
+            for slot, token in enumerate(tokens.tolist()):
+                row = in_slot[slot]
+                if row is None:
+                    continue
+                found[row].append(token)
+                if self._finished(row, found[row]):
+                    in_slot[slot] = None
+                    active -= 1
+            # A finished row in its slot stays where it is, so that it never outgrows the buffers.
+            going = torch.tensor([row is not None for row in in_slot], device=self._device)
+            places = places + going.long()
+            if active and active < COMPACT_BELOW * len(in_slot):
+                keep = going.nonzero()[:, 0]
+                slots.keep(keep)
+                tokens, places = tokens[keep], places[keep]
+                in_slot = [row for row in in_slot if row is not None]

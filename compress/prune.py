@@ -1,0 +1,275 @@
+"""Layer pruning: a smaller model from a plan, shard by shard, without ever loading the model."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress.config import PruneConfig
+from halve import artefact, shards
+from halve.artefact import Artefact
+from halve.audio import SAMPLE_RATE_HZ
+from halve.errors import ArtefactError, InputError, ParityError
+from halve.families import Family, family_for
+from halve.families.base import TRANSCRIBE
+from halve.models import SpeechModel, load_model, read_config, resolve_model
+from halve.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    import torch
+
+LOGIT_TOLERANCE = 1e-4
+"""Sliced and reloaded models compute the same sums; what is left is the order of a few of them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which decoder layers go and which stay, as numbered in the teacher, from 0."""
+
+    family: str
+    num_layers: int
+    removed: tuple[int, ...]
+    """In the order of removal."""
+    kept: tuple[int, ...]
+    """Ascending: the layer map from the student's numbers to the teacher's."""
+
+
+def run_prune(
+    config: PruneConfig,
+    model: Path,
+    plan: Path | None,
+    out: Path,
+    progress: Progress = SILENT,
+) -> Artefact:
+    """Writes the model without the layers of `config.layers`, or of the plan file.
+
+    Raises:
+        InputError: neither or both given, or layers that the model does not have.
+        ArtefactError: a plan of another model, or weights missing or damaged.
+        ParityError: the pruned model does not compute what the sliced teacher does.
+    """
+    model = resolve_model(model)
+    teacher = read_config(model)
+    family = family_for(teacher)
+    chosen = choose_plan(config, model, plan, family, teacher)
+    parents = {"model": model}
+    if config.layers is None and plan is not None:
+        parents["plan"] = Path(plan)
+    recipe = config.model_dump(mode="json")
+    with artefact.writing(Path(out), "pruned", recipe, 0, parents) as draft:
+        progress.message(f"Removing layers {', '.join(map(str, sorted(chosen.removed)))}")
+        write_pruned(model, draft.path, family, chosen.kept)
+        if config.verify != "none":
+            check_structure(model, draft.path, family, chosen.kept)
+        if config.verify == "full":
+            progress.message("Comparing logits with the sliced teacher")
+            draft.extra["max_logit_difference"] = compare_logits(model, draft.path, chosen.kept)
+        draft.extra.update(
+            removed=list(chosen.removed), kept=list(chosen.kept), num_layers=chosen.num_layers
+        )
+    return artefact.read(out)
+
+
+def choose_plan(
+    config: PruneConfig,
+    model: Path,
+    plan: Path | None,
+    family: Family,
+    teacher: Mapping[str, Any],
+) -> Plan:
+    """The plan from the layers named, or from the plan file."""
+    if (config.layers is None) == (plan is None):
+        raise InputError(
+            "Neither layers nor a plan are given"
+            if plan is None
+            else "Both layers and a plan are given",
+            expected="either --layers 3,5,6 or --plan DIR/plan.json",
+        )
+    if config.layers is not None:
+        return plan_of_layers(config.layers, family, family.num_layers(teacher))
+    return read_plan(Path(plan or ""), family, teacher, model)
+
+
+def plan_of_layers(layers: Sequence[int], family: Family, num_layers: int) -> Plan:
+    """A plan that removes the given layers.
+
+    Raises:
+        InputError: layers that the model does not have, named twice, or all it has.
+    """
+    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
+    if wrong or len(set(layers)) != len(layers) or not layers or len(layers) >= num_layers:
+        raise InputError(
+            f"Layers {', '.join(map(str, layers)) or '(none)'} cannot be removed",
+            expected=f"different numbers from 0 to {num_layers - 1}, and at least one layer left",
+        )
+    kept = tuple(layer for layer in range(num_layers) if layer not in layers)
+    return Plan(family.name, num_layers, tuple(layers), kept)
+
+
+def read_plan(
+    path: Path, family: Family, config: Mapping[str, Any], model: Path | None = None
+) -> Plan:
+    """Reads a plan.json (or the importance directory that holds it) made for this model.
+
+    Args:
+        config: the model's config.
+        model: the model's directory; where given, a plan that names its model must name this one.
+
+    Raises:
+        ArtefactError: no plan, a damaged one, or one of another model.
+    """
+    file = path / "plan.json" if path.is_dir() else path
+    found = artefact.read_json(file)
+    try:
+        plan = Plan(
+            family=str(found["family"]),
+            num_layers=int(found["num_layers"]),
+            removed=tuple(int(layer) for layer in found["removed"]),
+            kept=tuple(int(layer) for layer in found["kept"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(
+            f"{file} is no prune plan ({error!r})",
+            expected="family, num_layers, removed and kept",
+            mend="make it with `halve importance`",
+        ) from None
+    _check_model(file, plan, family, config)
+    whole = sorted([*plan.removed, *plan.kept]) == list(range(plan.num_layers))
+    if not whole or not plan.kept or list(plan.kept) != sorted(plan.kept):
+        raise ArtefactError(
+            f"{file}: removed {list(plan.removed)} and kept {list(plan.kept)} do not fit together",
+            expected=f"each layer from 0 to {plan.num_layers - 1} once, the kept ones in order",
+        )
+    named = found.get("model")
+    if model is not None and named is not None and named != artefact.identity(model):
+        raise ArtefactError(
+            f"{file} is a plan of another model than {model}, or of another version of it",
+            expected="the model whose layers were ranked",
+            mend=f"rank this model, or say --layers {','.join(map(str, plan.removed))} if you mean it",
+        )
+    return plan
+
+
+def _check_model(file: Path, plan: Plan, family: Family, config: Mapping[str, Any]) -> None:
+    layers = family.num_layers(config)
+    if plan.family != family.name or plan.num_layers != layers:
+        raise ArtefactError(
+            f"{file} is a plan of another model: {plan.family} with {plan.num_layers} layers",
+            expected=f"{family.name} with {layers} layers",
+            mend="give the plan that was made for this model",
+        )
+
+
+def write_pruned(model: Path, target: Path, family: Family, kept: Sequence[int]) -> None:
+    """Writes config, weights and side files of the model with only the kept layers."""
+    for stale in target.glob("*.safetensors*"):
+        stale.unlink()  # of a killed run
+    shards.copy_shards(model, target, lambda key: family.kept_key(key, kept))
+    shards.write_config(target, family.kept_config(read_config(model), list(kept)))
+    shards.copy_side_files(model, target)
+
+
+def check_structure(model: Path, pruned: Path, family: Family, kept: Sequence[int]) -> None:
+    """Checks every tensor on disk against config and teacher: names, shapes, types, contents.
+
+    Raises:
+        ArtefactError: what was written is not what should be there.
+    """
+    before, after = shards.tensor_shapes(model), shards.tensor_shapes(pruned)
+    wanted = {
+        new: shape
+        for key, shape in before.items()
+        if (new := family.kept_key(key, kept)) is not None
+    }
+    faults = [f"{key}: missing" for key in sorted(wanted.keys() - after.keys())]
+    faults += [f"{key}: not expected" for key in sorted(after.keys() - wanted.keys())]
+    faults += [
+        f"{key}: {after[key]} instead of {wanted[key]}"
+        for key in sorted(wanted.keys() & after.keys())
+        if after[key] != wanted[key]
+    ]
+    config = read_config(pruned)
+    counted = family.count_parameters(config)
+    stored = sum(_numel(shape) for shape, _ in after.values())
+    if counted.decoder_layers != len(kept):
+        faults.append(f"config.json has {counted.decoder_layers} layers instead of {len(kept)}")
+    if stored != counted.total and config.get("quantization_config") is None:
+        faults.append(f"{stored} parameters stored, the config says {counted.total}")
+    faults += _content_faults(model, pruned, family, kept)
+    if faults:
+        raise ArtefactError(f"{pruned} was not pruned as planned: {'; '.join(faults[:5])}")
+
+
+def _numel(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _content_faults(model: Path, pruned: Path, family: Family, kept: Sequence[int]) -> list[str]:
+    """Compares the bytes of all tensors, one at a time."""
+    wanted = {
+        new: digest
+        for key, digest in _digests(model, lambda key: family.kept_key(key, kept) is not None)
+        if (new := family.kept_key(key, kept)) is not None
+    }
+    found = dict(_digests(pruned, lambda key: True))
+    return [
+        f"{key}: its contents differ from the teacher's"
+        for key in sorted(wanted.keys() & found.keys())
+        if wanted[key] != found[key]
+    ]
+
+
+def _digests(model: Path, chosen: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    """The sha256 of each chosen tensor's bytes."""
+    import torch
+
+    for key, tensor in shards.iter_tensors(model):
+        if chosen(key):
+            flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+            yield key, hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def compare_logits(model: Path, pruned: Path, kept: Sequence[int]) -> float:
+    """The largest difference between the pruned model's logits and those of the teacher sliced in memory.
+
+    Both are loaded with the stock class, one after the other, in their stored precision, and hear a
+    second of noise.
+
+    Raises:
+        ParityError: they differ by more than LOGIT_TOLERANCE of the largest logit.
+    """
+    from compress.reference import only_layers
+
+    teacher = load_model(model, dtype="auto")
+    with only_layers(teacher.model, teacher.family, kept):
+        wanted = _probe(teacher)
+    del teacher
+    found = _probe(load_model(pruned, dtype="auto"))
+    difference = float((wanted - found).abs().max())
+    # Written so that a NaN fails too.
+    if not difference <= LOGIT_TOLERANCE * max(1.0, float(wanted.abs().max())):
+        raise ParityError(
+            f"The pruned model's logits differ by {difference:.2g} from the sliced teacher's",
+            expected=f"at most {LOGIT_TOLERANCE:g} of the largest logit",
+            mend="check that config.json and weights are of one model",
+        )
+    return difference
+
+
+def _probe(speech: SpeechModel) -> "torch.Tensor":
+    """Logits (tokens, vocabulary) of a prompt with a second of noise."""
+    import torch
+
+    noise = np.random.default_rng(0).normal(0, 0.1, SAMPLE_RATE_HZ).astype(np.float32)
+    dtype = next(speech.model.parameters()).dtype
+    inputs = speech.family.stock_inputs(speech.processor, noise, TRANSCRIBE, dtype)
+    with torch.inference_mode():
+        output = speech.model(**{key: value.to(speech.device) for key, value in inputs.items()})
+    logits: torch.Tensor = output.logits[0].float().cpu()
+    return logits

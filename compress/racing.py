@@ -1,0 +1,167 @@
+"""Rounds that stop a candidate before every segment is translated.
+
+`bounded` stops what cannot win any more: same order as scoring everything. `racing` stops what will
+hardly win, by paired bootstrap, and says how sure it is.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.search import Candidate, Search, Tokens
+from halve import metrics
+
+PARTS = 6
+"""Parts that the segments are cut into, where memory asks for no more: what can be saved is a part."""
+SMALLEST_PART = 4
+FEWEST_TO_JUDGE = 16
+"""Racing judges nobody on fewer segments than this."""
+RESAMPLES = 400
+
+
+def stratify(
+    row_bytes: Sequence[int], lengths: Sequence[int], most: int, budget: int
+) -> list[list[int]]:
+    """Segments dealt out into parts that are alike in length, each within `most` and `budget` bytes."""
+    count = len(lengths)
+    by_memory = -(-sum(row_bytes) // max(1, budget - max(row_bytes)))
+    parts = max(-(-count // most), by_memory, min(PARTS, count // SMALLEST_PART), 1)
+    order = sorted(range(count), key=lambda row: (-lengths[row], row))
+    return [order[part::parts] for part in range(min(parts, count))]
+
+
+def bounded(
+    search: Search, number: int, kept: Sequence[int], drafts: Tokens, candidates: list[int]
+) -> list[Candidate]:
+    """Drops a candidate when even perfect translations of the rest would not make it the winner.
+
+    The bound: the statistics of what is translated, plus for each other segment those of its reference
+    as its own translation. For chrF nothing can be better: a further n-gram that matches raises every
+    order's F-score, one that does not lowers it. For other metrics no bound is claimed, and all are scored.
+    """
+    chunks = range(len(search.chunks))
+    search.translate(number, kept, drafts, candidates, 0)
+    first = {layer: _partial(search, number, layer, [0]) for layer in candidates}
+    order = sorted(candidates, key=lambda layer: (-first[layer], layer))
+    for chunk in chunks:
+        search.translate(number, kept, drafts, order[:1], chunk)
+    leader = _complete(search, number, order[0])
+    done = {order[0]: leader}
+    alive = order[1:]
+    for chunk in chunks:
+        search.translate(number, kept, drafts, alive, chunk)
+        seen = range(chunk + 1)
+        for layer in list(alive):
+            if chunk + 1 == len(chunks):
+                done[layer] = _complete(search, number, layer)
+                continue
+            bound = upper_bound(search, number, layer, seen)
+            if (bound, -layer) < (leader.score, -leader.layer):
+                alive.remove(layer)
+                search.skip(len(chunks) - chunk - 1)
+                facts = {"settled": "bound", "segments": _count(search, seen)}
+                done[layer] = Candidate(number, layer, bound, facts)
+    return [done[layer] for layer in candidates]
+
+
+def upper_bound(search: Search, number: int, layer: int, seen: Sequence[int]) -> float:
+    """The most that a candidate can still score, after the chunks `seen`."""
+    task = search.task
+    if not task.metric.startswith("chrf"):
+        return 100.0
+    rows = _rows(search, seen)
+    rest = [row for row in range(len(task.ids)) if row not in set(rows)]
+    sums = _statistics(search, number, layer, seen).sum(axis=0)
+    if (sums[0::3] == 0).any():
+        # An order without a single n-gram would be left out of the mean: no bound holds.
+        return 100.0
+    perfect = [task.references[row] for row in rest]
+    sums = sums + metrics.segment_statistics(task.metric, perfect, perfect, task.lang).sum(axis=0)
+    return metrics.score_from_statistics(task.metric, sums, task.lang)
+
+
+def racing(
+    search: Search,
+    number: int,
+    kept: Sequence[int],
+    drafts: Tokens,
+    candidates: list[int],
+    *,
+    confidence: float,
+    seed: int,
+) -> list[Candidate]:
+    """Drops a candidate when the leader beats it in more than `confidence` of the bootstrap's resamples.
+
+    Paired bootstrap over the segments translated so far (Koehn 2004), after each part. The confidence
+    is of each comparison, not of the whole order.
+    """
+    chunks = len(search.chunks)
+    alive = list(candidates)
+    done: dict[int, Candidate] = {}
+    for chunk in range(chunks):
+        search.translate(number, kept, drafts, alive, chunk)
+        seen = range(chunk + 1)
+        if chunk + 1 == chunks or _count(search, seen) < FEWEST_TO_JUDGE:
+            continue
+        generator = np.random.default_rng([seed, number, chunk])
+        for layer, sure in _beaten(search, number, alive, seen, generator).items():
+            if sure > confidence:
+                alive.remove(layer)
+                search.skip(chunks - chunk - 1)
+                facts = {"settled": "race", "segments": _count(search, seen), "confidence": sure}
+                done[layer] = Candidate(number, layer, _partial(search, number, layer, seen), facts)
+    done |= {layer: _complete(search, number, layer) for layer in alive}
+    return [done[layer] for layer in candidates]
+
+
+def _beaten(
+    search: Search,
+    number: int,
+    alive: Sequence[int],
+    seen: Sequence[int],
+    generator: np.random.Generator,
+) -> dict[int, float]:
+    """For each candidate but the leader, in how many of the resamples the leader scores better."""
+    task = search.task
+    statistics = {layer: _statistics(search, number, layer, seen) for layer in alive}
+    leader = max(alive, key=lambda layer: (_partial(search, number, layer, seen), -layer))
+    count = _count(search, seen)
+    weights = generator.multinomial(count, [1 / count] * count, size=RESAMPLES).astype(np.float64)
+    scores = {
+        layer: np.array(
+            [metrics.score_from_statistics(task.metric, sums, task.lang) for sums in weights @ rows]
+        )
+        for layer, rows in statistics.items()
+    }
+    return {
+        layer: float((scores[layer] < scores[leader]).mean()) for layer in alive if layer != leader
+    }
+
+
+def _rows(search: Search, seen: Sequence[int]) -> list[int]:
+    return [row for chunk in seen for row in search.chunks[chunk]]
+
+
+def _count(search: Search, seen: Sequence[int]) -> int:
+    return len(_rows(search, seen))
+
+
+def _statistics(
+    search: Search, number: int, layer: int, seen: Sequence[int]
+) -> NDArray[np.float64]:
+    """Per-segment statistics of what a candidate has translated: (segments, statistics)."""
+    task, rows = search.task, _rows(search, seen)
+    tokens = search.tokens(number, layer, seen)
+    texts = task.texts([tokens[row] for row in rows])
+    references = [task.references[row] for row in rows]
+    return metrics.segment_statistics(task.metric, texts, references, task.lang)
+
+
+def _partial(search: Search, number: int, layer: int, seen: Sequence[int]) -> float:
+    sums = _statistics(search, number, layer, seen).sum(axis=0)
+    return metrics.score_from_statistics(search.task.metric, sums, search.task.lang)
+
+
+def _complete(search: Search, number: int, layer: int) -> Candidate:
+    return Candidate(number, layer, search.task.score(search.tokens(number, layer)).score)

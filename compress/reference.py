@@ -1,0 +1,125 @@
+"""The paper's own procedure, kept as the yardstick: one candidate, one segment, one token at a time.
+
+Each candidate is a deep copy of the whole model without the layer; each segment goes through the stock
+processor and stock `generate`, its audio padded and encoded again (Moslem 2025, arXiv 2505.20237).
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from compress.task import SearchTask
+from halve.families import Family, resolve
+from halve.languages import language
+from halve.models import SpeechModel
+
+
+@contextmanager
+def only_layers(model: Any, family: Family, kept: Sequence[int]) -> Iterator[Any]:
+    """The model with only the `kept` decoder layers (its own numbers) while open; it is restored after.
+
+    Renumbers what stock code reads: each layer's index into the cache, the layer count and the list of
+    layer types.
+    """
+    path, _, name = family.layers.rpartition(".")
+    parent, layers = resolve(model, path), resolve(model, family.layers)
+    config = resolve(model, family.decoder).config
+    before = {
+        key: getattr(config, key)
+        for key in ("num_hidden_layers", "layer_types")
+        if getattr(config, key, None) is not None
+    }
+    chosen = [layers[layer] for layer in kept]
+    try:
+        setattr(parent, name, type(layers)(chosen))
+        for index, layer in enumerate(chosen):
+            layer.self_attn.layer_idx = index
+        if "layer_types" in before:
+            config.layer_types = [before["layer_types"][layer] for layer in kept]
+        config.num_hidden_layers = len(chosen)
+        yield model
+    finally:
+        for key, value in before.items():
+            setattr(config, key, value)
+        for index, layer in enumerate(layers):
+            layer.self_attn.layer_idx = index
+        setattr(parent, name, layers)
+
+
+def greedy_config(speech: SpeechModel, limit: int) -> Any:
+    """Stock generation settings of greedy decoding without any penalty, whatever the model's defaults."""
+    import transformers
+
+    settings: Any = transformers.GenerationConfig
+    ends = speech.family.end_ids(speech.model)
+    stored = speech.model.generation_config.pad_token_id
+    return settings(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=limit,
+        eos_token_id=list(ends),
+        pad_token_id=ends[0] if stored is None else stored,
+    )
+
+
+class StockTranslator:
+    """Translates one segment after the other with stock `generate` and the stock processor."""
+
+    def __init__(self, speech: SpeechModel, task: SearchTask, *, deep_copy: bool = True) -> None:
+        """`deep_copy` copies the model for each candidate, as the paper does; else layers step aside."""
+        self.speech = speech
+        self.task = task
+        self._deep_copy = deep_copy
+        self._instruction = speech.family.instruction(language(task.lang))
+
+    def __enter__(self) -> "StockTranslator":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def row_bytes(self) -> list[int]:
+        """Nothing is kept between segments."""
+        return [0] * len(self.task.ids)
+
+    def run(
+        self,
+        kept: Sequence[int],
+        drafts: Sequence[Sequence[int]],
+        candidates: Sequence[int | None],
+        rows: Sequence[int],
+    ) -> Iterator[tuple[int | None, list[list[int]]]]:
+        """As `ExactTranslator.run`; the drafts are not looked at."""
+        for candidate in candidates:
+            chosen = [layer for layer in kept if layer != candidate]
+            model = copy.deepcopy(self.speech.model) if self._deep_copy else self.speech.model
+            with only_layers(model, self.speech.family, chosen):
+                yield candidate, [self.translate(model, row) for row in rows]
+
+    def translate(self, model: Any, row: int) -> list[int]:
+        """One segment's tokens, the end token included."""
+        import torch
+
+        speech, task = self.speech, self.task
+        dtype = getattr(torch, speech.dtype)
+        inputs = speech.family.stock_inputs(
+            speech.processor, task.audio[row], self._instruction, dtype
+        )
+        inputs = {key: value.to(speech.device) for key, value in inputs.items()}
+        settings = greedy_config(speech, task.limits[row])
+        with torch.inference_mode(), _settings(model, settings):
+            output = model.generate(**inputs)
+        tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return tokens
+
+
+@contextmanager
+def _settings(model: Any, settings: Any) -> Iterator[None]:
+    """Replaces the model's generation settings: given as an argument they would be mixed with them."""
+    before = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = before

@@ -1,0 +1,113 @@
+"""A merged student computes what its model with the adapter on computes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMultimodalLM
+
+from export.card import read_head, stored_bytes
+from export.config import MergeConfig
+from export.merge import run_merge
+from halve import artefact
+from halve.errors import ArtefactError, InputError
+from halve.models import load_model
+from halve.shards import tensor_shapes
+from halve.translate import TorchTranslator
+from tests import tiny
+
+
+def logits(speech) -> torch.Tensor:
+    translator = TorchTranslator(speech)
+    before, after = translator.prompt("de")
+    with torch.inference_mode():
+        inputs = torch.cat([before, translator.encode_all([tiny.tone(1.0, 1)])[0], after])[None]
+        hidden = speech.part(speech.family.decoder)(inputs_embeds=inputs).last_hidden_state
+        return speech.part(speech.family.head)(hidden).float()
+
+
+def test_onto_base_equals_adapter_on(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:
+    run_merge(MergeConfig(onto="base", dtype="float32"), tiny_model, adapter, None, tmp_path / "s")
+    on = logits(load_model(tiny_model, adapter=adapter))
+    merged = logits(load_model(tmp_path / "s"))
+    assert (on - merged).abs().max() < 1e-4
+    assert (on - logits(load_model(tiny_model))).abs().max() > 0.1, "the adapter changes something"
+
+
+def test_onto_dequantised_is_nearer_to_what_qlora_trained(
+    tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    students = {}
+    for onto in ("base", "dequantized"):
+        config = MergeConfig(onto=onto, dtype="float32")
+        run_merge(config, tiny_model, adapter, None, tmp_path / onto)
+        students[onto] = logits(load_model(tmp_path / onto))
+    on = logits(load_model(tiny_model, quantization="nf4", adapter=adapter))
+    gaps = {onto: (on - found).abs().mean() for onto, found in students.items()}
+    assert gaps["dequantized"] < 0.05
+    assert gaps["dequantized"] < gaps["base"] / 5
+
+
+def test_auto_scores_both_and_keeps_the_better(
+    tmp_path: Path, tiny_model: Path, adapter: Path, tiny_corpus: Path
+) -> None:
+    config = MergeConfig(onto="auto", langs=("de",), select_segments=3, requantized=True)
+    made = run_merge(config, tiny_model, adapter, tiny_corpus, tmp_path / "s")
+    scores = made.extra["select_scores"]
+    assert set(scores) == {
+        "base", "dequantized", "base, quantised again", "dequantized, quantised again",
+        "adapter on the quantised base",
+    }  # fmt: skip
+    better = max(("base", "dequantized"), key=lambda onto: scores[onto]["de"])
+    assert made.extra["onto"] == better
+    alone = MergeConfig(onto=better)
+    run_merge(alone, tiny_model, adapter, None, tmp_path / "alone")
+    names = [path / "model.safetensors" for path in (tmp_path / "s", tmp_path / "alone")]
+    assert artefact.file_sha256(names[0]) == artefact.file_sha256(names[1])
+
+
+def test_student_loads_in_stock_transformers_from_shards(
+    tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    config = MergeConfig(max_shard_bytes=200_000, verify="structure")
+    run_merge(config, tiny_model, adapter, None, tmp_path / "s")
+    assert len(list((tmp_path / "s").glob("*.safetensors"))) > 3
+    _, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "s", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert {kind for _, kind in tensor_shapes(tmp_path / "s").values()} == {"BF16"}
+    assert json.loads((tmp_path / "s" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert artefact.verify(tmp_path / "s") == []
+    head = read_head(tmp_path / "s")
+    assert head["pipeline_tag"] and head["base_model"] == tiny_model.name
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert f"Stored bytes: {stored_bytes(tmp_path / 's'):,}" in card
+
+
+def test_a_fully_tuned_model_passes_through(tmp_path: Path, tiny_model: Path) -> None:
+    tuned = tiny.make_model(tmp_path / "tuned", seed=5)
+    run_merge(MergeConfig(dtype="float32"), tiny_model, tuned, None, tmp_path / "s")
+    assert torch.equal(logits(load_model(tuned)), logits(load_model(tmp_path / "s")))
+
+
+def test_refuses_another_model_s_adapter(tmp_path: Path, adapter: Path) -> None:
+    other = tiny.make_model(tmp_path / "other", num_hidden_layers=4)
+    with pytest.raises(ArtefactError, match="does not fit the model"):
+        run_merge(MergeConfig(), other, adapter, None, tmp_path / "s")
+    assert not list(tmp_path.glob("*s*partial*")) and not (tmp_path / "s").exists()
+
+
+def test_refuses_dora_and_auto_without_a_corpus(
+    tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    with pytest.raises(InputError, match="corpus"):
+        run_merge(MergeConfig(onto="auto"), tiny_model, adapter, None, tmp_path / "s")
+    dora = tmp_path / "dora"
+    dora.mkdir()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (dora / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
+    (dora / "adapter_model.safetensors").write_bytes(
+        (adapter / "adapter_model.safetensors").read_bytes()
+    )
+    with pytest.raises(ArtefactError, match="use_dora"):
+        run_merge(MergeConfig(), tiny_model, dora, None, tmp_path / "s")

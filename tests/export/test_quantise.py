@@ -1,0 +1,78 @@
+"""Weight-only quantisation: pure functions, and what onnxruntime computes from them."""
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.embeddings import EmbeddingTable, write_table
+from export.graph import GraphWriter
+from export.quantise import fits_bfloat16, from_bfloat16, quantise_blocks, to_bfloat16
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 5), st.integers(1, 100), st.sampled_from([4, 8]), st.sampled_from([16, 32]),
+    st.floats(1e-6, 1e3), st.integers(0, 99),
+)  # fmt: skip
+def test_error_is_at_most_one_step(
+    rows: int, columns: int, bits: int, block: int, size: float, seed: int
+) -> None:
+    weight = (np.random.default_rng(seed).normal(0, size, (rows, columns))).astype(np.float32)
+    blocks = quantise_blocks(weight, bits, block, search=False)
+    steps = np.repeat(np.abs(blocks.scales.astype(np.float32)), block, axis=1)[:, :columns]
+    # The extreme on the side with one code less may be a whole step off.
+    assert (np.abs(blocks.dequantise() - weight) <= steps * 1.01 + 1e-12).all()
+
+
+def test_search_never_makes_the_error_larger() -> None:
+    weight = np.random.default_rng(0).standard_t(4, (64, 96)).astype(np.float32)
+    plain, searched = (quantise_blocks(weight, 4, 32, search=search) for search in (False, True))
+    errors = [np.square(blocks.dequantise() - weight).sum() for blocks in (plain, searched)]
+    assert errors[1] < errors[0]
+
+
+def test_zero_blocks_stay_zero() -> None:
+    assert not quantise_blocks(np.zeros((2, 40), np.float32), 4, 32).dequantise().any()
+
+
+def test_bfloat16_round_trip() -> None:
+    values = np.array([1.0, -0.5, 3.140625, 0.0], np.float32)
+    assert fits_bfloat16(values)
+    assert (from_bfloat16(to_bfloat16(values)) == values).all()
+    assert not fits_bfloat16(np.array([0.1], np.float32))
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_onnxruntime_multiplies_what_dequantise_says(tmp_path, bits: int) -> None:
+    generator = np.random.default_rng(bits)
+    weight = generator.normal(0, 0.1, (48, 80)).astype(np.float32)
+    bias = generator.normal(0, 1, 48).astype(np.float32)
+    x = generator.normal(0, 1, (3, 80)).astype(np.float32)
+    graph = GraphWriter(tmp_path, "one")
+    out = graph.linear("one", graph.input("x", ["rows", 80]), weight, bias, bits=bits)
+    graph.nodes("Identity", [out], ["y"])
+    graph.output("y", ["rows", 48])
+    graph.save()
+    session = onnxruntime.InferenceSession(str(tmp_path / "one.onnx"))
+    stands_for = weight if bits == 32 else quantise_blocks(weight, bits, 32).dequantise()
+    expected = x @ stands_for.T + bias
+    # Activations are rounded to 8 bits within their own row.
+    assert np.abs(session.run(None, {"x": x})[0] - expected).max() < (1e-5 if bits == 32 else 0.03)
+
+
+@pytest.mark.parametrize(("bits", "stored"), [(32, 32), (8, 8), (4, 4)])
+def test_embedding_table(tmp_path, bits: int, stored: int) -> None:
+    table = np.random.default_rng(0).normal(0, 1, (50, 72)).astype(np.float32)
+    assert write_table(tmp_path, table, bits, 32)["bits"] == stored
+    rows = EmbeddingTable(tmp_path, stored, 72)([3, 3, 49])
+    assert np.abs(rows - table[[3, 3, 49]]).max() <= {32: 0, 8: 0.02, 4: 0.3}[bits]
+
+
+def test_embedding_table_keeps_bfloat16_exactly(tmp_path) -> None:
+    table = from_bfloat16(
+        np.random.default_rng(0).integers(0, 2**15, (9, 8)).astype(np.uint16) % 17000
+    )
+    assert write_table(tmp_path, table, 32, 32)["bits"] == 16
+    assert (EmbeddingTable(tmp_path, 16, 8)(list(range(9))) == table).all()

@@ -1,0 +1,176 @@
+"""Packages translate as their student does: batched, alone, streamed, and without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.runtime import OnnxTranslator, open_translator
+from halve.errors import ArtefactError, InputError
+from halve.models import load_model
+from halve.translate import TorchTranslator
+
+LIMITS = [40, 25, 30, 7, 40]
+
+
+@pytest.fixture(scope="module")
+def expected(student: Path, clips: list) -> list:
+    return TorchTranslator(load_model(student)).translate(clips, "de", limits=LIMITS)
+
+
+def test_fp32_tokens_are_torch_s_batched_and_alone(
+    packages: dict[str, Path], clips: list, expected: list
+) -> None:
+    translator = open_translator(packages["fp32"], threads=1)
+    for batch_size in (1, 2, 16):
+        assert translator.translate(clips, "de", limits=LIMITS, batch_size=batch_size) == expected
+    assert {row.stopped for row in expected} == {"end", "limit"}, "both ways to stop are tested"
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_row_does_not_depend_on_its_neighbours(
+    packages: dict[str, Path], clips: list, precision: str
+) -> None:
+    translator = open_translator(packages[precision], threads=1)
+    alone = translator.translate(clips, "zh", limits=LIMITS, batch_size=1)
+    assert translator.translate(clips, "zh", limits=LIMITS, batch_size=5) == alone
+    order = [3, 0, 4, 2, 1]
+    mixed = translator.translate(
+        [clips[i] for i in order], "zh", limits=[LIMITS[i] for i in order], batch_size=2
+    )
+    assert mixed == [alone[i] for i in order]
+
+
+def test_int8_stays_near_float32(packages: dict[str, Path], clips: list) -> None:
+    exact, eight, four = (open_translator(packages[p]) for p in ("fp32", "int8", "int4"))
+    assert np.abs(exact.encode(clips[0]) - eight.encode(clips[0])).max() < 0.1
+    starts = {
+        name: [row.tokens for row in each.translate(clips, "de", limits=[1] * 5)]
+        for name, each in (("exact", exact), ("eight", eight), ("four", four))
+    }
+    assert sum(a == b for a, b in zip(starts["exact"], starts["eight"], strict=True)) >= 4
+
+
+def test_stream_joins_to_the_translation(
+    packages: dict[str, Path], clips: list, expected: list
+) -> None:
+    translator = open_translator(packages["fp32"])
+    for clip, limit, row in zip(clips, LIMITS, expected, strict=True):
+        assert "".join(translator.stream(clip, "de", limit=limit)) == row.text
+
+
+def test_rows_join_and_leave_between_steps(
+    packages: dict[str, Path], clips: list, expected: list
+) -> None:
+    translator = open_translator(packages["fp32"])
+    batch = translator.open_batch(2, capacity=64)  # smaller than the rows: it must grow
+    first = batch.add(translator.inputs(clips[0], "de"), LIMITS[0])
+    batch.step()
+    second = batch.add(translator.inputs(clips[1], "de"), LIMITS[1])
+    with pytest.raises(InputError, match="slots"):
+        batch.add(translator.inputs(clips[2], "de"), 5)
+    batch.step()
+    batch.remove(first)  # cancelled
+    third = batch.add(translator.inputs(clips[2], "de"), LIMITS[2])
+    while batch.rows:
+        batch.step()
+    assert [second.tokens, third.tokens] == [expected[1].tokens, expected[2].tokens]
+    assert first.tokens == expected[0].tokens[: len(first.tokens)] and not first.stopped
+
+
+def test_cancelling_ends_a_batch(packages: dict[str, Path], clips: list) -> None:
+    translator = open_translator(packages["int4"])
+    asked = iter(range(100))
+    found = dict(
+        translator.translate_each(
+            clips, "de", limits=[3] * 5, batch_size=1, cancelled=lambda: next(asked) > 6
+        )
+    )
+    assert 0 < len(found) < len(clips)
+
+
+def test_loops_are_cut_on_request(packages: dict[str, Path], clips: list) -> None:
+    cutting = OnnxTranslator(packages["fp32"], stop_loops=True)
+    cutting._decoder.take = _always(cutting._decoder, 7)
+    row = cutting.translate(clips[:1], "de", limits=[400])[0]
+    assert row.stopped == "loop" and set(row.tokens) == {7} and len(row.tokens) < 60
+
+
+def _always(decoder, token: int):
+    take = type(decoder).take
+    return lambda row, _: take(decoder, row, token)
+
+
+WITHOUT_TORCH = """
+import json, sys
+for name in ("torch", "transformers", "onnx", "peft"):
+    sys.modules[name] = None  # importing it raises
+import numpy as np
+from export.runtime import open_translator
+clip = np.load(sys.argv[2])
+row = open_translator(sys.argv[1], threads=1).translate([clip], "de", limits=[25])[0]
+print(json.dumps([row.text, row.tokens]))
+"""
+
+
+def test_runs_where_torch_cannot_be_imported(
+    packages: dict[str, Path], clips: list, expected: list, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "clip.npy", clips[1])
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_TORCH,
+        str(packages["fp32"]),
+        str(tmp_path / "clip.npy"),
+    ]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [expected[1].text, expected[1].tokens]
+
+
+def test_any_model_opens(
+    packages: dict[str, Path], student: Path, clips: list, expected: list
+) -> None:
+    assert isinstance(open_translator(packages["int4"]), OnnxTranslator)
+    assert open_translator(student).translate(clips, "de", limits=LIMITS) == expected
+
+
+def test_short_and_long_clips(packages: dict[str, Path]) -> None:
+    translator = open_translator(packages["int4"])
+    assert len(translator.encode(np.zeros(10, np.float32))) == 1
+    assert len(translator.encode(np.zeros(16_000 * 40, np.float32))) == 750
+    with pytest.raises(InputError, match="no samples"):
+        translator.encode(np.zeros(0, np.float32))
+
+
+def test_refuses_other_languages_devices_and_overlong_rows(
+    packages: dict[str, Path], clips: list
+) -> None:
+    translator = open_translator(packages["int4"])
+    with pytest.raises(InputError, match="does not translate into French"):
+        translator.translate(clips[:1], "fr")
+    with pytest.raises(InputError, match="positions"):
+        translator.translate(clips[:1], "de", limits=[5000])
+    with pytest.raises(InputError, match="cuda"):
+        open_translator(packages["int4"], device="cuda")
+
+
+@pytest.mark.parametrize(
+    "name", ["decoder.onnx", "encoder.bin", "tokenizer.json", "embeddings.npy"]
+)
+def test_damaged_packages_are_named(packages: dict[str, Path], tmp_path: Path, name: str) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(packages["int8"], copy)
+    (copy / name).write_bytes((copy / name).read_bytes()[:100])
+    with pytest.raises(ArtefactError, match="cannot be opened"):
+        OnnxTranslator(copy)
+    (copy / "package.json").write_text('{"schema_version": 99}')
+    with pytest.raises(ArtefactError, match="schema version"):
+        open_translator(copy)

@@ -1,0 +1,74 @@
+"""`halve clean`: what can go, and its size."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from halve import artefact
+from halve.errors import InputError
+from pipeline.console import Result, size, table
+
+# What a finished run no longer needs: its student, packages and results stand without them.
+_INTERMEDIATE = ("pruned", "adapter", "translations")
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A directory that can go."""
+
+    path: Path
+    why: str
+    size_bytes: int
+
+
+def find(root: Path) -> list[Removable]:
+    """Leftovers of killed runs, and what a finished run made on its way.
+
+    Raises:
+        InputError: no such directory.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root} is no directory", mend="name a run, or the directory runs/")
+    return [Removable(path, why, stored_bytes(path)) for path, why in _candidates(root)]
+
+
+def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
+    for path in sorted(entry for entry in root.rglob("*") if entry.is_dir()):
+        if path.name.startswith(".") and path.name.endswith(".partial"):
+            yield path, "unfinished: a run that was stopped would go on from here"
+        elif path.name.startswith(".") and path.name.endswith(".old"):
+            yield path, "an older version that was being replaced"
+        elif path.name in _INTERMEDIATE and _is_whole(path) and _is_whole(path.parent / "student"):
+            yield path, "made on the way to the student, which is finished"
+
+
+def _is_whole(path: Path) -> bool:
+    return (path / artefact.RECORD).is_file()
+
+
+def stored_bytes(path: Path) -> int:
+    """Bytes that go with a directory: files that have another name elsewhere stay."""
+    stats = [entry.stat() for entry in path.rglob("*") if entry.is_file()]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+
+
+def clean(root: Path, remove: bool) -> Result:
+    """Lists what can go, or removes it."""
+    found = find(root)
+    freed = sum(one.size_bytes for one in found)
+    if remove:
+        for one in found:
+            shutil.rmtree(one.path)
+    data = {
+        "removed": remove,
+        "bytes": freed,
+        "directories": [
+            {"path": str(one.path), "why": one.why, "bytes": one.size_bytes} for one in found
+        ],
+    }
+    if not found:
+        return Result(f"{root}: nothing can go.", data)
+    rows = [[str(one.path), size(one.size_bytes), one.why] for one in found]
+    end = f"{size(freed)} removed." if remove else f"{size(freed)} can go; --yes removes it."
+    return Result(f"{table(['directory', 'size', 'why'], rows, right=(1,))}\n{end}", data)

@@ -1,0 +1,465 @@
+"""The command line. One function a command; nothing heavy is imported before a command needs it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.config import LatencyConfig, QualityConfig
+from compress.config import (
+    DistillConfig,
+    ImportanceConfig,
+    PruneConfig,
+    TeachConfig,
+    TuneConfig,
+)
+from export.config import MergeConfig, PackageConfig
+from halve import environment
+from halve.artefact import Artefact
+from halve.config import Config
+from halve.errors import InputError
+from halve.importers.base import CorpusConfig
+from halve.languages import language
+from pipeline import console, failures, steps
+from pipeline.console import Result
+from pipeline.options import command
+from pipeline.steps import Step
+from serve.settings import ServeSettings
+
+app = typer.Typer(
+    name="halve",
+    help="Makes speech-translation models small enough to deploy, and proves that they still translate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench = typer.Typer(
+    help="Measures quality, latency, the importance search and the server.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    str, typer.Option("--model", metavar="DIR|ID", help="A model directory, a package or a hub id.")
+]
+Corpus = Annotated[
+    Path, typer.Option("--corpus", metavar="DIR", help="A corpus written by `halve corpus`.")
+]
+MaybeCorpus = Annotated[
+    Path | None, typer.Option("--corpus", metavar="DIR", help="A corpus written by `halve corpus`.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="Where the result goes; a folder under runs/ if not given."
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def halve(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Makes speech-translation models small enough to deploy, and proves that they still translate."""
+    if version:
+        Result(f"halve {environment.halve_version()}").show(as_json=False)
+        raise typer.Exit
+
+
+@command(app, "run")
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/ and docs/pipeline.md.")],
+    out: Out = None,
+    first: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="STAGE", help="Begin here: earlier stages are taken as they are."
+        ),
+    ] = None,
+    last: Annotated[
+        str | None, typer.Option("--to", metavar="STAGE", help="End after this stage.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what each stage will cost here.")
+    ] = False,
+) -> Result:
+    """All stages of a recipe; what is up to date is not made again, a stopped run goes on."""
+    from pipeline import stages, summary
+    from pipeline.recipe import read_recipe
+
+    place = out or environment.runs_dir() / recipe.stem
+    whole = stages.Run(read_recipe(recipe), place)
+    if dry_run:
+        planned, estimator = stages.plan(whole, first, last)
+        return summary.of_plan(whole, planned, estimator)
+    return summary.of_run(whole, stages.run_all(whole, first, last, console.progress()))
+
+
+@command(app, "corpus", CorpusConfig)
+def corpus(
+    config: CorpusConfig,
+    source: Annotated[
+        str, typer.Argument(help="A directory, a TSV file, or (hf) the id of a data set.")
+    ],
+    out: Out = None,
+) -> Result:
+    """Imports speech with translations, checks every segment, and splits it."""
+    return _do(steps.corpus(config, source, _place(out, "corpus", config, source)))
+
+
+@command(app, "teach", TeachConfig)
+def teach(config: TeachConfig, model: Model, corpus: Corpus, out: Out = None) -> Result:
+    """Fine-tunes the whole base model on a corpus: the teacher."""
+    return _do(steps.teach(config, model, corpus, _place(out, "teacher", config, model, corpus)))
+
+
+@command(app, "importance", ImportanceConfig)
+def importance(config: ImportanceConfig, model: Model, corpus: Corpus, out: Out = None) -> Result:
+    """Finds the decoder layers whose absence costs least, and writes a plan."""
+    place = _place(out, "importance", config, model, corpus)
+    return _do(steps.importance(config, model, corpus, place))
+
+
+@command(app, "prune", PruneConfig)
+def prune(
+    config: PruneConfig,
+    model: Model,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="The plan.json of `halve importance`.")
+    ] = None,
+    out: Out = None,
+) -> Result:
+    """Cuts decoder layers out: an ordinary model with fewer layers."""
+    if plan is not None and plan.is_dir():
+        plan = plan / "plan.json"
+    if plan is not None and not plan.is_file():
+        raise InputError(f"{plan} does not exist", expected="the plan.json of `halve importance`")
+    if plan is None and config.layers is None:
+        raise InputError("Which layers?", expected="--plan DIR/plan.json or --layers 3,5,6")
+    return _do(steps.prune(config, model, plan, _place(out, "pruned", config, model, plan)))
+
+
+@command(app, "distill", DistillConfig)
+def distill(config: DistillConfig, model: Model, corpus: Corpus, out: Out = None) -> Result:
+    """Has the teacher translate the training audio, and joins that with the references."""
+    place = _place(out, "translations", config, model, corpus)
+    return _do(steps.distill(config, model, corpus, place))
+
+
+@command(app, "tune", TuneConfig)
+def tune(
+    config: TuneConfig,
+    model: Model,
+    corpus: Corpus,
+    translations: Annotated[
+        Path | None,
+        typer.Option("--translations", metavar="DIR", help="What `halve distill` wrote."),
+    ] = None,
+    qlora: Annotated[bool, typer.Option("--qlora", help="The same as --method qlora.")] = False,
+    out: Out = None,
+) -> Result:
+    """Tunes a pruned model: an adapter, or (--method full) a whole student."""
+    if qlora and config.method != "qlora":
+        raise InputError(f"--qlora and --method {config.method} exclude each other")
+    place = _place(out, "adapter", config, model, corpus, translations)
+    return _do(steps.tune(config, model, corpus, translations, place))
+
+
+@command(app, "merge", MergeConfig)
+def merge(
+    config: MergeConfig,
+    model: Model,
+    adapter: Annotated[
+        Path, typer.Option("--adapter", metavar="DIR", help="What `halve tune` wrote.")
+    ],
+    corpus: MaybeCorpus = None,
+    out: Out = None,
+) -> Result:
+    """Merges an adapter into its base model: the student."""
+    place = _place(out, "student", config, model, adapter)
+    return _do(steps.merge(config, model, adapter, corpus, place))
+
+
+@command(app, "package", PackageConfig)
+def package(
+    config: PackageConfig, model: Model, corpus: MaybeCorpus = None, out: Out = None
+) -> Result:
+    """Packages a student for one target, checked against the student first."""
+    place = _place(out, f"package-{config.target}-{config.precision}", config, model)
+    return _do(steps.package(config, model, corpus, place))
+
+
+@command(bench, "quality", QualityConfig)
+def bench_quality(
+    config: QualityConfig,
+    teacher: Annotated[str, typer.Option("--teacher", metavar="DIR|ID", help="The teacher.")],
+    corpus: Corpus,
+    students: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--students", metavar="DIR...", help="Students and packages to compare with it."
+        ),
+    ] = None,
+    out: Out = None,
+) -> Result:
+    """Scores a teacher and its students: BLEU, chrF, chrF++, TER, retention with its interval."""
+    given = students or []
+    place = _place(out, "quality", config, teacher, corpus, *given)
+    return _bench(steps.quality(config, teacher, given, corpus, place), "quality.json")
+
+
+class LatencyOptions(LatencyConfig):
+    """`halve bench latency` finds out the language by itself."""
+
+    lang: str = ""
+    """Target language; without it, one that the first model was made for."""
+
+
+@command(bench, "latency", LatencyOptions)
+def bench_latency(
+    config: LatencyOptions,
+    models: Annotated[
+        list[str], typer.Option("--models", metavar="DIR...", help="Models and packages to time.")
+    ],
+    corpus: MaybeCorpus = None,
+    out: Out = None,
+) -> Result:
+    """Times models: load, first token, each token, real-time factor, peak memory."""
+    speech = corpus or Path(__file__).resolve().parent.parent / "demo" / "corpus"
+    lang = config.lang or _language_of(Path(models[0]))
+    settings = LatencyConfig.model_validate(config.model_dump() | {"lang": lang})
+    place = _place(out, "latency", settings, speech, *models)
+    return _bench(steps.latency(settings, models, speech, place), "latency.json")
+
+
+@command(app, "report")
+def report(
+    results: Annotated[
+        list[Path], typer.Argument(help="Results, artefacts, whole runs or reports.")
+    ],
+    out: Out = None,
+) -> Result:
+    """Makes a report in Markdown, HTML and JSON; compares where several are given."""
+    return _do(steps.report(results, _place(out, "report", Config(), *results)))
+
+
+@command(app, "inspect")
+def inspect(directory: Annotated[Path, typer.Argument(help="An artefact or a model.")]) -> Result:
+    """Says what a directory is and what made it, and checks every hash."""
+    from pipeline.inspect_artefact import inspect as look
+
+    return look(directory)
+
+
+@command(app, "plan")
+def plan(
+    model: Model,
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="SIZE", help="Stored size, as 4GB or 500MB.")
+    ],
+    lang: Annotated[str | None, typer.Option("--lang", help="Target language.")] = None,
+) -> Result:
+    """Says which students fit into a size: layers kept and precision, from the config alone."""
+    from pipeline.budget import plan as fit
+
+    return fit(model, budget, lang)
+
+
+@command(app, "translate")
+def translate(
+    model: Model,
+    files: Annotated[list[Path] | None, typer.Argument(help="Audio files, one line each.")] = None,
+    lang: Annotated[str | None, typer.Option("--lang", help="Target language.")] = None,
+    segments: Annotated[
+        Path | None,
+        typer.Option(
+            "--segments", metavar="YAML", help="A list of {wav, offset, duration}, one line each."
+        ),
+    ] = None,
+    input_dir: Annotated[
+        Path | None,
+        typer.Option("--input-dir", metavar="DIR", help="Where the audio of --segments lies."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Segments translated together.")] = 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
+) -> Result:
+    """Translates audio: one line a file or segment, UTF-8, in the order given."""
+    from pipeline import translate as translating
+
+    if segments is not None and files:
+        raise InputError("Files and --segments exclude each other")
+    pieces = (
+        translating.pieces_of_files(files or [])
+        if segments is None
+        else translating.pieces_of_segments(segments, input_dir)
+    )
+    target = language(lang).code if lang else None
+    progress = console.progress()
+    lines = list(translating.translate(model, target, pieces, batch_size, threads, progress))
+    return Result("\n".join(line.text for line in lines), [vars(line) for line in lines])
+
+
+@command(app, "serve", ServeSettings)
+def serve(config: ServeSettings) -> Result:
+    """Serves models over HTTP, as OpenAI's audio API; stops on SIGTERM or Ctrl-C."""
+    from serve.run import run_server
+
+    run_server(config, console.progress())
+    return Result("")
+
+
+@command(app, "clean")
+def clean(
+    directory: Annotated[Path, typer.Argument(help="A run, or the directory of all runs.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it.")] = False,
+) -> Result:
+    """Lists what can go and its size."""
+    from pipeline.clean import clean as find
+
+    return find(directory, yes)
+
+
+@command(app, "doctor")
+def doctor() -> Result:
+    """Says what this machine can run and what is missing."""
+    from pipeline.doctor import examine
+
+    return examine()
+
+
+app.add_typer(bench, name="bench")
+
+
+def _place(out: Path | None, stage: str, config: Config, *inputs: Any) -> Path:
+    """--out, or a folder under runs/ that the same command finds again."""
+    if out is not None:
+        return out
+    facts = [config.model_dump(mode="json"), [str(Path(str(item)).absolute()) for item in inputs]]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return environment.runs_dir() / f"{stage}-{key}"
+
+
+def _do(step: Step) -> Result:
+    made, ran = steps.carry_out(step, console.progress())
+    data = {"path": str(made.path), "kind": made.kind, "fingerprint": made.fingerprint, "ran": ran}
+    facts = {key: value for key, value in made.extra.items() if key not in data}
+    lines = [
+        f"{made.kind}: {made.path}",
+        *(f"  {key}: {_fact(value)}" for key, value in facts.items()),
+    ]
+    return Result("\n".join(lines), data | facts)
+
+
+def _fact(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _bench(step: Step, name: str) -> Result:
+    made, _ = steps.carry_out(step, console.progress())
+    data = json.loads((made.path / name).read_text(encoding="utf8"))
+    from pipeline.summary import of_bench
+
+    return of_bench(made, data)
+
+
+def _language_of(model: Path) -> str:
+    """The language that a model was made for, from its package, its record, or its ancestors' settings."""
+    manifest = model / "package.json"
+    if manifest.is_file():
+        return str(json.loads(manifest.read_text(encoding="utf8"))["languages"][0])
+    from halve import artefact
+
+    if (model / artefact.RECORD).is_file():
+        made: Artefact = artefact.read(model)
+        langs = made.recipe.get("langs") or made.extra.get("langs") or []
+        if langs:
+            return str(langs[0])
+    raise InputError(
+        "Which language?", expected="--lang: the model does not say what it was made for"
+    )
+
+
+# Options that take several values, as `--students A B` or as `--students A --students B`.
+_LISTS = {
+    ("bench", "quality"): ("--students", "--lang"),
+    ("bench", "latency"): ("--models",),
+    ("serve",): ("--model",),
+    ("prune",): ("--layers",),
+    ("teach",): ("--lang",),
+    ("tune",): ("--lang",),
+    ("distill",): ("--lang",),
+    ("package",): ("--lang",),
+}
+
+
+def spread_lists(arguments: Sequence[str]) -> list[str]:
+    """Repeats an option in front of each further value that follows it."""
+    words = tuple(word for word in arguments if not word.startswith("-"))
+    lists = next((found for key, found in _LISTS.items() if words[: len(key)] == key), ())
+    spread: list[str] = []
+    current = ""
+    for word in arguments:
+        if word.startswith("-"):
+            current = word if word in lists else ""
+        elif current and spread[-1] != current:
+            spread.append(current)
+        spread.append(word)
+    return spread
+
+
+# typer keeps the class of wrong usage in a private module; this public one is a subclass of it.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    _quieten(debug)
+    try:
+        code = app(args=spread_lists(given), prog_name="halve", standalone_mode=False)
+    except _UsageError as error:
+        _complain(f"{error.format_message()} See `{_help_for(error)}`.", error, debug)
+        code = 2
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (Exception, KeyboardInterrupt, typer.Abort) as error:
+        failure = failures.explain(KeyboardInterrupt() if isinstance(error, typer.Abort) else error)
+        _complain(failure.message, error, debug)
+        code = failure.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _help_for(error: Any) -> str:
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "halve"
+    return f"{path} --help"
+
+
+def _complain(message: str, error: BaseException, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    if message:
+        with contextlib.suppress(OSError):  # nobody reads it
+            sys.stderr.write(f"Error: {message}\n")
+
+
+def _quieten(debug: bool) -> None:
+    """Libraries' chatter would bury the one line that matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
+
+
+if __name__ == "__main__":
+    main()

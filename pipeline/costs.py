@@ -1,0 +1,370 @@
+"""What each stage will cost here: estimates, from the model's config, the corpus and this machine's speed.
+
+Multiplications are counted (two per parameter and position, six in training); a short matrix product tells
+how many this machine does a second; the efficiencies below were measured once with the demo's model. Expect
+to be right within a factor of two or three on a CPU. Parameter counts are exact.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from halve import environment
+from halve.corpus import read_corpus
+from halve.errors import HalveError
+from halve.families import Counts, Family, family_for
+from halve.importers.base import CorpusConfig, Row, Sound
+from halve.models import read_config
+from pipeline.console import duration, size
+
+if TYPE_CHECKING:
+    from pipeline.stages import Run
+    from pipeline.steps import Step
+
+POSITIONS_PER_SECOND = 25
+"""Decoder positions that a second of audio takes."""
+PROMPT_POSITIONS = 40
+TOKENS_PER_SECOND = 4
+"""Tokens of a translation a second of speech."""
+ASSUMED_SEGMENTS = 1000
+ASSUMED_SEGMENT_S = 6.0
+"""Of a corpus that is not here yet."""
+PREFILL_EFFICIENCY = 0.35
+DECODE_EFFICIENCY = 0.12
+TRAIN_EFFICIENCY = 0.25
+STEP_OVERHEAD_S = 0.0006
+"""What a decoder layer costs in a step besides arithmetic."""
+GPU_FLOPS = 60e12
+"""A data-centre GPU in bfloat16, where there is one; not measured here."""
+LOAD_S = 6.0
+"""Starting torch and loading a small model."""
+NF4_BYTES = 0.516
+"""Bytes of a weight in NF4 with double quantisation: 4 bits, and 8 bits and 32 bits of scales in 64 and 16,384."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An estimate; None where the model is not on this machine to be counted."""
+
+    time_s: float | None = None
+    memory_bytes: float | None = None
+    disk_bytes: float | None = None
+
+    def __str__(self) -> str:
+        if self.time_s is None:
+            return "an unknown time"
+        memory, disk = size(self.memory_bytes or 0), size(self.disk_bytes or 0)
+        return f"{duration(max(self.time_s, 1))}, {memory} memory, {disk} disk"
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What a corpus holds: segments by split, their mean length, stored bytes."""
+
+    segments: dict[str, int]
+    mean_s: float
+    stored_bytes: int
+    assumed: bool = False
+
+    def count(self, split: str, limit: int | None = None) -> int:
+        """Segments of a split that a stage uses."""
+        found = self.segments.get(split, 0)
+        return found if limit is None else min(limit, found)
+
+
+class Estimator:
+    """Estimates the steps of one run."""
+
+    def __init__(self, run: "Run") -> None:
+        self.run = run
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """The teacher's (or base's) config, where it is on this machine."""
+        model = str(self.run.recipe.teacher or self.run.recipe.base)
+        try:
+            return read_config(_local(model))
+        except HalveError:
+            return None
+
+    @cached_property
+    def teacher(self) -> Counts | None:
+        """The teacher's parameters."""
+        return (
+            None if self.config is None else family_for(self.config).count_parameters(self.config)
+        )
+
+    @cached_property
+    def removed(self) -> int:
+        """Layers that go."""
+        recipe = self.run.recipe
+        if recipe.prune is None:
+            return 0
+        if recipe.prune.layers is not None:
+            return len(recipe.prune.layers)
+        return recipe.importance.remove if recipe.importance else 0
+
+    @cached_property
+    def student(self) -> Counts | None:
+        """The student's parameters."""
+        if self.config is None:
+            return None
+        family: Family = family_for(self.config)
+        kept = max(1, family.num_layers(self.config) - self.removed)
+        return family.count_parameters(family.kept_config(self.config, list(range(kept))))
+
+    @cached_property
+    def speech(self) -> Speech:
+        """The corpus: as imported, else as its source tells, else assumed."""
+        try:
+            return _imported(self.run.corpus)
+        except (HalveError, OSError):
+            pass
+        section = self.run.recipe.corpus
+        try:
+            if section.format == "hf" or not Path(section.source).exists():
+                raise HalveError("not here")
+            return _in_source(section, section.source)
+        except (HalveError, OSError):
+            counts = _shared(ASSUMED_SEGMENTS, section)
+            stored = round(ASSUMED_SEGMENTS * ASSUMED_SEGMENT_S * 32_000)
+            return Speech(counts, ASSUMED_SEGMENT_S, stored, assumed=True)
+
+    @cached_property
+    def flops(self) -> float:
+        """Multiplications and additions this machine does a second, measured."""
+        if shutil.which("nvidia-smi"):
+            return GPU_FLOPS
+        matrix = np.ones((768, 768), dtype=np.float32)
+        np.matmul(matrix, matrix)
+        best = float("inf")
+        for _ in range(3):
+            started = time.perf_counter()
+            np.matmul(matrix, matrix)
+            best = min(best, time.perf_counter() - started)
+        return 2 * 768**3 / best
+
+    def cost(self, step: "Step") -> Cost:
+        """The estimate for one step."""
+        if step.stage == "corpus":
+            count = sum(self.speech.segments.values())
+            return Cost(1 + 0.002 * count, 100e6, self.speech.stored_bytes)
+        if step.stage == "report":
+            return Cost(5, 200e6, 5e6)
+        if self.teacher is None or self.student is None:
+            return Cost()
+        return _COSTS[step.stage](self, step)
+
+    def translating(
+        self, counts: Counts, segments: int, batch_size: int, speed: float = 1.0
+    ) -> float:
+        """Seconds to translate so many segments of mean length."""
+        positions = self.speech.mean_s * POSITIONS_PER_SECOND + PROMPT_POSITIONS
+        tokens = self.speech.mean_s * TOKENS_PER_SECOND
+        heard = 2 * counts.audio_tower * self.speech.mean_s * POSITIONS_PER_SECOND * 2
+        prefill = 2 * counts.decoder * positions
+        decode = 2 * (counts.decoder + counts.head) * tokens
+        arithmetic = (heard + prefill) / PREFILL_EFFICIENCY + decode / DECODE_EFFICIENCY
+        batches = -(-segments // max(1, batch_size))
+        overhead = batches * 1.5 * tokens * counts.decoder_layers * STEP_OVERHEAD_S
+        return (segments * arithmetic / self.flops + overhead) / speed
+
+    def training(self, counts: Counts, rows: int, epochs: float, factor: float) -> float:
+        """Seconds of training: `factor` is 6 where all weights learn, 4 where an adapter does."""
+        positions = (
+            self.speech.mean_s * (POSITIONS_PER_SECOND + TOKENS_PER_SECOND) + PROMPT_POSITIONS
+        )
+        work = factor * (counts.decoder + counts.head) * positions * rows * epochs
+        return work / (self.flops * TRAIN_EFFICIENCY)
+
+
+def _local(model: str) -> Path:
+    """A model's directory without touching the network."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
+    return Path(found).parent if isinstance(found, str) else Path(model)
+
+
+def _imported(path: Path) -> Speech:
+    segments = read_corpus(path).segments
+    counts: dict[str, int] = {}
+    for segment in segments:
+        counts[segment.split] = counts.get(segment.split, 0) + 1
+    stored = sum((path / name).stat().st_size for name in {s.audio for s in segments})
+    return Speech(counts, sum(s.duration_s for s in segments) / len(segments), stored)
+
+
+def _in_source(section: CorpusConfig, source: str) -> Speech:
+    from halve.importers import read_source
+
+    rows = read_source(section, source).rows
+    lengths = [row.duration_s for row in rows if row.duration_s is not None]
+    mean_s = sum(lengths) / len(lengths) if lengths else ASSUMED_SEGMENT_S
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row.split or ""] = counts.get(row.split or "", 0) + 1
+    if "" in counts or section.split in ("group", "segment", "paper"):
+        counts = _shared(len(rows), section)
+    return Speech(counts, mean_s, _stored(rows))
+
+
+def _stored(rows: list[Row]) -> int:
+    files = {row.audio for row in rows if isinstance(row.audio, Path)}
+    inline = sum(len(row.audio.data) for row in rows if isinstance(row.audio, Sound))
+    return inline + sum(path.stat().st_size for path in files if path.is_file())
+
+
+def _shared(count: int, section: CorpusConfig) -> dict[str, int]:
+    test, select = round(count * section.test_share), round(count * section.select_share)
+    return {"test": test, "select": select, "train": count - test - select}
+
+
+def _importance(of: Estimator, step: "Step") -> Cost:
+    config: Any = step.config
+    counts = of.teacher
+    assert counts is not None
+    segments = of.speech.count("select", config.segments)
+    one = of.translating(counts, segments, config.batch_size)
+    candidates = sum(counts.decoder_layers - gone - 2 for gone in range(config.remove))
+    if config.method == "reference":
+        time_s = candidates * of.translating(counts, segments, 1)
+    elif config.method in ("exact", "bounded", "racing"):
+        # Layers before a removed one are computed once: half of each candidate's work on average.
+        time_s = one + 0.6 * candidates * one
+    else:
+        time_s = one
+    positions = segments * (of.speech.mean_s * POSITIONS_PER_SECOND + PROMPT_POSITIONS)
+    width = (counts.per_layer / 12) ** 0.5
+    caches = positions * width * 4 * (counts.decoder_layers + 4)
+    memory = counts.total * _bytes(config.dtype) + min(caches, 0.4 * environment.memory_bytes())
+    return Cost(LOAD_S + time_s, 0.5e9 + memory, 1e5 + 200 * candidates)
+
+
+def _prune(of: Estimator, step: "Step") -> Cost:
+    counts = of.student
+    assert counts is not None and of.teacher is not None
+    full = getattr(step.config, "verify", "") == "full"
+    stored = counts.total * 2.0
+    return Cost(
+        2 + stored / 300e6 + (LOAD_S if full else 0), 1.5e9 + (stored * 2 if full else 0), stored
+    )
+
+
+def _distill(of: Estimator, step: "Step") -> Cost:
+    config: Any = step.config
+    counts = of.teacher
+    assert counts is not None
+    segments = sum(of.speech.count(split, config.limit) for split in config.splits)
+    time_s = of.translating(counts, segments, config.batch_size) * len(config.langs)
+    return Cost(LOAD_S + time_s, 0.7e9 + counts.total * _bytes(config.dtype), 600 * segments)
+
+
+def _adapter(counts: Counts, rank: int) -> float:
+    # Seven linear layers, taken as squares of a size that gives the layer's parameters.
+    width: float = (counts.per_layer / 7) ** 0.5
+    return 7 * 2 * rank * width * counts.decoder_layers
+
+
+def _steps_of(config: Any, rows: int) -> float:
+    epochs = float(config.epochs)
+    if config.max_steps is not None:
+        epochs = min(epochs, config.max_steps * config.batch_size / max(1, rows))
+    return epochs
+
+
+def _tune(of: Estimator, step: "Step") -> Cost:
+    config: Any = step.config
+    counts = of.student
+    assert counts is not None
+    segments = of.speech.count("train", config.train_segments)
+    rows = segments * len(config.langs) * (2 if of.run.recipe.distill else 1)
+    time_s = of.training(counts, rows, _steps_of(config, rows), 6 if config.method == "full" else 4)
+    checked = of.speech.count("select", config.select_segments)
+    rounds = config.epochs + 1
+    time_s += rounds * of.translating(counts, checked, 16) * len(config.langs)
+    time_s += LOAD_S + segments * 2 * counts.audio_tower * of.speech.mean_s * 50 / of.flops / 0.3
+    if config.method == "full":
+        return Cost(time_s, 1e9 + counts.total * 16, counts.total * 2)
+    learnt = _adapter(counts, config.rank)
+    stored = NF4_BYTES if config.method == "qlora" else 2
+    frozen = counts.decoder * stored + (counts.total - counts.decoder) * 2
+    return Cost(time_s, 1e9 + frozen + learnt * 16, learnt * 4)
+
+
+def _teach(of: Estimator, step: "Step") -> Cost:
+    config: Any = step.config
+    counts = of.teacher
+    assert counts is not None
+    rows = of.speech.count("train", config.train_segments) * (len(config.langs) + config.transcribe)
+    time_s = of.training(counts, rows, _steps_of(config, rows), 6)
+    if config.max_minutes is not None:
+        time_s = min(time_s, config.max_minutes * 60)
+    each = 16 if config.weights == "float32" else 8
+    return Cost(LOAD_S + time_s, 1e9 + counts.total * each, counts.total * (2 + each))
+
+
+def _merge(of: Estimator, step: "Step") -> Cost:
+    counts = of.student
+    assert counts is not None
+    stored = counts.total * 2.0
+    return Cost(LOAD_S + 2 * stored / 200e6, 1.5e9 + 2 * stored, stored)
+
+
+PACKAGE_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "int8": 1.06, "int4": 0.63}
+
+
+def _package(of: Estimator, step: "Step") -> Cost:
+    config: Any = step.config
+    counts = of.student
+    assert counts is not None
+    if config.precision == "nf4":
+        stored = counts.decoder * NF4_BYTES + (counts.total - counts.decoder) * 2
+    else:
+        stored = counts.total * PACKAGE_BYTES.get(config.precision, 2.0)
+    checked = of.speech.count("select", config.parity_segments)
+    parity = 2 * of.translating(counts, checked, config.batch_size) * max(1, len(config.langs))
+    writing = 25.0 if config.target == "onnx" else LOAD_S
+    return Cost(writing + stored / 100e6 + parity, 1e9 + counts.total * 8, stored)
+
+
+def _bench(of: Estimator, step: "Step") -> Cost:
+    config: Any = step.config
+    teacher, student = of.teacher, of.student
+    assert teacher is not None and student is not None
+    models = len(step.inputs) - 2
+    memory = 1e9 + teacher.total * 4
+    if hasattr(config, "repeats"):
+        runs = config.repeats + config.warmup
+        clip_s = config.short_s + config.long_s
+        one = of.translating(teacher, runs * round(clip_s / of.speech.mean_s + 1), 1)
+        return Cost((models + 2) * (LOAD_S + one), memory, 1e5)
+    segments = of.speech.count(config.split, config.limit)
+    teacher_runs = 3 if config.controls else 1
+    time_s = teacher_runs * of.translating(teacher, segments, config.batch_size)
+    time_s += models * (LOAD_S + of.translating(student, segments, config.batch_size))
+    return Cost(time_s + 10, memory, 1000 * segments * (models + 3))
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+_COSTS: dict[str, Callable[[Estimator, "Step"], Cost]] = {
+    "teach": _teach,
+    "importance": _importance,
+    "prune": _prune,
+    "distill": _distill,
+    "tune": _tune,
+    "merge": _merge,
+    "package": _package,
+    "bench": _bench,
+}

@@ -1,0 +1,254 @@
+"""Recipes: one YAML file that says a whole run."""
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from benchmarks.config import LatencyConfig, QualityConfig
+from compress.config import (
+    DistillConfig,
+    ImportanceConfig,
+    PruneConfig,
+    TeachConfig,
+    TuneConfig,
+)
+from export.config import MergeConfig, PackageConfig
+from halve.config import Config
+from halve.errors import InputError, RecipeError
+from halve.importers.base import CorpusConfig
+from halve.languages import language
+from pipeline.failures import fault_text
+
+
+class CorpusSection(CorpusConfig):
+    """Where the corpus comes from."""
+
+    source: str
+    """A directory or table, relative to the recipe, or (hf) the id of a data set on the hub."""
+
+
+class BenchSection(Config):
+    """What is measured."""
+
+    quality: QualityConfig | None = None
+    """Scores on a split that nothing was chosen on."""
+    latency: LatencyConfig | None = None
+    """Time and memory."""
+
+
+class Recipe(Config):
+    """One run. A stage whose section is left out does not take place."""
+
+    lang: tuple[str, ...] = Field(min_length=1)
+    """Target languages; the first one is what layers are ranked by. Sections take it where they name none."""
+    seed: int = 0
+    """Sections take it where they name none."""
+    teacher: str | None = None
+    """The in-domain model: a directory relative to the recipe, or a hub id."""
+    base: str | None = None
+    """In place of a teacher: the model that the teach section makes one of."""
+    corpus: CorpusSection
+    """Speech and translations."""
+    teach: TeachConfig | None = None
+    """Fine-tuning the base model."""
+    importance: ImportanceConfig | None = None
+    """Ranking the decoder layers."""
+    prune: PruneConfig | None = None
+    """Cutting layers out."""
+    distill: DistillConfig | None = None
+    """The teacher's own translations."""
+    tune: TuneConfig | None = None
+    """Tuning what is left."""
+    merge: MergeConfig | None = None
+    """Merging the adapter; taken with its defaults after tuning."""
+    packages: tuple[PackageConfig, ...] = ()
+    """What the student is packaged as."""
+    bench: BenchSection = BenchSection()
+    """What is measured."""
+
+    @pydantic.field_validator("lang", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        faults = []
+        if (self.teacher is None) == (self.base is None):
+            faults.append("name either a teacher, or a base with a teach section")
+        if self.teach is not None and self.base is None:
+            faults.append("the teach section needs a base to start from")
+        if self.base is not None and self.teach is None:
+            faults.append("a base needs a teach section")
+        if self.importance is not None and self.prune is None:
+            faults.append("importance ranks layers that no prune section removes (prune: {} does)")
+        if self.prune is not None and self.importance is None and self.prune.layers is None:
+            faults.append("prune needs layers, or an importance section that finds them")
+        if self.merge is not None and self.tune is None:
+            faults.append("merge needs a tune section")
+        names = [package_name(package) for package in self.packages]
+        if len(set(names)) != len(names):
+            faults.append("packages: the same target and precision twice")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+def package_name(config: PackageConfig) -> str:
+    """A package's folder: target-precision."""
+    return f"{config.target}-{config.precision}"
+
+
+_PATHS = (("teacher",), ("base",), ("corpus", "source"), ("bench", "quality", "comet_checkpoint"))
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe; its paths become relative to where it lies.
+
+    Raises:
+        RecipeError: not there, not YAML, or faulty; every fault is named with its place.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"{path} is no recipe file", mend="name a YAML file, see recipes/")
+    try:
+        text = path.read_text(encoding="utf8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(raw, dict) or node is None:
+        raise RecipeError(f"{path} holds no settings", expected="a mapping, see recipes/")
+    lines, faults = _lines(node)
+    faults += _unknown_languages(raw, lines)
+    try:
+        recipe = Recipe.model_validate(_with_defaults(raw))
+    except pydantic.ValidationError as error:
+        faults += [_fault(fault, lines) for fault in error.errors(include_url=False)]
+    if faults:
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise RecipeError(f"{path}: {count}:\n{listed}")
+    return _with_paths(recipe, path.parent)
+
+
+Place = tuple[str | int, ...]
+
+
+def _lines(root: yaml.Node) -> tuple[dict[Place, int], list[str]]:
+    """The line of every key in a YAML document, and keys given twice."""
+    lines: dict[Place, int] = {}
+    faults: list[str] = []
+
+    def walk(node: yaml.Node, place: Place) -> None:
+        lines.setdefault(place, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = (*place, str(key.value))
+                if inner in lines:
+                    faults.append(f"line {key.start_mark.line + 1}, {_dotted(inner)}: given twice")
+                lines[inner] = key.start_mark.line + 1
+                walk(value, inner)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                walk(value, (*place, index))
+
+    walk(root, ())
+    return lines, faults
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(str(part) for part in place)
+
+
+def _fault(fault: Any, lines: dict[Place, int]) -> str:
+    place: Place = tuple(fault["loc"])
+    known = place
+    while known not in lines:
+        known = known[:-1]
+    name = _dotted(place)
+    return f"line {lines[known]}, {name}: {fault_text(fault)}" if name else fault_text(fault)
+
+
+def _unknown_languages(raw: dict[str, Any], lines: dict[Place, int]) -> list[str]:
+    """Faulty language codes, wherever a recipe names them."""
+    faults = []
+    found: list[tuple[Place, Any]] = [(("lang",), raw.get("lang"))]
+    for section, values in raw.items():
+        if isinstance(values, dict):
+            found += [
+                ((section, key), values.get(key)) for key in ("lang", "langs") if key in values
+            ]
+    for place, value in found:
+        for code in value if isinstance(value, list) else [value]:
+            try:
+                if code is not None:
+                    language(str(code))
+            except InputError as error:
+                faults.append(f"line {lines.get(place, 1)}, {_dotted(place)}: {error.found}")
+    return faults
+
+
+def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """Gives each section the recipe's languages and seed where it has none of its own."""
+    langs = raw.get("lang")
+    langs = [langs] if isinstance(langs, str) else langs
+    filled = dict(raw)
+    kinds: dict[str, type[Config]] = {
+        "teach": TeachConfig,
+        "importance": ImportanceConfig,
+        "prune": PruneConfig,
+        "distill": DistillConfig,
+        "tune": TuneConfig,
+        "merge": MergeConfig,
+        "corpus": CorpusSection,
+    }
+    for name, kind in kinds.items():
+        filled[name] = _section(raw.get(name), kind, langs, raw.get("seed"))
+    if isinstance(raw.get("packages"), list):
+        filled["packages"] = [
+            _section(one, PackageConfig, langs, raw.get("seed")) for one in raw["packages"]
+        ]
+    if isinstance(raw.get("bench"), dict):
+        benches: dict[str, type[Config]] = {"quality": QualityConfig, "latency": LatencyConfig}
+        filled["bench"] = dict(raw["bench"]) | {
+            name: _section(raw["bench"][name], kind, langs, raw.get("seed"))
+            for name, kind in benches.items()
+            if name in raw["bench"]
+        }
+    return {key: value for key, value in filled.items() if value is not None or key in raw}
+
+
+def _section(values: Any, kind: type[Config], langs: Any, seed: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    filled = dict(values)
+    # The corpus keeps every language it has: a later run may want another.
+    if langs and not issubclass(kind, CorpusConfig):
+        for key, value in (("langs", langs), ("lang", langs[0])):
+            if key in kind.model_fields:
+                filled.setdefault(key, value)
+    if seed is not None and "seed" in kind.model_fields:
+        filled.setdefault("seed", seed)
+    return filled
+
+
+def _with_paths(recipe: Recipe, root: Path) -> Recipe:
+    values = recipe.model_dump()
+    for place in _PATHS:
+        holder: Any = values
+        for part in place[:-1]:
+            holder = (holder or {}).get(part)
+        if holder and isinstance(holder.get(place[-1]), str):
+            holder[place[-1]] = _placed(holder[place[-1]], root)
+    return Recipe.model_validate(values)
+
+
+def _placed(text: str, root: Path) -> str:
+    """A path from the recipe's folder; the id of something on the hub stays as it is."""
+    path = root / Path(text).expanduser()
+    looks_like_id = text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    return text if looks_like_id and not path.exists() else str(path)

@@ -1,0 +1,271 @@
+"""A whole run: the stages in their order, what each takes from those before it, and running them."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.config import MergeConfig
+from halve import artefact
+from halve.errors import HalveError, InputError
+from halve.models import resolve_model
+from halve.progress import Progress
+from pipeline import steps
+from pipeline.console import duration, size
+from pipeline.costs import Cost, Estimator
+from pipeline.recipe import Recipe, package_name
+from pipeline.steps import Model, Step
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe and the directory that it fills; each property says where a stage leaves its work."""
+
+    recipe: Recipe
+    out: Path
+
+    @property
+    def corpus(self) -> Path:
+        """The imported corpus."""
+        return self.out / "corpus"
+
+    @property
+    def teacher(self) -> Model:
+        """The model that is made small: taught here, or given."""
+        if self.recipe.teach is not None:
+            return self.out / "teacher"
+        return _model(str(self.recipe.teacher))
+
+    @property
+    def pruned(self) -> Model:
+        """The model with fewer layers; the teacher itself where no layer goes."""
+        return self.out / "pruned" if self.recipe.prune is not None else self.teacher
+
+    @property
+    def translations(self) -> Path | None:
+        """The teacher's translations, where there are any."""
+        return self.out / "translations" if self.recipe.distill is not None else None
+
+    @property
+    def student(self) -> Model:
+        """The model that is packaged and measured."""
+        return self.out / "student" if self.recipe.tune is not None else self.pruned
+
+    @property
+    def packages(self) -> list[Path]:
+        """The student's packages."""
+        return [self.out / "packages" / package_name(one) for one in self.recipe.packages]
+
+    @property
+    def results(self) -> list[Path]:
+        """What the report shows."""
+        bench = self.recipe.bench
+        found = [
+            *([self.out / "importance"] if self.recipe.importance else []),
+            *([self.out / "adapter"] if self.recipe.tune else []),
+            *self.packages,
+            *([self.out / "results" / "quality"] if bench.quality else []),
+            *([self.out / "results" / "latency"] if bench.latency else []),
+        ]
+        return found
+
+
+def _model(text: str) -> Model:
+    return text if not text.startswith((".", "/")) and not Path(text).exists() else Path(text)
+
+
+def corpus(run: Run) -> Iterator[Step]:
+    """Imports the speech and its translations."""
+    section = run.recipe.corpus
+    yield steps.corpus(section, section.source, run.corpus)
+
+
+def teach(run: Run) -> Iterator[Step]:
+    """Fine-tunes the base model on the corpus."""
+    if run.recipe.teach is not None:
+        base = _model(str(run.recipe.base))
+        yield steps.teach(run.recipe.teach, base, run.corpus, run.out / "teacher")
+
+
+def importance(run: Run) -> Iterator[Step]:
+    """Finds the layers that can go."""
+    if run.recipe.importance is not None:
+        yield steps.importance(
+            run.recipe.importance, run.teacher, run.corpus, run.out / "importance"
+        )
+
+
+def prune(run: Run) -> Iterator[Step]:
+    """Cuts them out."""
+    if run.recipe.prune is not None:
+        plan = run.out / "importance" / "plan.json" if run.recipe.prune.layers is None else None
+        yield steps.prune(run.recipe.prune, run.teacher, plan, run.out / "pruned")
+
+
+def distill(run: Run) -> Iterator[Step]:
+    """Has the teacher translate the training audio."""
+    if run.recipe.distill is not None:
+        yield steps.distill(run.recipe.distill, run.teacher, run.corpus, run.out / "translations")
+
+
+def tune(run: Run) -> Iterator[Step]:
+    """Tunes the pruned model on references and translations."""
+    if run.recipe.tune is not None:
+        yield steps.tune(
+            run.recipe.tune, run.pruned, run.corpus, run.translations, run.out / "adapter"
+        )
+
+
+def merge(run: Run) -> Iterator[Step]:
+    """Merges the adapter: the student."""
+    if run.recipe.tune is not None:
+        config = run.recipe.merge or MergeConfig()
+        yield steps.merge(config, run.pruned, run.out / "adapter", run.corpus, run.out / "student")
+
+
+def package(run: Run) -> Iterator[Step]:
+    """Packages the student, each package checked against it."""
+    for config, place in zip(run.recipe.packages, run.packages, strict=True):
+        yield steps.package(config, run.student, run.corpus, place)
+
+
+def bench(run: Run) -> Iterator[Step]:
+    """Measures teacher, student and packages."""
+    wanted = run.recipe.bench
+    students = [run.student, *run.packages]
+    results = run.out / "results"
+    if wanted.quality is not None:
+        yield steps.quality(wanted.quality, run.teacher, students, run.corpus, results / "quality")
+    if wanted.latency is not None:
+        models = [run.teacher, *students]
+        yield steps.latency(wanted.latency, models, run.corpus, results / "latency")
+
+
+def report(run: Run) -> Iterator[Step]:
+    """Writes it all down."""
+    if run.results:
+        yield steps.report(run.results, run.out / "report")
+
+
+STAGES: tuple[Callable[[Run], Iterator[Step]], ...] = (
+    corpus,
+    teach,
+    importance,
+    prune,
+    distill,
+    tune,
+    merge,
+    package,
+    bench,
+    report,
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step of a run, with what it will cost here and whether it is done."""
+
+    step: Step
+    cost: Cost
+    done: bool
+
+
+def stage_names() -> list[str]:
+    """The stages' names, in their order."""
+    return [stage.__name__ for stage in STAGES]
+
+
+def steps_between(run: Run, first: str | None, last: str | None) -> list[Step]:
+    """The steps from one stage to another.
+
+    Raises:
+        InputError: no such stages, or an earlier stage that is not complete.
+    """
+    names = stage_names()
+    for name in (first, last):
+        if name is not None and name not in names:
+            raise InputError(f"Unknown stage {name!r}", expected=f"one of {', '.join(names)}")
+    start = names.index(first) if first else 0
+    end = names.index(last) if last else len(names) - 1
+    if start > end:
+        raise InputError(f"--from {first} comes after --to {last}")
+    for stage in STAGES[:start]:
+        for step in stage(run):
+            if not (step.out / artefact.RECORD).is_file():
+                raise InputError(
+                    f"{step.out} is missing, and --from {first} leaves out the stage that makes it",
+                    mend=f"use --from {stage.__name__}, or no --from",
+                )
+    return [step for stage in STAGES[start : end + 1] for step in stage(run)]
+
+
+def check_inputs(run: Run) -> None:
+    """Refuses a run whose model or corpus is not there, before anything is done.
+
+    Raises:
+        InputError: the source of the corpus is missing.
+        ArtefactError: the model is missing.
+    """
+    section = run.recipe.corpus
+    if section.format != "hf" and not Path(section.source).exists():
+        raise InputError(
+            f"The corpus source {section.source} does not exist",
+            mend="correct `source` in the recipe (paths are relative to the recipe)",
+        )
+    resolve_model(str(run.recipe.teacher or run.recipe.base))
+
+
+def plan(run: Run, first: str | None, last: str | None) -> tuple[list[Planned], Estimator]:
+    """The steps with their costs, without running anything."""
+    estimator = Estimator(run)
+    planned: list[Planned] = []
+    for step in steps_between(run, first, last):
+        # What follows a step that must run is only known to be current once that has run.
+        earlier = all(other.done for other in planned)
+        planned.append(Planned(step, estimator.cost(step), earlier and _is_done(step)))
+    return planned, estimator
+
+
+def _is_done(step: Step) -> bool:
+    try:
+        return steps.up_to_date(step)
+    except HalveError:  # an input that is not there yet, or a model that is not on this machine
+        return False
+
+
+def run_all(run: Run, first: str | None, last: str | None, progress: Progress) -> list[Planned]:
+    """Carries out the steps in their order, and says before each what it will cost."""
+    check_inputs(run)
+    planned = steps_between(run, first, last)
+    run.out.mkdir(parents=True, exist_ok=True)
+    estimator = Estimator(run)
+    ran = []
+    for step in planned:
+        cost = estimator.cost(step)
+        if steps.up_to_date(step):
+            progress.message(f"{step.name}: up to date")
+            ran.append(Planned(step, cost, True))
+            continue
+        progress.message(f"{step.name}: about {cost} -> {step.out}")
+        _check_disk(run.out, cost, progress)
+        step.work(progress)
+        ran.append(Planned(step, cost, False))
+    return ran
+
+
+def _check_disk(out: Path, cost: Cost, progress: Progress) -> None:
+    free = shutil.disk_usage(out).free
+    if cost.disk_bytes is not None and cost.disk_bytes > free:
+        progress.warn(
+            f"{size(free)} are free in {out}, about {size(cost.disk_bytes)} will be written."
+        )
+
+
+def total(planned: list[Planned]) -> str:
+    """What is left to do, in one line."""
+    left = [one.cost for one in planned if not one.done]
+    seconds = [cost.time_s for cost in left]
+    if any(value is None for value in seconds):
+        return "The whole time cannot be estimated: the model is not on this machine."
+    disk = sum(cost.disk_bytes or 0 for cost in left)
+    return f"About {duration(sum(s or 0 for s in seconds))} and {size(disk)} of disk in all (estimates)."

@@ -1,0 +1,203 @@
+"""One step: a stage applied to its inputs. The command line runs one, a recipe runs all of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.config import LatencyConfig, QualityConfig
+from compress.config import (
+    DistillConfig,
+    ImportanceConfig,
+    PruneConfig,
+    TeachConfig,
+    TuneConfig,
+)
+from export.config import MergeConfig, PackageConfig
+from halve import artefact
+from halve.artefact import Artefact
+from halve.config import Config
+from halve.importers.base import CorpusConfig
+from halve.models import resolve_model
+from halve.progress import Progress
+
+Model = str | Path
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to make, of what, and where."""
+
+    stage: str
+    kind: str
+    out: Path
+    config: Config
+    inputs: tuple[Model, ...]
+    work: Callable[[Progress], Artefact]
+
+    @property
+    def name(self) -> str:
+        """The stage, and which of several where it makes more than one."""
+        return self.stage if self.stage == self.out.name else f"{self.stage} {self.out.name}"
+
+
+def corpus(config: CorpusConfig, source: str, out: Path) -> Step:
+    """Imports a corpus."""
+
+    def work(progress: Progress) -> Artefact:
+        from halve.importers import run_corpus
+
+        return run_corpus(config, source, out, progress)
+
+    inputs: tuple[Model, ...] = (Path(source),) if Path(source).exists() else ()
+    return Step("corpus", "corpus", out, config, inputs, work)
+
+
+def teach(config: TeachConfig, model: Model, speech: Path, out: Path) -> Step:
+    """Fine-tunes the base model."""
+
+    def work(progress: Progress) -> Artefact:
+        from compress.teach import run_teach
+
+        return run_teach(config, resolve_model(model), speech, out, progress)
+
+    return Step("teach", "teacher", out, config, (model, speech), work)
+
+
+def importance(config: ImportanceConfig, model: Model, speech: Path, out: Path) -> Step:
+    """Ranks decoder layers."""
+
+    def work(progress: Progress) -> Artefact:
+        from compress.importance import run_importance
+
+        return run_importance(config, resolve_model(model), speech, out, progress)
+
+    return Step("importance", "importance", out, config, (model, speech), work)
+
+
+def prune(config: PruneConfig, model: Model, plan: Path | None, out: Path) -> Step:
+    """Cuts layers out."""
+
+    def work(progress: Progress) -> Artefact:
+        from compress.prune import run_prune
+
+        return run_prune(config, resolve_model(model), plan, out, progress)
+
+    return Step("prune", "pruned", out, config, (model, *([plan] if plan else [])), work)
+
+
+def distill(config: DistillConfig, model: Model, speech: Path, out: Path) -> Step:
+    """Has the teacher translate the training audio."""
+
+    def work(progress: Progress) -> Artefact:
+        from compress.distill import run_distill
+
+        return run_distill(config, resolve_model(model), speech, out, progress)
+
+    return Step("distill", "translations", out, config, (model, speech), work)
+
+
+def tune(
+    config: TuneConfig, model: Model, speech: Path, translations: Path | None, out: Path
+) -> Step:
+    """Tunes the pruned model."""
+
+    def work(progress: Progress) -> Artefact:
+        from compress.tune import run_tune
+
+        return run_tune(config, resolve_model(model), speech, translations, out, progress)
+
+    inputs = (model, speech, *([translations] if translations else []))
+    kind = "student" if config.method == "full" else "adapter"
+    return Step("tune", kind, out, config, inputs, work)
+
+
+def merge(config: MergeConfig, model: Model, adapter: Path, speech: Path | None, out: Path) -> Step:
+    """Merges an adapter into its base."""
+
+    def work(progress: Progress) -> Artefact:
+        from export.merge import run_merge
+
+        return run_merge(config, resolve_model(model), adapter, speech, out, progress)
+
+    used = (speech,) if speech is not None and config.onto == "auto" else ()
+    return Step("merge", "student", out, config, (model, adapter, *used), work)
+
+
+def package(config: PackageConfig, model: Model, speech: Path | None, out: Path) -> Step:
+    """Packages a student."""
+
+    def work(progress: Progress) -> Artefact:
+        from export.package import run_package
+
+        return run_package(config, resolve_model(model), speech, out, progress)
+
+    return Step("package", "package", out, config, (model, *([speech] if speech else [])), work)
+
+
+def quality(
+    config: QualityConfig, teacher: Model, students: Sequence[Model], speech: Path, out: Path
+) -> Step:
+    """Scores models."""
+
+    def work(progress: Progress) -> Artefact:
+        from benchmarks.quality import run_quality
+
+        return run_quality(config, teacher, list(students), speech, out, progress)
+
+    return Step("bench", "results", out, config, (teacher, *students, speech), work)
+
+
+def latency(config: LatencyConfig, models: Sequence[Model], speech: Path, out: Path) -> Step:
+    """Times models."""
+
+    def work(progress: Progress) -> Artefact:
+        from benchmarks.latency import run_latency
+
+        return run_latency(config, list(models), speech, out, progress)
+
+    return Step("bench", "results", out, config, (*models, speech), work)
+
+
+def report(results: Sequence[Path], out: Path) -> Step:
+    """Makes a report."""
+
+    def work(progress: Progress) -> Artefact:
+        from benchmarks.report import run_report
+
+        return run_report(list(results), out, progress)
+
+    return Step("report", "report", out, Config(), tuple(results), work)
+
+
+def up_to_date(step: Step) -> bool:
+    """Whether the step's artefact is there and made of just these inputs, settings and code.
+
+    A stage may note more than its settings and names its parents as it likes; inputs are told by
+    their hashes.
+    """
+    settings = step.config.model_dump(mode="json")
+    seed = int(settings.get("seed") or 0)
+    # Also finishes a renaming that a kill cut short.
+    if artefact.is_current(step.out, step.kind, settings, seed, {}):
+        return not step.inputs
+    if not (step.out / artefact.RECORD).is_file():
+        return False
+    made = artefact.read(step.out)
+    paths = [Path(resolve_model(item)) if isinstance(item, str) else item for item in step.inputs]
+    if made.kind != step.kind or not all(path.exists() for path in paths):
+        return False
+    given = {artefact.identity(path): path for path in paths}
+    if not set(made.parents.values()) <= set(given) or len(set(made.parents.values())) < len(given):
+        return False
+    if any(made.recipe.get(key) != value for key, value in settings.items() if key in made.recipe):
+        return False
+    parents = {name: given[found] for name, found in made.parents.items()}
+    return artefact.is_current(step.out, step.kind, made.recipe, made.seed, parents)
+
+
+def carry_out(step: Step, progress: Progress) -> tuple[Artefact, bool]:
+    """Runs a step unless it is up to date. Returns its artefact, and whether it ran."""
+    if up_to_date(step):
+        progress.message(f"{step.name}: up to date in {step.out}")
+        return artefact.read(step.out, step.kind), False
+    return step.work(progress), True

@@ -1,0 +1,147 @@
+"""What a run, a plan of a run and a bench say at the end."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halve.artefact import Artefact
+from halve.languages import language
+from pipeline.console import Result, duration, size, table
+from pipeline.costs import Cost, Estimator
+from pipeline.stages import Planned, Run, total
+
+
+def of_plan(run: Run, planned: list[Planned], estimator: Estimator) -> Result:
+    """`halve run --dry-run`: sizes before and after, and what each stage will cost here."""
+    rows = [
+        [
+            one.step.name,
+            "up to date" if one.done else "to run",
+            *_cost(one.cost),
+            str(one.step.out),
+        ]
+        for one in planned
+    ]
+    header = ["stage", "state", "time", "memory", "disk", "directory"]
+    text = [
+        _sizes(estimator),
+        _speech(estimator),
+        table(header, rows, right=(2, 3, 4)),
+        total(planned),
+    ]
+    return Result("\n".join(part for part in text if part), _plan_data(run, planned, estimator))
+
+
+def _cost(cost: Cost) -> list[str]:
+    if cost.time_s is None:
+        return ["?", "?", "?"]
+    return [duration(max(cost.time_s, 1)), size(cost.memory_bytes or 0), size(cost.disk_bytes or 0)]
+
+
+def _sizes(estimator: Estimator) -> str:
+    if estimator.teacher is None or estimator.student is None:
+        return "The model is not on this machine: its sizes are not known before it is downloaded."
+    teacher, student = estimator.teacher, estimator.student
+    return (
+        f"Teacher: {teacher.total:,} parameters, {teacher.decoder_layers} decoder layers; "
+        f"student: {student.total:,} parameters, {student.decoder_layers} decoder layers (exact, from the config)."
+    )
+
+
+def _speech(estimator: Estimator) -> str:
+    speech = estimator.speech
+    counts = ", ".join(f"{count} {split}" for split, count in sorted(speech.segments.items()))
+    known = (
+        "assumed, the corpus is not here" if speech.assumed else f"{speech.mean_s:.1f} s on average"
+    )
+    return f"Corpus: {counts} segments ({known}). Times are estimates for this machine."
+
+
+def _plan_data(run: Run, planned: list[Planned], estimator: Estimator) -> dict[str, Any]:
+    teacher, student = estimator.teacher, estimator.student
+    return {
+        "out": str(run.out),
+        "teacher_parameters": teacher.total if teacher else None,
+        "student_parameters": student.total if student else None,
+        "corpus": vars(estimator.speech),
+        "stages": [
+            {
+                "stage": one.step.name,
+                "done": one.done,
+                "directory": str(one.step.out),
+                "time_s": one.cost.time_s,
+                "memory_bytes": one.cost.memory_bytes,
+                "disk_bytes": one.cost.disk_bytes,
+            }
+            for one in planned
+        ],
+    }
+
+
+def of_run(run: Run, ran: list[Planned]) -> Result:
+    """`halve run`: what was made, and where."""
+    rows = [[one.step.name, "up to date" if one.done else "made", str(one.step.out)] for one in ran]
+    lines = [table(["stage", "state", "directory"], rows)]
+    page = run.out / "report" / "report.html"
+    if page.is_file():
+        lines.append(f"Report: {page}")
+    data = {
+        "out": str(run.out),
+        "report": str(page) if page.is_file() else None,
+        "stages": [
+            {"stage": one.step.name, "made": not one.done, "directory": str(one.step.out)}
+            for one in ran
+        ],
+    }
+    return Result("\n".join(lines), data)
+
+
+def of_bench(made: Artefact, data: Mapping[str, Any]) -> Result:
+    """A bench: its object for machines, its main table for people."""
+    texts = {"quality": _quality, "latency": _latency}
+    find = texts.get(str(data.get("bench") or made.extra.get("bench")))
+    table_text = find(data) if find else ""
+    return Result(f"{table_text}\nresults: {made.path}".strip(), data)
+
+
+def _quality(data: Mapping[str, Any]) -> str:
+    metric = language(data["lang"]).selection_metric
+    rows = []
+    for model in [data["teacher"], *data["students"]]:
+        kept = model.get("retention", {}).get(metric)
+        retained = f"{kept['percent']:.1f} [{kept['low']:.1f}, {kept['high']:.1f}]" if kept else ""
+        scores = [
+            f"{model['scores'][name]['score']:.2f}" for name in ("bleu", "chrf", "chrf++", "ter")
+        ]
+        rows.append([Path(model["path"]).name, size(model["stored_bytes"]), *scores, retained])
+    for name, scores_of in (data["teacher"].get("controls") or {}).items():
+        scores = [
+            f"{_score(scores_of[metric_name]):.2f}"
+            for metric_name in ("bleu", "chrf", "chrf++", "ter")
+        ]
+        rows.append([f"teacher, {name.replace('_', ' ')}", "", *scores, ""])
+    header = ["model", "stored", "BLEU", "chrF", "chrF++", "TER", f"% of teacher's {metric} (95 %)"]
+    title = f"{data['segments']} {data['split']} segments, {data['lang']}"
+    return f"{title}\n{table(header, rows, right=(1, 2, 3, 4, 5))}"
+
+
+def _score(value: Any) -> float:
+    return float(value["score"] if isinstance(value, Mapping) else value)
+
+
+def _latency(data: Mapping[str, Any]) -> str:
+    entries = [("stock transformers, ", data["baseline"])] if data.get("baseline") else []
+    entries += [("", model) for model in data["models"]]
+    rows = [
+        [
+            f"{kind}{Path(model['path']).name}",
+            f"{model['load_s']:.2f}",
+            f"{model['ttft_ms']['p50']:.0f}",
+            f"{model['tpot_ms']['p50']:.1f}",
+            f"{model['rtf']['p50']:.3f}",
+            size(model["peak_memory_bytes"]),
+        ]
+        for kind, model in entries
+    ]
+    header = ["model", "load s", "TTFT ms", "TPOT ms", "RTF", "peak memory"]
+    return table(header, rows, right=(1, 2, 3, 4, 5))

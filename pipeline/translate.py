@@ -1,0 +1,154 @@
+"""`halve translate`: one line a segment, in the order asked for."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from halve.audio import FloatArray, probe, read_audio
+from halve.errors import CorpusError, InputError
+from halve.importers.iwslt import FILE_ORDER, AudioIndex, in_file_order, read_segments_yaml
+from halve.progress import Progress
+
+PAUSE_S = 0.1
+"""A long recording is cut where it is most silent over so long a stretch."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stretch of audio that becomes one line."""
+
+    name: str
+    path: Path
+    offset_s: float = 0.0
+    duration_s: float | None = None
+
+
+def pieces_of_files(files: Sequence[Path]) -> list[Piece]:
+    """Whole files.
+
+    Raises:
+        CorpusError: any of them cannot be read; all of them are named.
+    """
+    return _checked([Piece(str(path), path) for path in files])
+
+
+def pieces_of_segments(segments: Path, input_dir: Path | None) -> list[Piece]:
+    """The segments of an organisers' YAML, talks in the order of FILE_ORDER where there is one.
+
+    Raises:
+        CorpusError: faulty entries or audio; all of them are named.
+    """
+    folder = input_dir or segments.parent
+    entries, faults = read_segments_yaml(segments)
+    for order in (folder / FILE_ORDER, segments.parent / FILE_ORDER):
+        if order.is_file():
+            entries, more = in_file_order(entries, order)
+            faults += more
+            break
+    if faults:
+        raise CorpusError(f"{segments}: {len(faults)} faults", faults=faults)
+    index = AudioIndex(folder)
+    found = [
+        Piece(entry.where, index.find(entry.wav, folder), entry.offset_s, entry.duration_s)
+        for entry in entries
+    ]
+    return _checked(found)
+
+
+def _checked(pieces: list[Piece]) -> list[Piece]:
+    if not pieces:
+        raise InputError("Nothing to translate", mend="name audio files, or --segments FILE")
+    faults: dict[str, None] = {}
+    for piece in pieces:
+        try:
+            length_s = probe(piece.path).duration_s
+        except CorpusError as error:
+            faults[error.found if not error.mend else f"{error.found} ({error.mend})"] = None
+            continue
+        if piece.offset_s + (piece.duration_s or 0.0) > length_s + 0.5:
+            faults[f"{piece.name}: ends past the end of {piece.path} ({length_s:.2f} s)"] = None
+    if len(faults) == 1:
+        raise CorpusError(next(iter(faults)))
+    if faults:
+        raise CorpusError(f"{len(faults)} audio files cannot be used", faults=list(faults))
+    return pieces
+
+
+@dataclass(frozen=True)
+class Line:
+    """A piece's translation."""
+
+    name: str
+    text: str
+    duration_s: float
+
+
+def translate(
+    model: str,
+    lang: str | None,
+    pieces: Sequence[Piece],
+    batch_size: int,
+    threads: int | None,
+    progress: Progress,
+) -> Iterator[Line]:
+    """Translates pieces in their order; longer ones than the model hears at once are cut in silence.
+
+    Raises:
+        InputError: a language that the model does not speak.
+    """
+    from export.runtime import open_translator
+
+    translator = open_translator(model, threads=threads)
+    try:
+        target = _language(lang, translator.languages)
+        with progress.task("Translating", len(pieces)) as advance:
+            for start in range(0, len(pieces), 4 * batch_size):
+                # Several batches at once, so that the translator can put like lengths together.
+                batch = pieces[start : start + 4 * batch_size]
+                audio = [read_audio(one.path, one.offset_s, one.duration_s) for one in batch]
+                cuts = [
+                    cut_in_silence(clip, translator.max_audio_s, translator.sample_rate_hz)
+                    for clip in audio
+                ]
+                flat = [part for parts in cuts for part in parts]
+                texts = iter(translator.translate(flat, target, batch_size=batch_size))
+                for piece, clip, parts in zip(batch, audio, cuts, strict=True):
+                    text = " ".join(next(texts).text for _ in parts)
+                    yield Line(
+                        piece.name, " ".join(text.split()), len(clip) / translator.sample_rate_hz
+                    )
+                advance(len(batch))
+    finally:
+        translator.close()
+
+
+def _language(lang: str | None, spoken: Sequence[str]) -> str:
+    if lang is None and len(spoken) == 1:
+        return spoken[0]
+    if lang is None:
+        raise InputError(
+            "No target language was named", expected=f"--lang, one of {', '.join(spoken)}"
+        )
+    if lang not in spoken:
+        raise InputError(
+            f"The model does not translate into {lang!r}", expected=f"one of {', '.join(spoken)}"
+        )
+    return lang
+
+
+def cut_in_silence(audio: FloatArray, max_s: float, rate_hz: int) -> list[FloatArray]:
+    """Cuts audio into parts of at most `max_s`, each at the quietest place of its second half.
+
+    Args:
+        audio: shape (samples,).
+    """
+    longest, pause = round(max_s * rate_hz), round(PAUSE_S * rate_hz)
+    parts = []
+    while len(audio) > longest:
+        half = longest // 2
+        windows = audio[half : longest - (longest - half) % pause].reshape(-1, pause)
+        quietest = int((windows.astype("float64") ** 2).mean(axis=1).argmin())
+        cut = half + quietest * pause + pause // 2
+        parts.append(audio[:cut])
+        audio = audio[cut:]
+    return [*parts, audio]

@@ -16,7 +16,7 @@ from serve import chat, translations
 from serve.errors import ApiError
 from serve.guard import Guard
 from serve.registry import Model, OpenTranslator
-from serve.schemas import ModelCard, ModelList
+from serve.schemas import ModelCard, ModelList, definitions
 from serve.service import Service
 from serve.settings import ServeSettings
 
@@ -73,6 +73,7 @@ def create_app(
     _add_information(app, service)
     _add_page(app)
     _add_errors(app)
+    _complete_document(app)
     if settings.allow_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -90,6 +91,7 @@ def _card(model: Model) -> ModelCard:
         created=model.created_s,
         loaded=model.engine is not None,
         languages=None if model.languages is None else list(model.languages),
+        default_language=model.default_lang,
         max_audio_s=model.max_audio_s,
     )
 
@@ -125,6 +127,18 @@ def _add_information(app: FastAPI, service: Service) -> None:
         for model in models.values():
             service.metrics.loaded.labels(model.id).set(model.engine is not None)
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
+
+def _complete_document(app: FastAPI) -> None:
+    """Adds to /openapi.json what the bodies read by hand refer to."""
+    make = app.openapi
+
+    def document() -> dict[str, Any]:
+        found = make()
+        found.setdefault("components", {}).setdefault("schemas", {}).update(definitions())
+        return found
+
+    app.openapi = document  # type: ignore[method-assign]
 
 
 def _add_page(app: FastAPI) -> None:

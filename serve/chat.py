@@ -20,7 +20,7 @@ from serve.errors import bad_field
 from serve.formats import Transcript
 from serve.jobs import Job
 from serve.pieces import Ticket
-from serve.schemas import AudioPart, ChatRequest, ErrorBody, Message, TextPart
+from serve.schemas import AudioPart, ChatRequest, ErrorBody, Message, TextPart, body_schema
 from serve.service import Service
 from serve.translations import check_temperature, faults
 from serve.upload import read_body, store_base64
@@ -31,7 +31,7 @@ MOST_BODY_BYTES = 48 * 1024 * 1024
 """Chat bodies are held in memory, unlike forms; longer audio belongs there."""
 _REQUEST_BODY = {
     "required": True,
-    "content": {"application/json": {"schema": ChatRequest.model_json_schema()}},
+    "content": {"application/json": {"schema": body_schema(ChatRequest)}},
 }
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {

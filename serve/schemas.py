@@ -111,6 +111,8 @@ class ModelCard(BaseModel):
     loaded: bool
     languages: list[str] | None
     """Languages it translates into; null until known."""
+    default_language: str | None
+    """The one used when a request names none; null: requests must name one."""
     max_audio_s: float | None
     """Longest stretch it hears at once; longer audio is split."""
 
@@ -155,3 +157,21 @@ class VerboseTranslation(BaseModel):
     model: str
     ignored: list[str]
     """Fields of the request that had no effect (halve's addition)."""
+
+
+_COMPONENTS = "#/components/schemas/{model}"
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a body that is read by hand; what it refers to is in `definitions`."""
+    schema = model.model_json_schema(ref_template=_COMPONENTS)
+    schema.pop("$defs", None)
+    return schema
+
+
+def definitions() -> dict[str, Any]:
+    """The schemas that bodies read by hand refer to."""
+    found: dict[str, Any] = {}
+    for model in (TranslationFields, ChatRequest):
+        found |= model.model_json_schema(ref_template=_COMPONENTS).get("$defs", {})
+    return found

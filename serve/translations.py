@@ -17,7 +17,13 @@ from serve.formats import Transcript
 from serve.guard import FORM_BYTES
 from serve.jobs import Job
 from serve.pieces import Ticket
-from serve.schemas import ErrorBody, TranslationFields, TranslationText, VerboseTranslation
+from serve.schemas import (
+    ErrorBody,
+    TranslationFields,
+    TranslationText,
+    VerboseTranslation,
+    body_schema,
+)
 from serve.service import Service
 from serve.upload import Form, read_form
 
@@ -25,7 +31,7 @@ router = APIRouter()
 
 
 def _form_schema() -> dict[str, Any]:
-    schema = TranslationFields.model_json_schema()
+    schema = body_schema(TranslationFields)
     schema["properties"]["file"] = {
         "type": "string",
         "format": "binary",

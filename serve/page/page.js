@@ -36,7 +36,8 @@ function showLanguages() {
   const model = models.find((m) => m.id === byId("model-a").value);
   const codes = model?.languages ?? [];
   const language = byId("language");
-  fill(language, codes.length ? codes.map((c) => [c, names.of(c)]) : [["", "its own"]], language.value);
+  const kept = language.value || model?.default_language || "de";
+  fill(language, codes.length ? codes.map((c) => [c, names.of(c)]) : [["", "its own"]], kept);
 }
 
 async function loadModels() {

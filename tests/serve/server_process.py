@@ -1,0 +1,40 @@
+"""A server with a slow fake model, as a process of its own: DIRECTORY SECONDS DRAIN_S."""
+
+import sys
+import time
+from pathlib import Path
+
+from halve.progress import Progress
+from serve.run import run_server
+from serve.settings import ServeSettings
+from tests.serve.fakes import FakeTranslator
+
+
+class Slow(FakeTranslator):
+    """Takes its time over each batch."""
+
+    def translate(self, audio, lang, **options):
+        time.sleep(float(sys.argv[2]))
+        return super().translate(audio, lang, **options)
+
+
+class Lines(Progress):
+    """Progress as plain lines on stderr."""
+
+    def message(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    warn = message
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    model = directory / "fake"
+    model.mkdir(parents=True)
+    (model / "package.json").write_text('{"languages": ["de"]}')
+    uploads = directory / "uploads"
+    uploads.mkdir()
+    settings = ServeSettings(
+        models=(str(model),), port=0, drain_s=float(sys.argv[3]), batch_size=4, temp_dir=uploads
+    )
+    run_server(settings, Lines(), open_translator=lambda path, settings: Slow())

@@ -1,0 +1,217 @@
+"""What the engine promises: batches, fairness, and no work for those who left."""
+
+import threading
+from concurrent.futures import CancelledError
+
+import numpy as np
+import pytest
+
+from halve.errors import ArtefactError
+from serve.engine import Engine
+from serve.errors import ApiError
+from serve.pieces import Piece, Ticket
+from tests.serve.conftest import eventually
+from tests.serve.fakes import FakeTranslator, SteppingTranslator
+
+WAIT_S = 20
+
+
+def piece(seconds: float, ticket: Ticket | None = None, lang: str = "de", **options) -> Piece:
+    samples = np.zeros(int(seconds * 16_000), np.float32)
+    return Piece(ticket or Ticket(), samples, seconds, lang, **options)
+
+
+@pytest.fixture
+def stepping() -> SteppingTranslator:
+    return SteppingTranslator()
+
+
+@pytest.fixture
+def engine(fake: FakeTranslator):
+    engine = Engine("fake", lambda: fake, batch_size=4)
+    yield engine
+    fake.gate.set()
+    assert engine.close(WAIT_S)
+    assert fake.closed
+
+
+@pytest.fixture
+def stepping_engine(stepping: SteppingTranslator):
+    engine = Engine("stepping", lambda: stepping, batch_size=2)
+    yield engine
+    stepping.gate.set()
+    assert engine.close(WAIT_S)
+
+
+def held(engine: Engine, fake: FakeTranslator) -> Piece:
+    """A piece that is being translated until the gate opens."""
+    fake.gate.clear()
+    first = piece(1)
+    engine.submit(first)
+    assert fake.entered.wait(WAIT_S)
+    return first
+
+
+def test_what_waits_is_translated_together(engine: Engine, fake: FakeTranslator) -> None:
+    held(engine, fake)
+    others = [piece(1 + index / 10) for index in range(5)]
+    for other in others:
+        engine.submit(other)
+    fake.gate.set()
+    texts = [other.future.result(WAIT_S).translation.text for other in others]
+    assert texts == [f"de {1 + index / 10:.2f}" for index in range(5)]
+    assert fake.batches == [[1.0], [1.0, 1.1, 1.2, 1.3], [1.4]]
+
+
+def test_a_short_request_overtakes_the_rest_of_a_long_one(
+    engine: Engine, fake: FakeTranslator
+) -> None:
+    first = held(engine, fake)
+    long = Ticket(first.ticket.arrival_s)
+    for _ in range(4):
+        engine.submit(piece(30, long))
+    short = piece(2)
+    engine.submit(short)
+    fake.gate.set()
+    short.future.result(WAIT_S)
+    assert fake.batches[1] == [2.0]
+
+
+def test_a_long_request_is_not_overtaken_for_ever(engine: Engine, fake: FakeTranslator) -> None:
+    first = held(engine, fake)
+    old = Ticket(first.ticket.arrival_s - 60)
+    engine.submit(piece(30, old))
+    for _ in range(6):
+        engine.submit(piece(2))
+    fake.gate.set()
+    eventually(lambda: len(fake.batches) > 1)
+    assert fake.batches[1][0] == 30.0
+
+
+def test_languages_are_not_mixed(engine: Engine, fake: FakeTranslator) -> None:
+    held(engine, fake)
+    german, chinese = piece(1), piece(1, lang="zh")
+    engine.submit(german)
+    engine.submit(chinese)
+    fake.gate.set()
+    assert german.future.result(WAIT_S).translation.text == "de 1.00"
+    assert chinese.future.result(WAIT_S).translation.text == "zh 1.00"
+
+
+def test_cancelled_pieces_are_never_translated(engine: Engine, fake: FakeTranslator) -> None:
+    held(engine, fake)
+    gone, kept = piece(5), piece(6)
+    engine.submit(gone)
+    engine.submit(kept)
+    gone.ticket.cancelled = True
+    fake.gate.set()
+    kept.future.result(WAIT_S)
+    with pytest.raises(CancelledError):
+        gone.future.result(WAIT_S)
+    assert all(5.0 not in batch for batch in fake.batches)
+
+
+def test_one_bad_piece_fails_alone(engine: Engine, fake: FakeTranslator) -> None:
+    held(engine, fake)
+    fake.fail_at_s = 3.0
+    bad, good = piece(3), piece(2)
+    engine.submit(bad)
+    engine.submit(good)
+    fake.gate.set()
+    assert good.future.result(WAIT_S).translation.text == "de 2.00"
+    with pytest.raises(ApiError) as caught:
+        bad.future.result(WAIT_S)
+    assert "/secret" not in caught.value.message
+
+
+def test_text_appears_while_nobody_else_waits(engine: Engine) -> None:
+    texts: list[str] = []
+    alone = piece(1, on_text=texts.append)
+    engine.submit(alone)
+    assert alone.future.result(WAIT_S).translation.tokens == [1, 2, 3]
+    assert len(texts) > 1
+    assert "".join(texts) == "de 1.00"
+
+
+def test_a_stream_whose_client_leaves_ends(engine: Engine, fake: FakeTranslator) -> None:
+    fake.gate.clear()
+    leaving = piece(1, on_text=lambda text: None)
+    engine.submit(leaving)
+    assert fake.entered.wait(WAIT_S)
+    leaving.ticket.cancelled = True
+    fake.gate.set()
+    with pytest.raises(ApiError):
+        leaving.future.result(WAIT_S)
+
+
+def test_closing_fails_what_waits(fake: FakeTranslator) -> None:
+    engine = Engine("fake", lambda: fake)
+    first = held(engine, fake)
+    waiting, late = piece(1), piece(1)
+    engine.submit(waiting)
+    closer = threading.Thread(target=engine.close, args=(WAIT_S,))
+    closer.start()
+    eventually(lambda: engine._closing)
+    engine.submit(late)
+    fake.gate.set()
+    closer.join(WAIT_S)
+    assert first.future.result(WAIT_S).translation.text == "de 1.00"
+    for refused in (waiting, late):
+        with pytest.raises(ApiError) as caught:
+            refused.future.result(WAIT_S)
+        assert caught.value.status == 503
+
+
+def test_a_model_that_cannot_be_opened_says_so() -> None:
+    def broken() -> FakeTranslator:
+        raise ArtefactError("it is damaged")
+
+    engine = Engine("broken", broken)
+    with pytest.raises(ArtefactError, match="damaged"):
+        engine.ready.result(WAIT_S)
+    late = piece(1)
+    engine.submit(late)
+    with pytest.raises(ApiError):
+        late.future.result(WAIT_S)
+
+
+def test_rows_join_and_leave(stepping_engine: Engine, stepping: SteppingTranslator) -> None:
+    stepping.gate.clear()
+    long, short, third = piece(9), piece(2), piece(3)
+    stepping_engine.submit(long)
+    assert stepping.entered.wait(WAIT_S)
+    stepping_engine.submit(short)
+    stepping_engine.submit(third)
+    stepping.gate.set()
+    assert long.future.result(WAIT_S).translation.tokens == list(range(10))
+    assert short.future.result(WAIT_S).translation.text == "0 1 2"
+    assert third.future.result(WAIT_S).translation.text == "0 1 2 3"
+    # The short row left before the long one ended, and the third took its place.
+    assert [9.0, 2.0] in stepping.batches
+    assert [9.0, 3.0] in stepping.batches
+
+
+def test_a_cancelled_row_leaves_at_the_next_step(
+    stepping_engine: Engine, stepping: SteppingTranslator
+) -> None:
+    stepping.gate.clear()
+    leaving = piece(29)
+    stepping_engine.submit(leaving)
+    assert stepping.entered.wait(WAIT_S)
+    leaving.ticket.cancelled = True
+    stepping.gate.set()
+    with pytest.raises(ApiError):
+        leaving.future.result(WAIT_S)
+    assert len(stepping.batches) <= 2
+    assert not stepping.batch.rows
+
+
+def test_stepping_streams_and_survives_failures(stepping_engine: Engine) -> None:
+    texts: list[str] = []
+    bad, watched = piece(3, lang="zh"), piece(3, on_text=texts.append)
+    stepping_engine.submit(bad)
+    stepping_engine.submit(watched)
+    assert watched.future.result(WAIT_S).translation.text == "".join(texts) == "0 1 2 3"
+    assert len(texts) > 1
+    with pytest.raises(ApiError):
+        bad.future.result(WAIT_S)

@@ -1,0 +1,303 @@
+"""Refusals: in OpenAI's shape, without a word about the server's insides, and leaving nothing."""
+
+import io
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from halve.errors import ArtefactError, InputError
+from serve.service import Service
+from serve.settings import ServeSettings
+from tests.serve.conftest import eventually, serving, wav
+from tests.serve.fakes import FakeTranslator
+
+# The client marks its own audio translations as deprecated; its users still have them.
+pytestmark = pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")
+
+
+def refused(response: httpx.Response, status: int, code: str | None = None) -> dict:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text
+    assert "/tmp" not in response.text
+    if code:
+        assert error["code"] == code
+    return error
+
+
+def test_fields(serve_fake) -> None:
+    with serve_fake() as server:
+        audio = wav(0.5)
+        refused(server.post(audio, model="gpt-5"), 404, "model_not_found")
+        refused(server.post(audio, to_language="fr"), 400, "unsupported_language")
+        assert "0" in refused(server.post(audio, temperature=0.7), 400)["message"]
+        refused(server.post(audio, temperature="hot"), 400)
+        refused(server.post(audio, response_format="docx"), 400)
+        refused(server.post(audio, response_format="srt", stream="true"), 400)
+        refused(server.post(None), 400)
+        refused(server.post(b"not audio"), 422, "invalid_audio")
+        refused(server.post(b""), 422)
+        refused(server.get("/v1/nothing"), 404)
+        refused(server.get("/v1/models/nothing"), 404, "model_not_found")
+        refused(server.get("/v1/audio/translations"), 405)
+        url = f"{server.url}/v1/audio/translations"
+        refused(httpx.post(url, json={"model": "fake"}), 400, "bad_form")
+        header = {"content-type": "multipart/form-data; boundary=x"}
+        refused(httpx.post(url, content=b"--x\r\nbroken", headers=header), 400)
+        refused(httpx.post(url, content=b"--x\r\nA: b\r\n\r\n\r\n--x--\r\n", headers=header), 400)
+        two = [("file", ("a", audio)), ("file", ("b", audio))]
+        refused(httpx.post(url, data={"model": "fake"}, files=two), 400)
+        assert server.post(audio, to_language="zh-CN").json() == {"text": "zh 0.50"}
+        assert server.post(audio, to_language="German").json() == {"text": "de 0.50"}
+        eventually(server.nothing_left)
+
+
+def test_what_has_no_effect_is_named(serve_fake) -> None:
+    with serve_fake() as server:
+        answer = server.post(wav(0.5), prompt="Be brief.", language="en", **{"a b": "c"})
+        assert answer.headers["x-halve-ignored"] == "language,prompt"
+
+
+def test_chat_fields(serve_fake) -> None:
+    with serve_fake() as server:
+        url = f"{server.url}/v1/chat/completions"
+        part = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+        text = {"type": "text", "text": "Translate."}
+
+        def ask(content: object, **fields: object) -> httpx.Response:
+            message = {"role": "user", "content": content}
+            return httpx.post(url, json={"model": "fake", "messages": [message], **fields})
+
+        refused(ask("hello"), 400)
+        refused(ask([text]), 400)
+        refused(ask([part, part]), 400)
+        refused(ask([part]), 422, "invalid_audio")
+        refused(ask([part], temperature=1), 400)
+        refused(ask([part], n=2), 400)
+        refused(ask([part], modalities=["audio"]), 400)
+        refused(ask([part], response_format={"type": "json_object"}), 400)
+        refused(ask([{**part, "input_audio": {"data": "%%"}}]), 400)
+        refused(ask([{**part, "input_audio": {"data": ""}}]), 400)
+        refused(ask([part, {**text, "text": "Translate into French."}]), 400)
+        refused(httpx.post(url, content=b"{" * 100_000), 400)
+        refused(httpx.post(url, content=b"[1"), 400)
+        eventually(server.nothing_left)
+
+
+def test_sizes_and_lengths(serve_fake) -> None:
+    with serve_fake(max_upload_bytes=100_000, max_audio_s=2.0) as server:
+        refused(server.post(wav(60.0)), 413, "request_too_large")
+        refused(server.post(wav(2.5)), 422, "audio_too_long")
+        assert server.post(wav(1.9)).status_code == 200
+
+        def unannounced():
+            yield b"--x\r\n" + b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+            for _ in range(40):
+                yield bytes(10_000)
+
+        header = {"content-type": "multipart/form-data; boundary=x"}
+        url = f"{server.url}/v1/audio/translations"
+        refused(httpx.post(url, content=unannounced(), headers=header), 413)
+        refused(server.post(wav(1.0), prompt="x" * 70_000), 400)
+        eventually(server.nothing_left)
+
+
+def test_full_queue_and_full_server(serve_fake, fake: FakeTranslator) -> None:
+    fake.gate.clear()
+    with serve_fake(max_queue=2, max_concurrent=3) as server, ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(server.post, wav(0.5)) for _ in range(2)]
+        eventually(lambda: server.service.registry.models["fake"].users == 2)
+        answer = server.post(wav(0.5))
+        refused(answer, 429, "queue_full")
+        assert int(answer.headers["retry-after"]) > 0
+        server.service.running += 1
+        refused(server.post(wav(0.5)), 429, "queue_full")
+        server.service.running -= 1
+        fake.gate.set()
+        assert all(answer.result().status_code == 200 for answer in answers)
+        eventually(server.nothing_left)
+
+
+def test_too_slow(serve_fake, fake: FakeTranslator) -> None:
+    fake.gate.clear()
+    with serve_fake(request_timeout_s=0.5) as server:
+        refused(server.post(wav(0.5)), 504, "timeout")
+        refused(server.post(wav(0.5), stream="true"), 504, "timeout")
+        fake.gate.set()
+        eventually(server.nothing_left)
+        # The second never began.
+        assert len(fake.batches) == 1
+
+
+def test_failures_say_nothing_of_the_inside(serve_fake, fake: FakeTranslator) -> None:
+    fake.fail_at_s = 0.5
+    with serve_fake() as server:
+        answer = server.post(wav(0.5))
+        assert "/secret" not in answer.text
+        refused(answer, 500, "internal_error")
+        assert server.post(wav(0.6)).status_code == 200
+        with pytest.raises(openai.InternalServerError):
+            server.client().audio.translations.create(model="fake", file=("a.wav", wav(0.5)))
+
+
+def test_a_client_that_leaves_costs_nothing(serve_fake, fake: FakeTranslator) -> None:
+    fake.gate.clear()
+    with serve_fake() as server, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.post, wav(0.5))
+        assert fake.entered.wait(20)
+        for stream in ("false", "true"):
+            request = httpx.Request(
+                "POST",
+                f"{server.url}/v1/audio/translations",
+                data={"model": "fake", "stream": stream},
+                files={"file": ("a.wav", wav(0.7))},
+            )
+            port = int(server.url.rsplit(":", 1)[1])
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+                body = request.read()
+                start = "POST /v1/audio/translations HTTP/1.1\r\n"
+                connection.sendall(f"{start}{head}\r\n".encode() + body)
+                eventually(lambda: server.service.running == 2)
+            eventually(lambda: server.service.running == 1)
+        fake.gate.set()
+        assert first.result().status_code == 200
+        eventually(server.nothing_left)
+        assert fake.batches == [[0.5]]
+
+
+def test_keys(serve_fake, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("a-secret-key\n")
+    with serve_fake(api_key_file=key) as server:
+        refused(server.post(wav(0.5)), 401, "invalid_api_key")
+        for wrong in ("Bearer wrong", "Bearer", "a-secret-key", "Basic a-secret-key", "Bearer ü"):
+            header = {"authorization": wrong.encode("utf8")}
+            refused(server.post(wav(0.5), headers=header), 401)
+        refused(server.get("/metrics"), 401)
+        assert server.get("/health").status_code == 200
+        assert server.get("/").status_code == 200
+        client = server.client(api_key="a-secret-key")
+        text = client.audio.translations.create(model="fake", file=("a.wav", wav(0.5))).text
+        assert text == "de 0.50"
+        with pytest.raises(openai.AuthenticationError):
+            server.client(api_key="other").models.list()
+
+
+def test_pages_elsewhere_may_not_use_a_local_server(serve_fake) -> None:
+    with serve_fake() as server:
+        refused(server.get("/v1/models", headers={"host": "evil.example"}), 403, "unknown_host")
+        elsewhere = {"origin": "https://evil.example"}
+        refused(server.post(wav(0.5), headers=elsewhere), 403, "unknown_origin")
+        assert server.post(wav(0.5), headers={"origin": server.url}).status_code == 200
+        answer = server.get("/v1/models", headers=elsewhere)
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_origins_that_are_let_in(serve_fake) -> None:
+    page = "https://page.example"
+    with serve_fake(allow_origins=(page,), allow_hosts=("proxy.example",)) as server:
+        answer = server.post(wav(0.5), headers={"origin": page, "host": "proxy.example"})
+        assert answer.headers["access-control-allow-origin"] == page
+
+
+def test_public_addresses_need_a_key_or_a_flag(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
+        settings = ServeSettings(models=("x",), host=host)
+        with pytest.raises(InputError, match="allow-public"):
+            settings.check_exposure()
+        assert ServeSettings(models=("x",), host=host, allow_public=True).check_exposure()
+        keyed = ServeSettings(models=("x",), host=host, api_key_file=tmp_path / "key")
+        assert keyed.check_exposure() is None
+        with pytest.raises(InputError):
+            keyed.read_api_key()
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert ServeSettings(models=("x",), host=host).check_exposure() is None
+
+
+def test_models_are_loaded_when_asked_for_and_evicted_by_least_use(tmp_path: Path) -> None:
+    opened: list[str] = []
+    translators: dict[str, FakeTranslator] = {}
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(bytes(1_000_000))
+        (tmp_path / name / "package.json").write_text(json.dumps({"languages": ["de"]}))
+
+    def open_fake(path: str, settings: ServeSettings) -> FakeTranslator:
+        name = Path(path).name
+        opened.append(name)
+        if name == "c":
+            raise ArtefactError(f"{path} is damaged")
+        translators[name] = FakeTranslator()
+        return translators[name]
+
+    models = tuple(str(tmp_path / name) for name in "abc")
+    settings = ServeSettings(models=models, memory_gb=0.002)
+    with serving(settings, open_fake) as server:
+        assert opened == ["a"]
+        assert [m["loaded"] for m in server.get("/v1/models").json()["data"]] == [
+            True,
+            False,
+            False,
+        ]
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(lambda _: server.post(wav(0.5), model="b"), range(3)))
+        assert all(answer.status_code == 200 for answer in answers)
+        assert opened == ["a", "b"]
+        assert translators["a"].closed
+        refused(server.post(wav(0.5), model="c"), 503, "model_unavailable")
+        assert server.post(wav(0.5), model="a").status_code == 200
+        assert opened == ["a", "b", "c", "a"]
+    with pytest.raises(InputError, match="memory"):
+        Service(ServeSettings(models=models, memory_gb=0.001))
+    with pytest.raises(InputError, match="twice"):
+        Service(ServeSettings(models=(models[0],) * 3))
+
+
+def test_counters(serve_fake) -> None:
+    with serve_fake() as server:
+        server.post(wav(0.5))
+        server.post(b"nothing")
+        text = server.get("/metrics").text
+    for line in (
+        'halve_requests_total{endpoint="/v1/audio/translations",status="200"} 1.0',
+        'halve_requests_total{endpoint="/v1/audio/translations",status="422"} 1.0',
+        'halve_audio_seconds_total{model="fake"} 0.5',
+        'halve_tokens_total{model="fake"} 3.0',
+        'halve_batch_size_count{model="fake"} 1.0',
+        'halve_model_loaded{model="fake"} 1.0',
+        "halve_requests_running 0.0",
+        "halve_first_text_seconds_count",
+        "halve_rtf_count",
+        "process_resident_memory_bytes",
+    ):
+        assert line in text
+
+
+def test_uploads_lie_in_a_private_directory(serve_fake, fake: FakeTranslator) -> None:
+    fake.gate.clear()
+    with serve_fake() as server:
+        thread = threading.Thread(target=server.post, args=(wav(20.0),))
+        thread.start()
+        assert fake.entered.wait(20)
+        directory = server.service.directory
+        assert directory.stat().st_mode & 0o777 == 0o700
+        # Its file has no name, so that nothing could leave it behind.
+        assert not list(directory.iterdir())
+        fake.gate.set()
+        thread.join(20)
+    assert not directory.exists()
+
+
+def test_a_file_object_of_the_client(serve_fake) -> None:
+    with serve_fake() as server:
+        file = io.BytesIO(wav(0.5))
+        file.name = "audio.wav"
+        assert server.client().audio.translations.create(model="fake", file=file).text == "de 0.50"

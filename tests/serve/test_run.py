@@ -1,0 +1,126 @@
+"""A server process from its first line to its last."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from halve.errors import InputError
+from serve.run import run_server
+from serve.settings import ServeSettings
+from tests.serve.conftest import wav
+from tests.serve.fakes import FakeTranslator
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def process(
+    directory: Path, batch_s: float, drain_s: float
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The process and its address."""
+    command = [sys.executable, "-m", "tests.serve.server_process"]
+    arguments = [str(directory), str(batch_s), str(drain_s)]
+    server = subprocess.Popen([*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        line = server.stderr.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line + server.stderr.read()
+        yield server, found[0]
+    finally:
+        server.kill()
+        server.wait()
+
+
+class Load:
+    """Clients that send one request after another until the server is gone."""
+
+    def __init__(self, url: str, clients: int) -> None:
+        self.statuses: Counter[str] = Counter()
+        self._url = f"{url}/v1/audio/translations"
+        self._audio = wav(0.4)
+        self._threads = [threading.Thread(target=self._send) for _ in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self) -> None:
+        with httpx.Client(timeout=30) as client:
+            while True:
+                try:
+                    answer = client.post(
+                        self._url, data={"model": "fake"}, files={"file": ("a.wav", self._audio)}
+                    )
+                except httpx.ConnectError:
+                    return
+                except httpx.HTTPError as error:
+                    self.statuses[type(error).__name__] += 1
+                    return
+                self.statuses[str(answer.status_code)] += 1
+                if answer.status_code != 200:
+                    return
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(30)
+
+
+def test_term_under_load_loses_nothing_and_exits_with_0(tmp_path: Path) -> None:
+    with process(tmp_path, batch_s=0.1, drain_s=20) as (server, url):
+        load = Load(url, clients=8)
+        while load.statuses["200"] < 12:
+            time.sleep(0.01)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        load.join()
+    assert set(load.statuses) <= {"200", "503"}
+    assert not list((tmp_path / "uploads").iterdir())
+
+
+def test_what_cannot_be_finished_does_not_keep_the_process(tmp_path: Path) -> None:
+    with process(tmp_path, batch_s=60, drain_s=0.3) as (server, url):
+        load = Load(url, clients=2)
+        while "running 2" not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+        load.join()
+    assert not list((tmp_path / "uploads").iterdir())
+
+
+def test_while_draining_new_work_is_sent_elsewhere(tmp_path: Path) -> None:
+    with process(tmp_path, batch_s=1.5, drain_s=20) as (server, url):
+        load = Load(url, clients=1)
+        while "running 1" not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        server.send_signal(signal.SIGTERM)
+        while (ready := httpx.get(f"{url}/ready")).status_code == 200:
+            time.sleep(0.01)
+        assert ready.json() == {"status": "draining"}
+        files = {"file": ("a.wav", wav(0.4))}
+        answer = httpx.post(f"{url}/v1/audio/translations", data={"model": "fake"}, files=files)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "shutting_down"
+        assert answer.headers["retry-after"]
+        assert server.wait(20) == 0
+        load.join()
+    assert load.statuses["200"] == 1
+
+
+def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "fake").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = ServeSettings(models=(str(tmp_path / "fake"),), port=port)
+        with pytest.raises(InputError, match="--port"):
+            run_server(settings, open_translator=lambda path, settings: FakeTranslator())

@@ -46,6 +46,8 @@ MAX_TRAIN_WORDS = 20
 COMMITTED_SIZES = {"select": 120, "test": 200, "train": 300}
 COMMITTED_MAX_S = 8.0
 COMMITTED_PER_VOICE = 8
+# train is shuffled: its first segments are a fair sample, and a limited build has them too.
+COMMITTED_FROM_TRAIN = 2000
 
 Say = Callable[[str], None]
 
@@ -132,7 +134,7 @@ def synthesise(utterance: Utterance, root: Path, seed: int) -> Segment:
         id=utterance.id,
         audio=utterance.audio,
         offset_s=0.0,
-        duration_s=round(len(decoded) / SAMPLE_RATE_HZ, 4),
+        duration_s=round(len(decoded) / SAMPLE_RATE_HZ, 6),
         source_lang="en",
         source_text=triple.en,
         references={"de": triple.de, "zh": triple.zh},
@@ -209,6 +211,8 @@ def choose_committed(segments: Sequence[Segment]) -> list[Segment]:
     chosen: list[Segment] = []
     for split, size in COMMITTED_SIZES.items():
         members = [segment for segment in segments if segment.split == split]
+        if split == "train":
+            members = members[:COMMITTED_FROM_TRAIN]
         if split != "select":
             members = [segment for segment in members if segment.duration_s <= COMMITTED_MAX_S]
         chosen += _spread(members, size)

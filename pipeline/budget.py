@@ -6,6 +6,7 @@ translates best is not known here: that is measured with importance, tune and be
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from halve.errors import InputError
@@ -16,8 +17,7 @@ from halve.models import read_config, resolve_model
 from pipeline.console import Result, size, table
 from pipeline.costs import NF4_BYTES
 
-FILES_BYTES = 15e6
-"""Tokenizer and other small files."""
+_WEIGHTS = (".safetensors", ".bin", ".onnx", ".data")
 
 # Bytes of a parameter: decoder layers; all the rest. int4 and int8 hold a scale for 32 weights.
 PRECISIONS: tuple[tuple[str, str, float, float], ...] = (
@@ -63,7 +63,7 @@ def parse_bytes(text: str) -> float:
         raise InputError(f"{text!r} is no size", expected="for example 4GB or 500MB") from None
 
 
-def choices(config: dict[str, Any], budget_bytes: float) -> list[Choice]:
+def choices(config: dict[str, Any], budget_bytes: float, side_bytes: float = 0.0) -> list[Choice]:
     """For each precision, the most layers that fit; least compressed first."""
     family = family_for(config)
     whole = family.num_layers(config)
@@ -71,7 +71,7 @@ def choices(config: dict[str, Any], budget_bytes: float) -> list[Choice]:
     for package, note, decoder_bytes, other_bytes in PRECISIONS:
         for layers in range(whole, 1, -1):
             counts = family.count_parameters(family.kept_config(config, list(range(layers))))
-            stored = _stored(counts, package, decoder_bytes, other_bytes)
+            stored = _stored(counts, package, decoder_bytes, other_bytes) + side_bytes
             if stored <= budget_bytes:
                 found.append(Choice(layers, package, counts.total, stored, note))
                 break
@@ -82,7 +82,7 @@ def _stored(counts: Counts, package: str, decoder_bytes: float, other_bytes: flo
     stored = counts.decoder * decoder_bytes + (counts.total - counts.decoder) * other_bytes
     if package == "onnx int4":
         stored += counts.audio_tower * (1.06 - other_bytes)
-    return stored + FILES_BYTES
+    return stored
 
 
 def plan(model: str, budget: str, lang: str | None) -> Result:
@@ -94,13 +94,15 @@ def plan(model: str, budget: str, lang: str | None) -> Result:
     budget_bytes = parse_bytes(budget)
     if lang is not None:
         language(lang)
-    config = read_config(resolve_model(model))
-    found = choices(config, budget_bytes)
+    place = resolve_model(model)
+    config = read_config(place)
+    side_bytes = _side_bytes(place)
+    found = choices(config, budget_bytes, side_bytes)
     whole = family_for(config).count_parameters(config)
     if not found:
         raise InputError(
             f"Nothing of {model} fits into {size(budget_bytes)}",
-            expected=f"more: two layers at 4 bits take {size(_smallest(config))}",
+            expected=f"more: two layers at 4 bits take {size(_smallest(config) + side_bytes)}",
         )
     rows = [
         [
@@ -123,6 +125,12 @@ def plan(model: str, budget: str, lang: str | None) -> Result:
         "choices": [vars(one) for one in found],
     }
     return Result(f"{title}\n{text}", data)
+
+
+def _side_bytes(model: Path) -> float:
+    """Tokenizer, processor and other small files, which every package carries."""
+    kept = (path for path in model.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
+    return float(sum(path.stat().st_size for path in kept))
 
 
 def _smallest(config: dict[str, Any]) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -96,7 +97,8 @@ def run(
     from pipeline import stages, summary
     from pipeline.recipe import read_recipe
 
-    place = out or environment.runs_dir() / recipe.stem
+    name = recipe.resolve().parent.name if recipe.stem == "recipe" else recipe.stem
+    place = out or environment.runs_dir() / name
     whole = stages.Run(read_recipe(recipe), place)
     if dry_run:
         planned, estimator = stages.plan(whole, first, last)
@@ -459,6 +461,7 @@ def _quieten(debug: bool) -> None:
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.simplefilter("ignore")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def settings_from(config: type[Config], given: dict[str, Any], fixed: dict[str, 
         return config.model_validate(values)
     except pydantic.ValidationError as error:
         faults = [
-            f"{option_name(str(fault['loc'][0]))} {fault_text(fault)}"
+            f"{option_name(str(fault['loc'][0]))}: {fault_text(fault)}"
             for fault in error.errors(include_url=False)
             if fault["loc"]
         ]

@@ -37,7 +37,8 @@ class Step:
     @property
     def name(self) -> str:
         """The stage, and which of several where it makes more than one."""
-        return self.stage if self.stage == self.out.name else f"{self.stage} {self.out.name}"
+        several = self.stage in ("package", "bench")
+        return f"{self.stage} {self.out.name}" if several else self.stage
 
 
 def corpus(config: CorpusConfig, source: str, out: Path) -> Step:

@@ -138,7 +138,7 @@ class DistillConfig(Config):
     """Segments translated at once."""
     max_length_ratio: Annotated[float, Field(gt=1)] = 2.0
     """Drop a translation whose length in characters is more than so many times the reference's, or less than its inverse."""
-    min_score: Annotated[float, Field(ge=0, le=100)] = 10.0
+    min_score: Annotated[float, Field(ge=0, le=100)] = 5.0
     """Drop a translation whose sentence score in the selection metric is below this: a wrong one."""
     dtype: str = "float32"
     """Arithmetic of the teacher."""

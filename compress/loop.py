@@ -179,7 +179,7 @@ def _step(
     batch = collate(sequences, lengths).to(speech.device)
     with autocast(speech.device, training.autocast):
         loss = sequence_loss(speech, batch, states, config.label_smoothing)
-    loss.backward()
+    torch.autograd.backward(loss)
     if config.clip_norm:
         torch.nn.utils.clip_grad_norm_(training.weights.values(), config.clip_norm)
     optimizer.step()

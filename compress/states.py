@@ -28,8 +28,10 @@ _LARGEST = float(np.finfo(np.float16).max)
 class AudioStates(Protocol):
     """Where training takes the audio's states from."""
 
-    lengths: Sequence[int]
-    """Positions of each segment, or what is proportional to them: for sorting by length."""
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Positions of each segment, or what is proportional to them: for sorting by length."""
+        ...
 
     def read(self, segment: int) -> Tensor:
         """Tower states of one segment: (positions, width)."""

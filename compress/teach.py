@@ -1,10 +1,12 @@
 """Full fine-tuning: a base model becomes the teacher."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.nn import Parameter
+from transformers.utils import logging
 
 from compress.config import TeachConfig, TrainingConfig
 from compress.loop import Scores, Training, checkpoint_activations, train
@@ -178,4 +180,17 @@ def write_history(draft: Draft, history: Sequence[dict[str, object]]) -> None:
 def save_model(speech: SpeechModel, base: Path, out: Path) -> None:
     """Writes the model in bfloat16 as stock transformers does, with the base's tokenizer and processor."""
     copy_side_files(base, out)
-    speech.model.to(torch.bfloat16).save_pretrained(out)
+    with _no_bars():
+        speech.model.to(torch.bfloat16).save_pretrained(out)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws its own progress on stderr; ours goes through Progress."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,5 +1,213 @@
-"""Tuning a pruned model with adapters, and teaching its teacher."""
+"""Tuning the pruned model on references and the teacher's translations: QLoRA, LoRA, or in full.
 
-from compress.teach import run_teach
+The adapter (Hu et al. 2021; QLoRA: Dettmers et al. 2023) goes on the linear parts of the decoder layers
+and nowhere else: the audio tower, the projector, the embeddings and the head stay the teacher's.
+"""
 
-__all__ = ["run_teach"]
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from compress.config import TuneConfig
+from compress.loop import Training, checkpoint_activations, train
+from compress.rows import Row, build_sequences, read_rows, reference_rows, segments_for
+from compress.states import store_states
+from compress.teach import run_teach, save_model, scorer, select_weights, write_history
+from halve import artefact
+from halve.artefact import Artefact, Draft
+from halve.corpus import Corpus, Segment, read_corpus
+from halve.errors import MissingExtraError
+from halve.models import SpeechModel, load_model, resolve_model
+from halve.progress import SILENT, Progress
+
+_CARRIED = ("removed", "kept", "base_model")
+
+
+def run_tune(
+    config: TuneConfig,
+    model: str | Path,
+    corpus: Path,
+    translations: Path | None,
+    out: Path,
+    progress: Progress = SILENT,
+) -> Artefact:
+    """Tunes a model on the `train` split and keeps the state that translates `select` best.
+
+    The untuned model competes as step 0: tuning never makes a model that scores worse than it was. Writes
+    a stock peft directory (kind adapter); with method "full", which has nothing to merge, a model directory
+    (kind student). Both have `history.jsonl`. A killed run goes on from its last checkpoint and ends with
+    the same bytes.
+
+    Args:
+        translations: rows to learn, made by `distill`; the corpus's references if not given.
+
+    Raises:
+        InputError: a corpus, model, or setting that cannot be used.
+        MissingExtraError: peft or bitsandbytes is not installed.
+    """
+    base = resolve_model(model)
+    parents = {"model": base, "corpus": Path(corpus)}
+    if translations is not None:
+        artefact.read(translations, "translations")
+        parents["translations"] = Path(translations)
+    kind = "student" if config.method == "full" else "adapter"
+    recipe = config.model_dump(mode="json")
+    with artefact.writing(Path(out), kind, recipe, config.seed, parents) as draft:
+        speech = _load(config, base)
+        data = read_corpus(corpus)
+        segments = segments_for(data, "train", config.langs, config.train_segments)
+        rows = _rows(config, segments, translations)
+        adapter = None if config.method == "full" else put_adapter_on(config, speech)
+        training = _prepare(config, speech, data, segments, rows, draft, progress)
+        state = train(training, progress)
+        write_history(draft, state.history)
+        draft.extra = _facts(config, training, rows, base) | {
+            "steps": state.step,
+            "best_step": state.best_step,
+            "score": state.best_score,
+            "untuned_score": state.history[0].get("score"),
+        }
+        draft.timing("training", state.elapsed_s, steps=state.step)
+        if adapter is None:
+            save_model(speech, base, draft.path)
+        else:
+            save_adapter(adapter, base, draft.path)
+    return artefact.read(out, kind)
+
+
+def _load(config: TuneConfig, base: Path) -> SpeechModel:
+    if config.method == "full":
+        return load_model(base, dtype="float32", device=config.device)
+    quantization = "nf4" if config.method == "qlora" else None
+    return load_model(base, dtype=config.precision, device=config.device, quantization=quantization)
+
+
+def _rows(config: TuneConfig, segments: list[Segment], translations: Path | None) -> list[Row]:
+    if translations is None:
+        return reference_rows(segments, config.langs)
+    return read_rows(translations / "rows.jsonl", segments, config.langs)
+
+
+def _prepare(
+    config: TuneConfig,
+    speech: SpeechModel,
+    corpus: Corpus,
+    segments: list[Segment],
+    rows: list[Row],
+    draft: Draft,
+    progress: Progress,
+) -> Training:
+    weights, projector = _weights(config, speech)
+    if config.checkpoint_activations:
+        checkpoint_activations(speech)
+    progress.message(
+        f"{len(segments)} segments, {len(rows)} rows, "
+        f"{sum(parameter.numel() for parameter in weights.values()):,} weights to train"
+    )
+    return Training(
+        speech=speech,
+        config=config,
+        sequences=build_sequences(speech, segments, rows, config.share_audio),
+        audio=store_states(speech, corpus, segments, draft.work / "train", progress),
+        weights=weights,
+        folder=draft.work / "checkpoints",
+        evaluate=scorer(config, speech, corpus, draft.work, True, progress),
+        score_start=True,
+        projector=projector,
+        autocast=config.precision == "bfloat16",
+    )
+
+
+def _weights(
+    config: TuneConfig, speech: SpeechModel
+) -> tuple[dict[str, Parameter], frozenset[str]]:
+    if config.method == "full":
+        return select_weights(speech, freeze_audio=True)
+    named = speech.model.named_parameters()
+    return {name: each for name, each in named if each.requires_grad}, frozenset()
+
+
+def put_adapter_on(config: TuneConfig, speech: SpeechModel) -> Any:
+    """Puts a fresh adapter on the model, in place; returns peft's model around it.
+
+    Only the adapter's weights, in float32, can train afterwards.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingExtraError("peft", "train") from None
+    speech.model.requires_grad_(False)
+    torch.manual_seed(config.seed)
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        use_rslora=config.rslora,
+        lora_dropout=config.dropout,
+        target_modules=decoder_linears(speech),
+        bias="none",
+    )
+    with warnings.catch_warnings():
+        # peft asks transformers for an attribute that has a new name.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(speech.model, settings)
+
+
+def decoder_linears(speech: SpeechModel) -> str:
+    """A regular expression for the in-memory names of all linear parts of the decoder layers."""
+    layers = speech.part(speech.family.layers)
+    names = {
+        name
+        for layer in layers
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    choices = "|".join(re.escape(name) for name in sorted(names))
+    return rf"{re.escape(speech.family.layers)}\.\d+\.({choices})"
+
+
+def save_adapter(adapter: Any, base: Path, out: Path) -> None:
+    """Writes a peft directory that names its base as the hub or the folder does, without any path."""
+    adapter.peft_config["default"].base_model_name_or_path = base_name(base)
+    # Told not to look for resized embeddings, peft asks no hub about the base.
+    adapter.save_pretrained(out, save_embedding_layers=False)
+    (out / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
+
+
+def base_name(base: Path) -> str:
+    """The hub id of a hub snapshot, else the folder's name."""
+    for part in base.resolve().parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return base.resolve().name
+
+
+def _facts(config: TuneConfig, training: Training, rows: list[Row], base: Path) -> dict[str, Any]:
+    """What the artefact's record says beside its files."""
+    origins = [row.origin for row in rows]
+    carried = {}
+    if (base / artefact.RECORD).is_file():
+        extra = artefact.read(base).extra
+        carried = {key: extra[key] for key in _CARRIED if key in extra}
+    return {
+        **carried,
+        "method": config.method,
+        "langs": list(config.langs),
+        "family": training.speech.family.name,
+        "rows": {origin: origins.count(origin) for origin in sorted(set(origins))},
+        "trainable_parameters": sum(each.numel() for each in training.weights.values()),
+    }
+
+
+__all__ = [
+    "base_name",
+    "decoder_linears",
+    "put_adapter_on",
+    "run_teach",
+    "run_tune",
+    "save_adapter",
+]

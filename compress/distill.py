@@ -1,0 +1,205 @@
+"""Sequence-level knowledge distillation: the teacher's translations become training rows.
+
+After Kim and Rush (2016), as in Moslem (2025): greedy translations of the training audio join the
+references. What would teach the student something wrong is dropped, each with its reason on record.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.config import DistillConfig
+from compress.rows import Row, segments_for
+from halve import artefact
+from halve.artefact import Artefact, Draft, append_jsonl, read_jsonl
+from halve.corpus import Corpus, Segment, read_corpus
+from halve.languages import language, token_limit
+from halve.metrics import score
+from halve.models import load_model, resolve_model
+from halve.progress import SILENT, Progress
+from halve.translate import TorchTranslator, Translation, plan_batches
+
+REPEATS = 4
+"""So many copies of one unit in a row are a loop …"""
+REPEATED_TOKENS = 12
+"""… if they cover so many tokens: "2000" and "no, no, no" are none."""
+_LONGEST_UNIT = 16
+SLACK_CHARACTERS = 8
+"""Lengths may differ by so much at any ratio: a word more or less says nothing."""
+
+Key = tuple[str, str]
+"""Segment id and language."""
+
+
+def run_distill(
+    config: DistillConfig,
+    model: str | Path,
+    corpus: Path,
+    out: Path,
+    progress: Progress = SILENT,
+) -> Artefact:
+    """Translates the training audio greedily, batch by batch, and joins what is good with the references.
+
+    Writes `translations.jsonl` (all of the teacher's), `rows.jsonl` (what a student learns) and
+    `dropped.jsonl` (what it does not, and why). Batches are the same in every run and each is on disk once
+    it is translated: a killed run goes on there and ends with the same bytes.
+
+    Raises:
+        InputError: a corpus, model or setting that cannot be used.
+    """
+    base = resolve_model(model)
+    recipe = config.model_dump(mode="json")
+    parents = {"model": base, "corpus": Path(corpus)}
+    with artefact.writing(Path(out), "translations", recipe, config.seed, parents) as draft:
+        data = read_corpus(corpus)
+        segments = [
+            segment
+            for split in config.splits
+            for segment in segments_for(data, split, config.langs, config.limit)
+        ]
+        found = _translate(config, base, data, segments, draft, progress)
+        counts = _write(config, segments, found, draft.path)
+        draft.extra = {"langs": list(config.langs), **counts}
+        progress.message(_told(counts))
+    return artefact.read(out, "translations")
+
+
+def _translate(
+    config: DistillConfig,
+    base: Path,
+    corpus: Corpus,
+    segments: Sequence[Segment],
+    draft: Draft,
+    progress: Progress,
+) -> dict[Key, Translation]:
+    """Every segment in every language that it has a reference in."""
+    log = draft.work / "batches.jsonl"
+    done = read_jsonl(log)
+    durations_ms = [round(1000 * segment.duration_s) for segment in segments]
+    batches = plan_batches(durations_ms, config.batch_size)
+    if len(done) < len(batches):
+        speech = load_model(base, dtype=config.dtype, device=config.device)
+        translator = TorchTranslator(speech, stop_loops=True)
+        with progress.task("Translating", len(batches), len(done)) as advance:
+            for batch in batches[len(done) :]:
+                chosen = [segments[place] for place in batch]
+                append_jsonl(log, list(_translate_batch(config, translator, corpus, chosen)))
+                advance(1, note=f"{len(chosen)} segments")
+        translator.close()
+    return {
+        (line["id"], line["lang"]): Translation(line["text"], line["tokens"], line["stopped"])
+        for batch in read_jsonl(log)
+        for line in batch
+    }
+
+
+def _translate_batch(
+    config: DistillConfig, translator: TorchTranslator, corpus: Corpus, segments: list[Segment]
+) -> Iterable[dict[str, Any]]:
+    embeddings = translator.encode_all([corpus.audio(segment) for segment in segments])
+    for lang in config.langs:
+        places = [place for place, each in enumerate(segments) if lang in each.references]
+        if not places:
+            continue
+        translations = translator.translate_embeddings(
+            [embeddings[place] for place in places],
+            lang,
+            limits=[token_limit(segments[place].duration_s) for place in places],
+            batch_size=len(places),
+        )
+        for place, found in zip(places, translations, strict=True):
+            yield _line(segments[place].id, lang, found)
+
+
+def _line(segment_id: str, lang: str, found: Translation) -> dict[str, Any]:
+    return {
+        "id": segment_id,
+        "lang": lang,
+        "text": found.text,
+        "tokens": found.tokens,
+        "stopped": found.stopped,
+    }
+
+
+def _write(
+    config: DistillConfig, segments: Sequence[Segment], found: dict[Key, Translation], folder: Path
+) -> dict[str, Any]:
+    """Writes the three files in the segments' order; returns counts."""
+    translations, rows, dropped = [], [], []
+    for segment in segments:
+        for lang in config.langs:
+            if lang not in segment.references:
+                continue
+            reference = segment.references[lang].strip()
+            translation = found[segment.id, lang]
+            translations.append(_line(segment.id, lang, translation))
+            rows.append(Row(segment.id, lang, reference, "reference").record())
+            reason = drop_reason(config, translation, reference, lang)
+            row = Row(segment.id, lang, translation.text, "teacher").record()
+            if reason:
+                dropped.append(
+                    {"id": row["id"], "lang": lang, "text": row["text"], "reason": reason}
+                )
+            else:
+                rows.append(row)
+    _write_jsonl(folder / "translations.jsonl", translations)
+    _write_jsonl(folder / "rows.jsonl", rows)
+    _write_jsonl(folder / "dropped.jsonl", dropped)
+    reasons = [line["reason"] for line in dropped]
+    return {
+        "translations": len(translations),
+        "rows": len(rows),
+        "dropped": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+    }
+
+
+def drop_reason(
+    config: DistillConfig, translation: Translation, reference: str, lang: str
+) -> str | None:
+    """Why a translation is no training row; None for a good one.
+
+    empty; looping: it repeats itself, or met its token limit; too long, too short: against the reference;
+    wrong: it has hardly anything of the reference; duplicate: it is the reference.
+    """
+    text = translation.text.strip()
+    longest = config.max_length_ratio * len(reference) + SLACK_CHARACTERS
+    shortest = (len(reference) - SLACK_CHARACTERS) / config.max_length_ratio
+    tests: dict[str, Callable[[], bool]] = {
+        "empty": lambda: not text,
+        "looping": lambda: translation.stopped != "end" or repeats_itself(translation.tokens),
+        "duplicate": lambda: text == reference,
+        "too long": lambda: len(text) > longest,
+        "too short": lambda: len(text) < shortest,
+        "wrong": lambda: _sentence_score(text, reference, lang) < config.min_score,
+    }
+    return next((reason for reason, applies in tests.items() if applies()), None)
+
+
+def _sentence_score(text: str, reference: str, lang: str) -> float:
+    return score(language(lang).selection_metric, [text], [reference], lang).score
+
+
+def repeats_itself(tokens: Sequence[int]) -> bool:
+    """Whether one unit of tokens stands REPEATS times in a row anywhere, over REPEATED_TOKENS or more."""
+    for unit in range(1, _LONGEST_UNIT + 1):
+        needed = max(REPEATS * unit, REPEATED_TOKENS) - unit
+        run = 0
+        for before, token in zip(tokens, tokens[unit:], strict=False):
+            run = run + 1 if before == token else 0
+            if run >= needed:
+                return True
+    return False
+
+
+def _write_jsonl(path: Path, lines: list[Any]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
+    path.write_text(text, encoding="utf8")
+
+
+def _told(counts: dict[str, Any]) -> str:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items())
+    return (
+        f"{counts['rows']} rows from {counts['translations']} translations and their references; "
+        f"dropped: {dropped or 'none'}"
+    )

@@ -58,7 +58,9 @@ def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any
     if facts.get("languages"):
         head["language"] = ["en", *facts["languages"]]
     lines = [f"# {folder.name.strip('.').removesuffix('.partial')}", "", _summary(kind, facts), ""]
-    lines += _made(config, facts) + _size(config, folder) + _scores(facts) + _use(kind, facts)
+    lines += (
+        _made(config, facts) + _size(config, folder, facts) + _scores(facts) + _use(kind, facts)
+    )
     text = yaml.safe_dump(head, sort_keys=True, allow_unicode=True)
     (folder / CARD).write_text(f"---\n{text}---\n\n" + "\n".join(lines) + "\n", encoding="utf8")
 
@@ -86,14 +88,15 @@ def _made(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _size(config: Mapping[str, Any], folder: Path) -> list[str]:
+def _size(config: Mapping[str, Any], folder: Path, facts: Mapping[str, Any]) -> list[str]:
     counts = family_for(config).count_parameters(config)
     return [
         "## Size",
         "",
         f"- Stored bytes: {stored_bytes(folder):,} (all files but this card and artefact.json)",
-        f"- Logical parameters: {counts.total:,} (audio tower {counts.audio_tower:,}, decoder layers "
-        f"{counts.decoder:,}, embeddings {counts.embeddings:,}, head {counts.head:,})",
+        f"- Logical parameters: {facts.get('logical_parameters') or counts.total:,}",
+        f"- Before any trimming: audio tower {counts.audio_tower:,}, decoder layers {counts.decoder:,}, "
+        f"embeddings {counts.embeddings:,}, head {counts.head:,}",
         "",
     ]
 

@@ -50,6 +50,9 @@ class PackageConfig(Config):
     """Bits of the head's weights; those of `precision` where None."""
     embedding_bits: Literal[4, 8] | None = None
     """Bits of the embedding table; those of `precision` where None."""
+    trim_vocab: bool = False
+    """ONNX: keeps only the tokens that the corpus's translations into `langs` need (`train` and
+    `select`), and every single byte or character."""
     encoder_bits: Literal[4, 8, 32] = 8
     """Bits of the audio encoder's linear layers in an int8 or int4 package."""
     batch_size: int = 8

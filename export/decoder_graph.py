@@ -106,7 +106,7 @@ class DecoderWriter:
         self._biased = biased
         self._bits, self._head_bits, self._block_size = bits, head_bits, block_size
 
-    def write(self, layers: str, norm_key: str, head_key: str, read: Read) -> list[Path]:
+    def write(self, layers: str, norm_key: str, head: FloatArray, read: Read) -> list[Path]:
         """Writes the graph; `layers` is the prefix of the layers' keys on disk, before their number."""
         graph, geometry = self._graph, self._geometry
         hidden = graph.input("inputs_embeds", ["batch", "steps", geometry.hidden])
@@ -125,9 +125,7 @@ class DecoderWriter:
             prefix = f"{layers}{layer}."
             normed, hidden = self._layer(layer, prefix, normed, hidden, read, read(following))
         flat = graph.node("Squeeze", [normed, graph.integers([1])])
-        logits = graph.linear(
-            "head", flat, read(head_key), bits=self._head_bits, block_size=self._block_size
-        )
+        logits = graph.linear("head", flat, head, bits=self._head_bits, block_size=self._block_size)
         graph.nodes("Identity", [logits], ["logits"])
         graph.output("logits", ["batch", geometry.vocabulary])
         return graph.save()

@@ -15,6 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from export.geometry import Geometry, rotary_table
+from export.vocabulary import TokenIds
 from halve.errors import InputError
 from halve.translate import is_looping
 
@@ -62,12 +63,21 @@ class Decoder:
         embed: Callable[[Sequence[int]], FloatArray],
         end_ids: Sequence[int],
         stop_loops: bool = False,
+        kept: TokenIds | None = None,
     ) -> None:
+        """`kept`: token id of each logit where the vocabulary is trimmed."""
         self.session = session
         self.geometry = geometry
         self.embed = embed
         self._ends = frozenset(end_ids)
         self._stop_loops = stop_loops
+        self._kept = kept
+
+    def choose(self, logits: FloatArray) -> list[int]:
+        """The most likely token of each row of logits, (rows, vocabulary)."""
+        places = logits.argmax(axis=1)
+        chosen: list[int] = (places if self._kept is None else self._kept[places]).tolist()
+        return chosen
 
     def take(self, row: Row, token: int) -> None:
         """Notes the token a row says next, and whether it stops there."""
@@ -138,8 +148,8 @@ class DecodeBatch:
         self._last[:count] = lengths
         self._total[...] = max(lengths) + 1
         self._decoder.session.run_with_iobinding(self._binding(count))
-        chosen = self._logits[:count].argmax(axis=1)
-        for row, token in zip(self.rows, chosen.tolist(), strict=True):
+        chosen = self._decoder.choose(self._logits[:count])
+        for row, token in zip(self.rows, chosen, strict=True):
             row.length += 1
             self._decoder.take(row, token)
         stopped = [row for row in self.rows if row.stopped]
@@ -181,6 +191,10 @@ class DecodeBatch:
         return self._bindings[count]
 
     def _prefill(self, inputs: FloatArray) -> int:
+        return self._decoder.choose(self.logits_after(inputs)[None])[0]
+
+    def logits_after(self, inputs: FloatArray) -> FloatArray:
+        """Logits (vocabulary,) of the token after a prompt, which is read into the next free slot."""
         slot = len(self.rows)
         embeddings = np.ascontiguousarray(inputs, dtype=np.float32)[None]
         last = np.array([len(inputs) - 1], np.int32)
@@ -188,7 +202,7 @@ class DecodeBatch:
         logits = np.empty((1, self._decoder.geometry.vocabulary), np.float32)
         binding = self._bind(slice(slot, slot + 1), embeddings, last, total, logits)
         self._decoder.session.run_with_iobinding(binding)
-        return int(logits[0].argmax())
+        return logits[0]
 
     def _bind(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.quantise import fits_bfloat16, from_bfloat16, quantise_blocks, to_bfloat16
+from export.vocabulary import TokenIds
 
 FloatArray = NDArray[np.float32]
 
@@ -42,6 +43,8 @@ class EmbeddingTable:
     folder: Path
     bits: int
     hidden: int
+    kept: TokenIds | None = None
+    """Token id of each row, ascending; the row's number where None."""
 
     def __post_init__(self) -> None:
         self._table = self._open(TABLE)
@@ -52,11 +55,14 @@ class EmbeddingTable:
 
     def __call__(self, tokens: Sequence[int]) -> FloatArray:
         """Embeddings of the tokens, (tokens, hidden)."""
-        rows = self._table[np.asarray(tokens, dtype=np.int64)]
+        places = np.asarray(tokens, dtype=np.int64)
+        if self.kept is not None:
+            places = np.searchsorted(self.kept, places)
+        rows = self._table[places]
         if self._scales is None:
             return from_bfloat16(rows) if self.bits == 16 else np.asarray(rows, dtype=np.float32)
         if self.bits == 4:
             rows = np.stack([rows & 15, rows >> 4], axis=-1).reshape(*rows.shape[:2], -1)
         centred = rows.astype(np.float32) - 2 ** (self.bits - 1)
-        values = centred * self._scales[tokens].astype(np.float32)[..., None]
+        values = centred * self._scales[places].astype(np.float32)[..., None]
         return np.ascontiguousarray(values.reshape(len(rows), -1)[:, : self.hidden])

@@ -27,6 +27,8 @@ class Manifest:
     """Token ids before and after the audio, by language code."""
     end_ids: list[int]
     files: list[str]
+    logical_parameters: int
+    decoder_layers: int
     parity: dict[str, Any] = field(default_factory=dict)
     onnx: dict[str, Any] | None = None
     """Of an ONNX package: front_end, decoder, bits."""
@@ -46,6 +48,11 @@ class Manifest:
     def embedding_bits(self) -> int:
         """Bits that an embedding is stored in."""
         return int(self._of_onnx("bits")["embeddings"])
+
+    @property
+    def is_trimmed(self) -> bool:
+        """Whether only some tokens of the tokenizer have embeddings and logits."""
+        return bool(self._of_onnx("trimmed"))
 
     def _of_onnx(self, key: str) -> Any:
         if self.onnx is None:

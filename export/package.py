@@ -12,9 +12,11 @@ from export.manifest import MANIFEST, Manifest, write_manifest
 from export.parity import check_parity
 from export.runtime import open_translator
 from export.scoring import SelectSet, open_select_sets
+from export.vocabulary import TokenIds, kept_tokens
 from halve import artefact
 from halve.artefact import Artefact
 from halve.audio import SAMPLE_RATE_HZ
+from halve.corpus import read_corpus
 from halve.errors import FamilyError, InputError, MissingExtraError
 from halve.families import Family, family_for
 from halve.languages import language
@@ -35,6 +37,8 @@ class _Job:
 
     config: PackageConfig
     student: Path
+    corpus: Path | None
+    langs: list[str]
     family: Family
     processor: Any
     folder: Path
@@ -67,10 +71,10 @@ def run_package(
     parents = {"model": model} | ({"corpus": corpus} if corpus else {})
     recipe = config.model_dump(mode="json")
     with artefact.writing(out, "package", recipe, config.seed, parents) as draft:
-        job = _Job(config, model, family, load_processor(model), draft.path)
+        job = _Job(config, model, corpus, langs, family, load_processor(model), draft.path)
         progress.message(f"package: write {config.target} in {config.precision}")
         onnx = TARGETS[config.target](job)
-        manifest = _manifest(job, langs, onnx)
+        manifest = _manifest(job, onnx)
         write_manifest(draft.path, manifest)
         manifest = replace(manifest, parity=_checked(job, sets, progress))
         write_manifest(draft.path, manifest)
@@ -89,6 +93,11 @@ def _check_precision(config: PackageConfig) -> None:
             "Target gguf is not supported yet: llama.cpp's own audio path differs from the model's, and "
             "halve does not yet feed it embeddings",
             expected="target onnx (as fast on CPUs) or checkpoint",
+        )
+    if config.trim_vocab and config.target != "onnx":
+        raise InputError(
+            "Only ONNX packages can have a trimmed vocabulary: stock transformers takes a token's id for "
+            "its row"
         )
     known = PRECISIONS[config.target]
     if config.precision not in known:
@@ -121,7 +130,7 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
         encoder=bits if exact else config.encoder_bits,
         block_size=config.block_size,
     )
-    facts, _ = write_onnx(job.folder, job.student, job.family, job.processor, chosen)
+    facts, _ = write_onnx(job.folder, job.student, job.family, job.processor, chosen, _kept(job))
     tokenizer = job.processor.tokenizer.backend_tokenizer.to_str()
     (job.folder / "tokenizer.json").write_text(tokenizer, encoding="utf8")
     return facts
@@ -138,26 +147,61 @@ TARGETS: dict[str, Callable[[_Job], dict[str, Any] | None]] = {
 }
 
 
-def _manifest(job: _Job, langs: list[str], onnx: dict[str, Any] | None) -> Manifest:
+def _prompts(job: _Job) -> dict[str, tuple[list[int], list[int]]]:
+    family = job.family
+    return {
+        code: family.prompt_ids(job.processor, family.instruction(language(code)))
+        for code in job.langs
+    }
+
+
+def _end_ids(job: _Job) -> list[int]:
     from transformers import GenerationConfig
 
-    family, processor = job.family, job.processor
     generation = GenerationConfig.from_pretrained(str(job.student))
+    # The family asks a model for its generation config; none is loaded here.
     stand_in = type("Generating", (), {"generation_config": generation})
-    prompts = {
-        code: family.prompt_ids(processor, family.instruction(language(code))) for code in langs
-    }
+    return list(job.family.end_ids(stand_in))
+
+
+def _kept(job: _Job) -> TokenIds | None:
+    """The tokens that a trimmed package keeps; None where nothing is trimmed."""
+    if not job.config.trim_vocab:
+        return None
+    if job.corpus is None:
+        raise InputError("Trimming the vocabulary needs a corpus", mend="name --corpus")
+    segments = [s for s in read_corpus(job.corpus).segments if s.split != "test"]
+    texts = [s.references[code] for s in segments for code in job.langs if code in s.references]
+    needed = {id_ for ids in _prompts(job).values() for part in ids for id_ in part}
+    text = job.family.text_config(read_config(job.student))
+    return kept_tokens(
+        job.processor.tokenizer.backend_tokenizer,
+        texts,
+        needed | set(_end_ids(job)),
+        int(text["vocab_size"]),
+    )
+
+
+def _manifest(job: _Job, onnx: dict[str, Any] | None) -> Manifest:
+    config = read_config(job.student)
+    counts = job.family.count_parameters(config)
+    parameters = counts.total
+    if onnx and onnx["trimmed"]:
+        rows = int(job.family.text_config(config)["vocab_size"]) - onnx["decoder"]["vocabulary"]
+        parameters -= 2 * rows * onnx["decoder"]["hidden"]
     files = sorted(entry.name for entry in job.folder.iterdir() if entry.is_file())
     return Manifest(
         target=job.config.target,
         precision=job.config.precision,
-        family=family.name,
-        languages=langs,
-        max_audio_s=family.max_audio_s,
+        family=job.family.name,
+        languages=job.langs,
+        max_audio_s=job.family.max_audio_s,
         sample_rate_hz=SAMPLE_RATE_HZ,
-        prompt=prompts,
-        end_ids=list(family.end_ids(stand_in)),
+        prompt=_prompts(job),
+        end_ids=_end_ids(job),
         files=[name for name in files if name not in ("partial.json", artefact.TIMINGS, MANIFEST)],
+        logical_parameters=parameters,
+        decoder_layers=counts.decoder_layers,
         onnx=onnx,
     )
 
@@ -183,6 +227,7 @@ def _card_facts(model: Path, manifest: Manifest) -> dict[str, Any]:
         "precision": manifest.precision,
         "languages": manifest.languages,
         "parity": manifest.parity,
+        "logical_parameters": manifest.logical_parameters,
         "bits": manifest.onnx["bits"] if manifest.onnx else None,
     }
     if (model / artefact.RECORD).is_file():

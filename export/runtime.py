@@ -65,14 +65,18 @@ class OnnxTranslator:
         from export.decoding import Decoder, open_session
         from export.embeddings import EmbeddingTable
         from export.frontend import FrontEnd
+        from export.vocabulary import VOCABULARY
 
         self._front = FrontEnd(manifest.front_end)
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         self._encoder = open_session(path / "encoder.onnx", threads, spin=False)
         session = open_session(path / "decoder.onnx", threads, spin=True)
-        self._embed = EmbeddingTable(path, manifest.embedding_bits, manifest.decoder.hidden)
+        kept = None
+        if manifest.is_trimmed:
+            kept = np.load(path / VOCABULARY, allow_pickle=False).astype(np.int64)
+        self._embed = EmbeddingTable(path, manifest.embedding_bits, manifest.decoder.hidden, kept)
         self._decoder = Decoder(
-            session, manifest.decoder, self._embed, manifest.end_ids, stop_loops
+            session, manifest.decoder, self._embed, manifest.end_ids, stop_loops, kept
         )
         self._prompts: dict[str, tuple[FloatArray, FloatArray]] = {}
 
@@ -178,6 +182,15 @@ class OnnxTranslator:
                     stopped.append(row)
             for row in stopped:
                 yield running.pop(id(row)), self._translation(row)
+
+    def top_two_gap(self, audio: FloatArray, lang: str, tokens: Sequence[int]) -> float:
+        """The difference of the two highest logits after `tokens` have been said."""
+        inputs = self.inputs(audio, lang)
+        if tokens:
+            inputs = np.concatenate([inputs, self._embed(tokens)])
+        logits = self.open_batch(1, len(inputs) + 1).logits_after(inputs)
+        second, best = np.partition(logits, -2)[-2:]
+        return float(best - second)
 
     def _translation(self, row: Any) -> Translation:
         return Translation(self.text(row.tokens), list(row.tokens), row.stopped)

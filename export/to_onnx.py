@@ -4,7 +4,7 @@ Three parts: audio encoder with projector, token embedding table, decoder with k
 tensors are read one at a time, so that memory does not grow with the model.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from export.decoder_graph import DecoderWriter, check_layer, geometry_of
 from export.embeddings import write_table
 from export.encoder_graph import write_encoder
 from export.frontend import LogMel
+from export.vocabulary import VOCABULARY, TokenIds
 from halve.errors import ArtefactError, FamilyError
 from halve.families import Family
 from halve.shards import read_index
@@ -68,9 +69,17 @@ class TensorReader:
 
 
 def write_onnx(
-    folder: Path, student: Path, family: Family, processor: Any, bits: Bits
+    folder: Path,
+    student: Path,
+    family: Family,
+    processor: Any,
+    bits: Bits,
+    kept: TokenIds | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes all parts of an ONNX package but its tokenizer.
+
+    Args:
+        kept: ascending ids of the tokens to keep; all where None.
 
     Returns:
         The facts that package.json records for the runtime, and the names of the files.
@@ -84,6 +93,10 @@ def write_onnx(
     read = TensorReader(student)
     front_end = _front_end(processor)
     geometry = geometry_of(config.get_text_config())
+    rows: Any = slice(None)
+    if kept is not None:
+        rows, geometry = kept, replace(geometry, vocabulary=len(kept))
+        np.save(folder / VOCABULARY, kept.astype(np.int32), allow_pickle=False)
     biased = check_layer(read.suffixes(f"{family.disk_layers}0."))
     block = bits.block_size
     files = write_encoder(
@@ -97,11 +110,14 @@ def write_onnx(
     )
     writer = DecoderWriter(folder, geometry, biased, bits.decoder, bits.head, block)
     norm = family.disk_layers.removesuffix("layers.") + "norm.weight"
-    files += writer.write(family.disk_layers, norm, f"{family.disk_head}weight", read)
-    table = write_table(folder, read(f"{family.disk_embeddings}weight"), bits.embeddings, block)
+    files += writer.write(family.disk_layers, norm, read(f"{family.disk_head}weight")[rows], read)
+    table = write_table(
+        folder, read(f"{family.disk_embeddings}weight")[rows], bits.embeddings, block
+    )
     facts = {
         "front_end": asdict(front_end),
         "decoder": asdict(geometry),
+        "trimmed": kept is not None,
         "bits": {**asdict(bits), "embeddings": table["bits"]},
     }
     return facts, [*(path.name for path in files), *table["files"]]

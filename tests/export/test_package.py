@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 
 from export.config import PackageConfig
 from export.package import run_package
 from export.parity import check_parity, top_two_gap
 from export.runtime import open_translator
 from export.scoring import open_select_sets
+from export.vocabulary import kept_tokens
 from halve import artefact
 from halve.errors import FamilyError, InputError, ParityError
 from halve.models import load_model
@@ -147,3 +150,35 @@ def test_refuses_a_decoder_of_another_layout(tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "m", hidden_act="gelu")
     with pytest.raises(FamilyError, match="activation"):
         run_package(PackageConfig(langs=("de",)), model, None, tmp_path / "p")
+
+
+def test_a_trimmed_vocabulary_says_the_same(
+    student: Path, tiny_corpus: Path, tmp_path: Path, clips: list
+) -> None:
+    config = PackageConfig(precision="fp32", langs=("de",), trim_vocab=True, force=True)
+    path = run_package(config, student, tiny_corpus, tmp_path / "p").path
+    facts = json.loads((path / "package.json").read_text())
+    kept = set(np.load(path / "vocabulary.npy").tolist())
+    assert facts["onnx"]["decoder"]["vocabulary"] == len(kept) < 512
+    assert facts["logical_parameters"] == 483_200 - 2 * 64 * (512 - len(kept))
+    trimmed, whole = open_translator(path), TorchTranslator(load_model(student))
+    said = whole.translate(clips, "de", limits=[4] * len(clips))
+    for clip, row in zip(clips, said, strict=True):
+        first_dropped = next(
+            (i for i, t in enumerate(row.tokens) if t not in kept), len(row.tokens)
+        )
+        found = trimmed.translate([clip], "de", limits=[4])[0]
+        assert found.tokens[:first_dropped] == row.tokens[:first_dropped]
+        assert set(found.tokens) <= kept
+    tokenizer = whole.speech.processor.tokenizer
+    for text in ("Zeilenumbruch — ß, 漢字 🙂", "Tabelle öffnen"):
+        spelled = tokenizer.backend_tokenizer
+        assert trimmed.text(spelled.encode(text).ids) == text
+
+
+def test_kept_tokens_can_spell_anything() -> None:
+    tokenizer = tiny.make_tokenizer().backend_tokenizer
+    kept = kept_tokens(tokenizer, ["Datei öffnen"], [1, 2], 512)
+    names = {tokenizer.id_to_token(int(id_)) for id_ in kept}
+    assert set(ByteLevel.alphabet()) <= names
+    assert {*tokenizer.encode("Datei öffnen").ids, 1, 2} <= set(kept.tolist())

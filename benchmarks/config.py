@@ -67,7 +67,9 @@ class ServeBenchConfig(Config):
     clients: int = Field(default=16, ge=2)
     """Clients that ask at the same time in the second regime; the first has one."""
     requests: int = Field(default=64, ge=4)
-    """Measured requests of each regime."""
+    """Measured requests of each regime; fewer where `regime_s` ends first."""
+    regime_s: float = Field(default=120.0, gt=0)
+    """After so long no new request is sent; those under way are finished."""
     warmup: int = Field(default=3, ge=1)
     """Unmeasured requests before each regime."""
     split: str = "test"

@@ -98,14 +98,20 @@ def _measure(
         "repeats": config.repeats,
         "clips": dict(clips),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.latency_worker"],
-        input=json.dumps(request).encode(),
-        capture_output=True,
-        check=False,
-        env=pinned_environment(config.threads),
-        timeout=config.timeout_s,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.latency_worker"],
+            input=json.dumps(request).encode(),
+            capture_output=True,
+            check=False,
+            env=pinned_environment(config.threads),
+            timeout=config.timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        raise HalveError(
+            f"{path}: timing it took longer than {config.timeout_s:.0f} s",
+            mend="raise --timeout-s, or lower --repeats",
+        ) from None
     if done.returncode != 0:
         said = done.stderr.decode("utf8", errors="replace").strip().splitlines()
         raise HalveError(

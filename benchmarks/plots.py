@@ -53,6 +53,7 @@ def importance_plot(candidates: Sequence[Mapping[str, Any]], removed: Sequence[i
         candidates: lines of importance.jsonl (round, layer, metric, score).
         removed: layers in the order they went.
     """
+    candidates = [row for row in candidates if row.get("score") is not None]
     rounds = sorted({int(row["round"]) for row in candidates})
     metric = str(candidates[0]["metric"])
 

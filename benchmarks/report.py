@@ -168,11 +168,13 @@ def _points(result: Mapping[str, Any], metric: str) -> list[plots.Point]:
 
 def _latency_section(source: Source, result: Mapping[str, Any]) -> Section:
     section = Section(f"Latency: {source.label}")
-    section.tables = [tables.latency_table(result, clip) for clip in result["clips"]]
+    clips = sorted(result["clips"], key=lambda name: result["clips"][name]["duration_s"])
+    section.tables = [tables.latency_table(result, clip) for clip in clips]
     baseline = result.get("baseline")
     entries = [*([baseline] if baseline else []), *result["models"]]
+    names = tables.short_names([entry["path"] for entry in result["models"]])
     labels = [
-        f"{Path(entry['path']).name}, {entry['precision']}"
+        f"{names[entry['path']]}, {entry['precision']}"
         + (" (stock transformers)" if entry is baseline else "")
         for entry in entries
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from benchmarks import scoring
@@ -10,6 +11,9 @@ from halve.languages import language
 from halve.metrics import LOWER_IS_BETTER, METRICS
 
 METRIC_TITLES = {"bleu": "BLEU", "chrf": "chrF", "chrf++": "chrF++", "ter": "TER", "comet": "COMET"}
+
+
+_SPEEDS = ("ttft_ms", "tpot_ms", "rtf")
 
 
 @dataclass(frozen=True)
@@ -205,12 +209,13 @@ def latency_table(result: Mapping[str, Any], clip: str) -> Table:
     header += ["tokens", "peak memory MB", "times faster (first token, a token, RTF)"]
     rows = []
     baseline = result.get("baseline")
+    names = short_names([entry["path"] for entry in result["models"]])
     for entry in [*([baseline] if baseline else []), *result["models"]]:
         timed = entry["clips"][clip]
         faster = entry.get("times_faster_than_baseline", {}).get(clip, {})
         rows.append(
             [
-                entry["path"] + (" (stock transformers)" if entry is baseline else ""),
+                names[entry["path"]] + (" (stock transformers)" if entry is baseline else ""),
                 str(entry["layers"]),
                 entry["precision"],
                 f"{entry['load_s']:.2f}",
@@ -219,7 +224,7 @@ def latency_table(result: Mapping[str, Any], clip: str) -> Table:
                 _spread(timed["rtf"], 3),
                 str(timed["tokens"]),
                 megabytes(entry["peak_memory_bytes"]),
-                ", ".join(f"{value:.1f}" for value in faster.values()),
+                ", ".join(f"{faster[metric]:.1f}" for metric in _SPEEDS if metric in faster),
             ]
         )
     duration_s = result["clips"][clip]["duration_s"]
@@ -230,6 +235,15 @@ def latency_table(result: Mapping[str, Any], clip: str) -> Table:
         note=f"p50 (p95) of {result['repeats']} runs after {result['warmup']} to warm up; each model "
         f"in a process of its own, on {result['machine']['cpu']}.",
     )
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The last part of each path; the whole path where two would be called the same."""
+    last = [Path(path).name for path in paths]
+    return {
+        path: name if last.count(name) == 1 else path
+        for path, name in zip(paths, last, strict=True)
+    }
 
 
 def _spread(value: Mapping[str, float], digits: int) -> str:
@@ -315,8 +329,17 @@ def packages_table(packages: Sequence[tuple[Source, Mapping[str, Any]]]) -> Tabl
 
 
 def _parity(parity: Mapping[str, Any]) -> str:
-    plain = [f"{k}: {v}" for k, v in parity.items() if isinstance(v, (str, int, float, bool))]
-    return "; ".join(plain) or "not recorded"
+    if parity.get("reason"):
+        return str(parity["reason"])
+    found = [
+        f"{lang}: same tokens in {of['equal']} of {of['segments']} select segments, "
+        f"{METRIC_TITLES.get(of['metric'], of['metric'])} {of['difference']:+.2f} "
+        f"[{of['difference_low']:+.2f}, {of['difference_high']:+.2f}]"
+        for lang, of in parity.get("languages", {}).items()
+    ]
+    if parity.get("forced"):
+        found.append("kept by force")
+    return "; ".join(found) or "not recorded"
 
 
 def comparison_table(first: str, second: str, found: Mapping[str, Any]) -> Table:

@@ -1,0 +1,60 @@
+"""The serving bench: real servers of small models, and what it says when there is none."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.config import ServeBenchConfig
+from benchmarks.serve import run_serve_bench
+from benchmarks.ties import differs_at_tie, shared_tokens
+from export.runtime import open_translator
+from halve.audio import read_audio
+from halve.corpus import read_corpus
+from halve.errors import HalveError
+
+
+def test_every_key_and_equal_texts(
+    tiny_model: Path, tiny_student: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = ServeBenchConfig(lang="de", clients=2, requests=4, warmup=1, segments=2, threads=1)
+    run_serve_bench(config, tiny_student, tiny_model, tiny_corpus, tmp_path / "out")
+    result = json.loads((tmp_path / "out" / "serve.json").read_text())
+    for side in (result, result["baseline"]):
+        for regime in ("clients_1", "clients_2"):
+            assert 0 < side[regime]["p50_ms"] <= side[regime]["p95_ms"]
+            assert side[regime]["throughput_rps"] > 0
+            assert side[regime]["requests"] == 4
+        assert (side["errors"], side["wrong_texts"], side["tie_texts"]) == (0, 0, 0)
+        assert side["compared_texts"] == 8
+    assert (result["engine"], result["baseline"]["engine"]) == ("auto", "plain")
+
+
+def test_a_server_that_does_not_start_is_one_clear_error(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = ServeBenchConfig(lang="de", startup_s=20)
+    command = (sys.executable, "-c", "raise SystemExit('no such engine')")
+    with pytest.raises(HalveError, match="no such engine"):
+        run_serve_bench(config, tiny_model, None, tiny_corpus, tmp_path / "out", command=command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shared_tokens() -> None:
+    prefixes = ["", "Die", "Die D", "Die Datei", "Die Datei öffnen"]
+    assert shared_tokens(prefixes, "Die Datei schließen") == 3
+    assert shared_tokens(prefixes, "Das Bild") == 0
+    assert shared_tokens(["", "ö�", "öff"], "öff") == 2
+
+
+def test_a_near_tie_is_judged_by_the_gap(tiny_model: Path, tiny_corpus: Path) -> None:
+    translator = open_translator(tiny_model, threads=1)
+    corpus = read_corpus(tiny_corpus)
+    segment = corpus.split("test", "de")[0]
+    audio = read_audio(corpus.path / segment.audio)
+    tokens = translator.translate([audio], "de")[0].tokens
+    given = (translator, audio, "de", tokens, "something else")
+    assert differs_at_tie(*given, most=1e6)
+    assert not differs_at_tie(*given, most=1e-9)
+    translator.close()

@@ -115,10 +115,22 @@ def _option(key: str, field: Any) -> inspect.Parameter:
     required = field.is_required()
     default = None if required else field.get_default(call_default_factory=True)
     shown = _shown(default)
-    option = typer.Option(name, help=text, show_default=shown if shown else False)
+    option = typer.Option(
+        name, help=text, metavar=_metavar(key, kind), show_default=shown if shown else False
+    )
     if required:
         return _parameter(key, Annotated[kind, option], inspect.Parameter.empty)
     return _parameter(key, Annotated[kind | None, option], None)
+
+
+def _metavar(key: str, kind: Any) -> str | None:
+    if kind is bool:
+        return None
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if key in _LANGUAGES:
+        return "CODE"
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT" if kind is str else "LIST")
 
 
 def _shown(default: Any) -> str:

@@ -1,0 +1,143 @@
+"""Whatever a user gets wrong: one clear line, the right exit code, nothing half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests import tiny
+from tests.pipeline.conftest import Halve
+
+
+def refused(done: "subprocess.CompletedProcess[str]", code: int, *words: str) -> str:
+    """Asserts a failure in one line, and returns the line."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(lines) == 1, done.stderr
+    assert done.stdout == ""
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+    return lines[0]
+
+
+@pytest.fixture
+def broken_audio(tmp_path: Path) -> dict[str, Path]:
+    text, empty = tmp_path / "text.wav", tmp_path / "empty.wav"
+    text.write_text("these are words\n")
+    empty.touch()
+    return {"text": text, "empty": empty, "missing": tmp_path / "missing.wav"}
+
+
+def test_audio_that_cannot_be_used(
+    halve: Halve, tiny_model: Path, broken_audio: dict[str, Path]
+) -> None:
+    model = ("--model", tiny_model, "--lang", "de")
+    refused(halve("translate", *model, broken_audio["missing"]), 2, "missing.wav", "no such")
+    refused(
+        halve("translate", *model, broken_audio["text"]), 2, "text.wav", "not readable as audio"
+    )
+    refused(halve("translate", *model, broken_audio["empty"]), 2, "empty.wav", "0 bytes")
+    all_of_them = halve("translate", *model, *broken_audio.values())
+    assert all(path.name in all_of_them.stderr for path in broken_audio.values())
+
+
+def test_every_ordinary_audio_format_works(halve: Halve, tiny_model: Path, tmp_path: Path) -> None:
+    samples = tiny.tone(1.0, 3)
+    files = []
+    for name, rate, channels, subtype in (
+        ("8bit", 16_000, 1, "PCM_U8"),
+        ("24bit", 48_000, 2, "PCM_24"),
+        ("surround", 44_100, 6, "PCM_16"),
+        ("telephone", 8_000, 1, "ULAW"),
+    ):
+        files.append(tmp_path / f"{name}.wav")
+        data = np.repeat(samples[:, None], channels, axis=1)
+        soundfile.write(files[-1], data, rate, subtype=subtype)
+    done = halve("translate", "--model", tiny_model, "--lang", "de", "--json", *files)
+    assert done.returncode == 0, done.stderr
+    lines = json.loads(done.stdout)
+    assert [Path(line["name"]).stem for line in lines] == ["8bit", "24bit", "surround", "telephone"]
+    # The same samples played at another rate last as long as the rate says.
+    assert [round(line["duration_s"], 2) for line in lines] == [1.0, 0.33, 0.36, 2.0]
+
+
+def test_wrong_usage(halve: Halve, tiny_model: Path, tiny_corpus: Path) -> None:
+    search = ("importance", "--model", tiny_model, "--corpus", tiny_corpus)
+    refused(halve(*search, "--lang", "klingon", "--remove", 1), 2, "Unknown language 'klingon'")
+    refused(halve(*search, "--lang", "de", "--remove", 5), 2, "at most 4")
+    refused(halve(*search, "--lang", "de", "--remove", 0), 2, "--remove", "greater than 0")
+    refused(halve(*search, "--lang", "de"), 2, "--remove")
+    refused(halve("nonsense"), 2, "nonsense")
+    refused(halve("prune", "--model", "no/where/at/all", "--layers", 1), 2, "no/where/at/all")
+
+
+def test_damaged_weights(halve: Halve, tiny_model: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(tiny_model, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5_000])
+    refused(halve("prune", "--model", damaged, "--layers", 2, "--out", "pruned"), 2, "safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_plan_of_another_model(
+    halve: Halve, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    other = tiny.make_model(tmp_path / "other", seed=5)
+    search = ("--remove", 1, "--lang", "de", "--method", "middle", "--out", "found")
+    done = halve("importance", "--model", other, "--corpus", tiny_corpus, *search)
+    assert done.returncode == 0, done.stderr
+    done = halve("prune", "--model", tiny_model, "--plan", "found/plan.json", "--out", "pruned")
+    refused(done, 2, "another model")
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_unknown_architecture(halve: Halve, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "walrus"}')
+    refused(halve("prune", "--model", model, "--layers", 1), 2, "'walrus'", "qwen2_audio")
+    refused(halve("plan", "--model", model, "--budget", "4GB"), 2, "'walrus'")
+    (model / "config.json").write_text("{")
+    refused(halve("plan", "--model", model, "--budget", "4GB"), 2, "config.json", "not JSON")
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "halve-test", str(place)]
+    if (
+        os.geteuid() != 0
+        or subprocess.run(command, capture_output=True, check=False).returncode != 0
+    ):
+        pytest.skip("needs root and mount")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_full_disk(halve: Halve, tiny_model: Path, mounted: Path) -> None:
+    done = halve("prune", "--model", tiny_model, "--layers", 2, "--out", mounted / "pruned")
+    refused(done, 1, "full")
+    assert list(mounted.iterdir()) == []
+
+
+def test_read_only_place(halve: Halve, tiny_model: Path, mounted: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    done = halve("prune", "--model", tiny_model, "--layers", 2, "--out", mounted / "pruned")
+    refused(done, 1, "read-only", "--out")
+
+
+def test_place_taken(halve: Halve, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "love.txt").write_text("dear")
+    done = halve("prune", "--model", tiny_model, "--layers", 2, "--out", "letters")
+    refused(done, 2, "letters is in the way")
+    assert (tmp_path / "letters" / "love.txt").read_text() == "dear"

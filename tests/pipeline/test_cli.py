@@ -1,0 +1,135 @@
+"""The command line itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import document_cli, failures
+from pipeline.cli import main, spread_lists
+from pipeline.options import settings_from
+from tests.pipeline.conftest import ROOT, Halve, environment
+
+_HEAVY = ("torch", "transformers", "onnxruntime", "fastapi", "matplotlib", "sacrebleu")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\nfrom pipeline.cli import main\n"
+        "try: main(['importance', '--help'])\nexcept SystemExit as stop: assert not stop.code\n"
+        f"sys.exit(','.join(name for name in {_HEAVY} if name in sys.modules) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"--help imports {done.stderr}"
+    assert "--remove" in done.stdout
+
+
+def test_the_documentation_is_current() -> None:
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf8")
+    assert written == document_cli.document(), "run `make docs`"
+    for command in ("importance", "bench quality", "serve", "doctor"):
+        assert f"## halve {command}\n" in written
+
+
+def test_lists_may_follow_their_option() -> None:
+    given = ["bench", "quality", "--students", "a", "b", "--teacher", "t", "--json"]
+    spread = ["bench", "quality", "--students", "a", "--students", "b", "--teacher", "t", "--json"]
+    assert spread_lists(given) == spread
+    assert spread_lists(["translate", "--lang", "de", "a.wav"]) == [
+        "translate",
+        "--lang",
+        "de",
+        "a.wav",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [
+        (OSError(28, "No space left on device", "x"), 1, "full"),
+        (OSError(30, "Read-only file system", "x"), 1, "read-only"),
+        (PermissionError(13, "Permission denied", "x"), 1, "Permission denied (x)"),
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, "(x)"),
+        (RuntimeError("[enforce fail] . No space left on device"), 1, "full"),
+        (RuntimeError("CUDA out of memory. Tried"), 1, "Out of memory"),
+        (KeyboardInterrupt(), 130, "again"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), 1, "halve[train]"),
+        (ZeroDivisionError("division by zero"), 1, "--debug"),
+    ],
+)
+def test_failures_are_explained(error: BaseException, code: int, word: str) -> None:
+    failure = failures.explain(error)
+    assert (failure.exit_code, "\n" in failure.message) == (code, False)
+    assert word in failure.message
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "nowhere", "--debug"])
+    assert stop.value.code == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_inspect_finds_damage(
+    tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(tiny_corpus), "--json"])
+    assert stop.value.code == 0
+    assert '"verified": true' in capsys.readouterr().out
+    import shutil
+
+    damaged = shutil.copytree(tiny_corpus, tmp_path / "damaged")
+    with open(damaged / "manifest.jsonl", "ab") as file:
+        file.write(b"\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(damaged)])
+    assert stop.value.code == 2
+    assert "manifest.jsonl" in capsys.readouterr().err
+
+
+def test_clean_and_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left = tmp_path / "run" / ".importance.partial" / "work"
+    left.mkdir(parents=True)
+    (left / "ledger.jsonl").write_text("{}\n")
+    for arguments in (["clean", str(tmp_path)], ["clean", str(tmp_path), "--yes"], ["doctor"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        assert not capsys.readouterr().err
+        assert left.exists() == (arguments == ["clean", str(tmp_path)])
+    assert (tmp_path / "run").exists()
+
+
+def test_translate_reads_the_organisers_layout(
+    halve: Halve, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    yaml = tmp_path / "segments.yaml"
+    entries = [("001.wav", 0.0, 0.3), ("000.wav", 0.2, 0.3), ("001.wav", 0.3, 0.3)]
+    yaml.write_text("".join(f"- {{wav: {w}, offset: {o}, duration: {d}}}\n" for w, o, d in entries))
+    (tmp_path / "FILE_ORDER").write_text("000\n001\n")
+    arguments = ("--model", tiny_model, "--lang", "de", "--segments", yaml)
+    done = halve("translate", *arguments, "--input-dir", tiny_corpus / "audio")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.rstrip("\n").split("\n")) == 3
+    done = halve("translate", *arguments, "--input-dir", tmp_path)
+    assert done.returncode == 2
+    assert "001.wav" in done.stderr
+    assert "000.wav" in done.stderr
+
+
+def test_settings_name_every_fault() -> None:
+    from compress.config import ImportanceConfig
+    from halve.errors import RecipeError
+
+    with pytest.raises(RecipeError) as error:
+        settings_from(ImportanceConfig, {"remove": 0, "lang": "de", "segments": -1}, {})
+    assert "--remove" in str(error.value)
+    assert "--segments" in str(error.value)

@@ -1,0 +1,101 @@
+"""Recipes: every one in the repository loads, and faults are named together."""
+
+from pathlib import Path
+
+import pytest
+
+from halve.errors import RecipeError
+from pipeline.recipe import read_recipe
+from tests.pipeline.conftest import ROOT
+
+RECIPES = [ROOT / "demo" / "recipe.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))]
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 4
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_loads(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.importance is not None
+    assert recipe.importance.lang == recipe.lang[0]
+    assert recipe.tune is not None
+    assert recipe.tune.langs == recipe.lang
+
+
+def test_the_papers_recipe_is_the_papers() -> None:
+    recipe = read_recipe(ROOT / "recipes" / "qwen2-audio-7b-zh.yaml")
+    assert recipe.base == "Qwen/Qwen2-Audio-7B-Instruct"
+    assert (recipe.teach and (recipe.teach.epochs, recipe.teach.learning_rate)) == (3, 1e-5)
+    assert recipe.importance and (recipe.importance.remove, recipe.importance.lang) == (8, "zh")
+    assert recipe.tune and (recipe.tune.rank, recipe.tune.alpha, recipe.tune.rslora) == (
+        64,
+        128,
+        True,
+    )
+    assert recipe.corpus.source.endswith("recipes/data")
+
+
+FAULTY = """\
+lang: de
+teacher: here
+teacher: there
+importance: {remove: three, colour: blue}
+tune:
+  epochs: 0
+distill:
+  langs: [de, xx]
+packages:
+  - {target: onnx, precision: int3}
+"""
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "faulty.yaml"
+    path.write_text(FAULTY)
+    with pytest.raises(RecipeError) as error:
+        read_recipe(path)
+    for fault in (
+        "line 3, teacher: given twice",
+        "corpus: is missing",
+        "line 4, importance.remove: ",
+        "line 4, importance.colour: no such setting",
+        "line 6, tune.epochs: ",
+        "line 8, distill.langs: Unknown language 'xx'",
+        "line 10, packages.0.precision: ",
+    ):
+        assert fault in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("- a\n- b\n", "no settings"),
+        ("a: [", "not YAML"),
+        ("lang: de\ncorpus: {source: x, format: tsv}\n", "teacher, or a base"),
+        ("lang: de\nbase: x\ncorpus: {source: x, format: tsv}\n", "needs a teach"),
+        (
+            "lang: de\nteacher: x\nimportance: {remove: 1}\ncorpus: {source: x, format: tsv}\n",
+            "prune",
+        ),
+        ("lang: de\nteacher: x\nprune: {}\ncorpus: {source: x, format: tsv}\n", "needs layers"),
+    ],
+)
+def test_what_does_not_fit_together(tmp_path: Path, text: str, fault: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=fault):
+        read_recipe(path)
+
+
+def test_paths_start_at_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "recipe.yaml"
+    (path.parent / "near" / "by").mkdir(parents=True)
+    path.write_text("lang: de\nteacher: near/by\ncorpus: {source: ../talks, format: iwslt}\n")
+    recipe = read_recipe(path)
+    assert recipe.teacher == str(path.parent / "near" / "by")
+    assert recipe.corpus.source == str(path.parent / ".." / "talks")
+    path.write_text("lang: de\nteacher: some/one\ncorpus: {source: /talks, format: iwslt}\n")
+    assert read_recipe(path).teacher == "some/one"
+    assert read_recipe(path).corpus.source == "/talks"

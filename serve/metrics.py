@@ -33,9 +33,9 @@ class Metrics(Watcher):
             buckets=SECONDS,
             registry=registry,
         )
-        self.first_text = Histogram(
-            "halve_first_text_seconds",
-            "From a request's arrival to its first translated text (TTFT).",
+        self.first_token = Histogram(
+            "halve_first_token_seconds",
+            "From a request's arrival to its first token (TTFT).",
             ["model"],
             buckets=SECONDS,
             registry=registry,
@@ -85,7 +85,7 @@ class Metrics(Watcher):
         if piece.duration_s:
             self.rtf.labels(model).observe(outcome.compute_s / piece.duration_s)
         if piece.is_first:
-            self.first_text.labels(model).observe(outcome.first_text_s)
+            self.first_token.labels(model).observe(outcome.first_token_s)
 
     def text(self) -> bytes:
         """The exposition that Prometheus scrapes."""

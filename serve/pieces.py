@@ -39,8 +39,9 @@ class Outcome:
     """In the queue."""
     compute_s: float
     """From leaving the queue to the last token, shared with the batch's other pieces."""
-    first_text_s: float
-    """From the request's arrival to the first text of this piece."""
+    first_token_s: float
+    """From the request's arrival to the first token of this piece (to its text where the runtime
+    shows no tokens)."""
 
 
 @dataclass(eq=False)
@@ -62,7 +63,7 @@ class Piece:
     due_s: float = 0.0
     queued_s: float = field(default_factory=time.monotonic)
     started_s: float = 0.0
-    first_text_s: float = 0.0
+    first_token_s: float = 0.0
 
     def token_limit(self) -> int:
         """The most tokens its translation may take."""
@@ -73,7 +74,7 @@ class Piece:
         """Passes on new text."""
         if not text:
             return
-        self.first_text_s = self.first_text_s or time.monotonic()
+        self.first_token_s = self.first_token_s or time.monotonic()
         if self.on_text is not None:
             self.on_text(text)
 

@@ -23,7 +23,7 @@ from serve.settings import ServeSettings
 log = logging.getLogger("halve.serve")
 
 GIGABYTE = 1_000_000_000
-WEIGHTS = (".safetensors", ".onnx", ".data", ".gguf", ".bin")
+WEIGHTS = (".safetensors", ".onnx", ".data", ".gguf", ".bin", ".npy")
 OVERHEAD = 1.2
 """A loaded model takes about this much more than its weights."""
 UNLOAD_WAIT_S = 60.0

@@ -28,7 +28,7 @@ class Finished:
             self.translation,
             wait_s=piece.started_s - piece.queued_s,
             compute_s=now_s - piece.started_s,
-            first_text_s=(piece.first_text_s or now_s) - piece.ticket.arrival_s,
+            first_token_s=(piece.first_token_s or now_s) - piece.ticket.arrival_s,
         )
 
 
@@ -98,6 +98,8 @@ class ContinuousRunner:
             log.exception("a piece of %.1f s failed", piece.duration_s)
             self._left.append(Finished(piece, error=internal()))
             return
+        # The prompt's reading gave the first token.
+        piece.first_token_s = time.monotonic()
         entry = (piece, row, TextStream(self._translator.text))
         if row.stopped:
             self._left.append(self._end(*entry))
@@ -123,8 +125,8 @@ class ContinuousRunner:
         return left
 
     def _tell(self, piece: Piece, row: Any, stream: TextStream) -> None:
-        # Decoding text at each step costs time: only for those who watch it appear.
-        if piece.on_text is not None or not piece.first_text_s:
+        # Turning tokens into text at each step costs time: only for those who watch it appear.
+        if piece.on_text is not None:
             piece.tell(stream.push(row.tokens))
 
     def _end(self, piece: Piece, row: Any, stream: TextStream) -> Finished:

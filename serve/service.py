@@ -12,7 +12,7 @@ from pathlib import Path
 
 from halve.translate import Translator
 from serve.engine import Engine
-from serve.errors import busy, too_slow
+from serve.errors import busy, draining, too_slow
 from serve.metrics import Metrics
 from serve.registry import Model, OpenTranslator, Registry
 from serve.settings import ServeSettings
@@ -41,6 +41,8 @@ class Service:
         self._directory: Path | None = None
         self._started = False
         self._stopped = True
+        self._gave_up = False
+        self._limits: set[asyncio.Timeout] = set()
 
     @property
     def directory(self) -> Path:
@@ -66,7 +68,13 @@ class Service:
         until_s = time.monotonic() + self.settings.drain_s
         while self.running and time.monotonic() < until_s:
             await asyncio.sleep(DRAIN_POLL_S)
-        return not self.running
+        if not self.running:
+            return True
+        # Those who still wait hear 503 instead of a closed connection.
+        self._gave_up = True
+        for limit in self._limits:
+            limit.reschedule(asyncio.get_running_loop().time())
+        return False
 
     async def stop(self, wait_s: float = 5.0) -> bool:
         """Unloads the models and removes the private directory; False if an engine still runs."""
@@ -100,10 +108,14 @@ class Service:
         limit_s = self.settings.request_timeout_s
         left_s = arrival_s + limit_s - time.monotonic()
         try:
-            async with asyncio.timeout(max(0.0, left_s)):
-                yield
+            async with asyncio.timeout(max(0.0, left_s)) as limit:
+                self._limits.add(limit)
+                try:
+                    yield
+                finally:
+                    self._limits.discard(limit)
         except TimeoutError:
-            raise too_slow(limit_s) from None
+            raise (draining() if self._gave_up else too_slow(limit_s)) from None
 
     def window_s(self, model: Model) -> float:
         """The longest stretch of audio to translate at once."""

@@ -1,4 +1,7 @@
-"""A server with a slow fake model, as a process of its own: DIRECTORY SECONDS DRAIN_S."""
+"""A server with a fake model as a process of its own: DIRECTORY DRAIN_S.
+
+Its translations wait until DIRECTORY holds a file named go.
+"""
 
 import sys
 import time
@@ -14,7 +17,9 @@ class Slow(FakeTranslator):
     """Takes its time over each batch."""
 
     def translate(self, audio, lang, **options):
-        time.sleep(float(sys.argv[2]))
+        time.sleep(0.05)
+        while not (Path(sys.argv[1]) / "go").exists():
+            time.sleep(0.01)
         return super().translate(audio, lang, **options)
 
 
@@ -30,11 +35,11 @@ class Lines(Progress):
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     model = directory / "fake"
-    model.mkdir(parents=True)
+    model.mkdir()
     (model / "package.json").write_text('{"languages": ["de"]}')
     uploads = directory / "uploads"
     uploads.mkdir()
     settings = ServeSettings(
-        models=(str(model),), port=0, drain_s=float(sys.argv[3]), batch_size=4, temp_dir=uploads
+        models=(str(model),), port=0, drain_s=float(sys.argv[2]), batch_size=4, temp_dir=uploads
     )
     run_server(settings, Lines(), open_translator=lambda path, settings: Slow())

@@ -274,7 +274,7 @@ def test_counters(serve_fake) -> None:
         'halve_batch_size_count{model="fake"} 1.0',
         'halve_model_loaded{model="fake"} 1.0',
         "halve_requests_running 0.0",
-        "halve_first_text_seconds_count",
+        "halve_first_token_seconds_count",
         "halve_rtf_count",
         "process_resident_memory_bytes",
     ):

@@ -25,12 +25,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def process(
-    directory: Path, batch_s: float, drain_s: float
-) -> Iterator[tuple[subprocess.Popen, str]]:
+def process(directory: Path, drain_s: float) -> Iterator[tuple[subprocess.Popen, str]]:
     """The process and its address."""
     command = [sys.executable, "-m", "tests.serve.server_process"]
-    arguments = [str(directory), str(batch_s), str(drain_s)]
+    arguments = [str(directory), str(drain_s)]
     server = subprocess.Popen([*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
@@ -55,7 +53,7 @@ class Load:
             thread.start()
 
     def _send(self) -> None:
-        with httpx.Client(timeout=30) as client:
+        with httpx.Client(timeout=60) as client:
             while True:
                 try:
                     answer = client.post(
@@ -72,34 +70,36 @@ class Load:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join(30)
+            thread.join(60)
 
 
 def test_term_under_load_loses_nothing_and_exits_with_0(tmp_path: Path) -> None:
-    with process(tmp_path, batch_s=0.1, drain_s=20) as (server, url):
+    (tmp_path / "go").touch()
+    with process(tmp_path, drain_s=60) as (server, url):
         load = Load(url, clients=8)
         while load.statuses["200"] < 12:
             time.sleep(0.01)
         server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
         load.join()
     assert set(load.statuses) <= {"200", "503"}
     assert not list((tmp_path / "uploads").iterdir())
 
 
 def test_what_cannot_be_finished_does_not_keep_the_process(tmp_path: Path) -> None:
-    with process(tmp_path, batch_s=60, drain_s=0.3) as (server, url):
+    with process(tmp_path, drain_s=0.3) as (server, url):
         load = Load(url, clients=2)
         while "running 2" not in httpx.get(f"{url}/metrics").text:
             time.sleep(0.01)
         server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
         load.join()
+    assert load.statuses == {"503": 2}
     assert not list((tmp_path / "uploads").iterdir())
 
 
 def test_while_draining_new_work_is_sent_elsewhere(tmp_path: Path) -> None:
-    with process(tmp_path, batch_s=1.5, drain_s=20) as (server, url):
+    with process(tmp_path, drain_s=60) as (server, url):
         load = Load(url, clients=1)
         while "running 1" not in httpx.get(f"{url}/metrics").text:
             time.sleep(0.01)
@@ -112,7 +112,8 @@ def test_while_draining_new_work_is_sent_elsewhere(tmp_path: Path) -> None:
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "shutting_down"
         assert answer.headers["retry-after"]
-        assert server.wait(20) == 0
+        (tmp_path / "go").touch()
+        assert server.wait(60) == 0
         load.join()
     assert load.statuses["200"] == 1
 

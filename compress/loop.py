@@ -9,14 +9,14 @@ matter.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter, functional
+from torch import nn
+from torch.nn import Parameter
 
 from compress.checkpoints import (
     RunState,
@@ -25,8 +25,9 @@ from compress.checkpoints import (
     save_best,
     save_checkpoint,
 )
-from compress.collate import Batch, TrainingSequence, collate, plan_epoch, span_mask
+from compress.collate import TrainingSequence, plan_epoch
 from compress.config import TrainingConfig
+from compress.gradients import GradientMaker, all_threads, gradient_threads
 from compress.states import AudioStates
 from halve.errors import InputError
 from halve.models import SpeechModel
@@ -75,32 +76,6 @@ def learning_rate_factor(config: TrainingConfig, fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * rest)) if config.schedule == "cosine" else 1.0 - rest
 
 
-def sequence_loss(
-    speech: SpeechModel, batch: Batch, states: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
-    """Mean cross entropy over the batch's target tokens.
-
-    Args:
-        states: tower states of all sequences, one after the other: (audio positions, width).
-    """
-    family, model = speech.family, speech.model
-    table = speech.part(family.embeddings)
-    embeds = table(batch.ids)
-    projector = next(speech.part(family.projector).parameters())
-    audio = family.project(model, states.to(projector.device, projector.dtype))
-    embeds = embeds.masked_scatter(batch.is_audio[..., None], audio.to(embeds.dtype))
-    hidden = speech.part(family.decoder)(
-        inputs_embeds=embeds,
-        attention_mask=batch.mask,
-        # Without a mask, stock code would look for packed rows in the position ids.
-        position_ids=None if batch.mask is None else batch.positions,
-        use_cache=False,
-    ).last_hidden_state
-    # The head sees the learnt positions only: a vocabulary of 156,000 makes the rest unaffordable.
-    logits = speech.part(family.head)(hidden.flatten(0, 1)[batch.places])
-    return functional.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
-
-
 def train(training: Training, progress: Progress = SILENT) -> RunState:
     """Trains, and leaves the best weights in the model.
 
@@ -116,15 +91,42 @@ def train(training: Training, progress: Progress = SILENT) -> RunState:
     if state.step == 0 and training.score_start and not state.history:
         _record(training, state, optimizer, 0.0)
     if not state.finished:
-        with progress.task("Training", total, state.step) as advance:
-            _steps(training, state, optimizer, total, advance)
+        with (
+            gradient_threads(training.speech.device, _may_split(training)) as (pool, threads),
+            progress.task("Training", total, state.step) as advance,
+        ):
+            maker = _gradient_maker(training, pool, threads)
+            _steps(training, maker, state, optimizer, total, advance)
     if state.best_step is not None and state.best_step != state.step:
         load_best(training.folder, state.best_step, training.weights)
     return state
 
 
+def _may_split(training: Training) -> bool:
+    drops = [
+        module.p for module in training.speech.model.modules() if isinstance(module, nn.Dropout)
+    ]
+    return not any(drops) and not training.config.checkpoint_activations
+
+
+def _gradient_maker(
+    training: Training, pool: ThreadPoolExecutor | None, threads: int
+) -> GradientMaker:
+    return GradientMaker(
+        speech=training.speech,
+        audio=training.audio,
+        weights=list(training.weights.values()),
+        label_smoothing=training.config.label_smoothing,
+        spec_mask=training.config.spec_mask,
+        autocast=training.autocast,
+        pool=pool,
+        threads=threads,
+    )
+
+
 def _steps(
     training: Training,
+    maker: GradientMaker,
     state: RunState,
     optimizer: torch.optim.Optimizer,
     total: int,
@@ -136,7 +138,7 @@ def _steps(
     for epoch, numbers, last_of_epoch in _batches(training, state.step, total):
         started = time.monotonic()
         fraction = _fraction(training, state, total)
-        loss = _step(training, optimizer, state.step, numbers, fraction)
+        loss = _step(training, maker, optimizer, state.step, numbers, fraction)
         state.step += 1
         state.loss_sum += loss
         state.loss_steps += 1
@@ -146,7 +148,8 @@ def _steps(
         every = config.eval_every
         due = state.step % every == 0 if every else last_of_epoch
         if due or done:
-            _record(training, state, optimizer, epoch + 1, finished=done)
+            with all_threads(maker.threads):
+                _record(training, state, optimizer, epoch + 1, finished=done)
         elif state.step % config.checkpoint_every == 0:
             save_checkpoint(training.folder, state, training.weights, optimizer)
         advance(1, note=_note(state, shown))
@@ -156,35 +159,25 @@ def _steps(
 
 def _step(
     training: Training,
+    maker: GradientMaker,
     optimizer: torch.optim.Optimizer,
     step: int,
     numbers: Sequence[int],
     fraction: float,
 ) -> float:
     """One optimiser step; returns its loss."""
-    config, speech = training.config, training.speech
+    config = training.config
     for group in optimizer.param_groups:
         waits = step < training.projector_only_steps and not group["is_projector"]
         factor = 0.0 if waits else learning_rate_factor(config, fraction)
         group["lr"] = group["peak"] * factor
-    torch.manual_seed(config.seed * 1_000_003 + step)
-    sequences = [training.sequences[number] for number in numbers]
-    clips = [training.audio.read(sequence.segment) for sequence in sequences]
-    lengths = [len(clip) for clip in clips]
-    states = torch.cat(clips)
-    if config.spec_mask:
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        blank = span_mask(lengths, config.spec_mask, generator).to(states.device)
-        states = states.masked_fill(blank[:, None], 0.0)
-    batch = collate(sequences, lengths).to(speech.device)
-    with autocast(speech.device, training.autocast):
-        loss = sequence_loss(speech, batch, states, config.label_smoothing)
-    torch.autograd.backward(loss)
+    seed = config.seed * 1_000_003 + step
+    torch.manual_seed(seed)  # for dropout
+    value = maker.accumulate([training.sequences[number] for number in numbers], seed)
     if config.clip_norm:
         torch.nn.utils.clip_grad_norm_(training.weights.values(), config.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    value = loss.item()
     if not math.isfinite(value):
         raise InputError(
             f"The loss of step {step + 1} is {value}",
@@ -306,11 +299,6 @@ def set_training(speech: SpeechModel, training: bool) -> None:
     """Dropout and activation checkpoints are for the decoder alone: the tower always runs in eval mode."""
     speech.model.eval()
     speech.part(speech.family.decoder).train(training)
-
-
-def autocast(device: str, enabled: bool) -> AbstractContextManager[Any]:
-    """Arithmetic in bfloat16 where it is safe."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def checkpoint_activations(speech: SpeechModel) -> None:

@@ -1,0 +1,142 @@
+"""Loss and gradients of a batch.
+
+On a CPU a small model loses half of its time where threads wait for each other inside every operation. A
+batch is therefore split by sequences over as many threads as torch has, each computing alone; their
+gradients are summed in a fixed order, so that a run depends on the number of threads and on nothing else.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter, functional
+
+from compress.collate import Batch, TrainingSequence, collate, span_mask
+from compress.states import AudioStates
+from halve.models import SpeechModel
+
+
+def sequence_loss(
+    speech: SpeechModel, batch: Batch, states: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross entropy summed over the batch's target tokens.
+
+    Args:
+        states: tower states of all sequences, one after the other: (audio positions, width).
+    """
+    family, model = speech.family, speech.model
+    table = speech.part(family.embeddings)
+    embeds = table(batch.ids)
+    projector = next(speech.part(family.projector).parameters())
+    audio = family.project(model, states.to(projector.device, projector.dtype))
+    embeds = embeds.masked_scatter(batch.is_audio[..., None], audio.to(embeds.dtype))
+    hidden = speech.part(family.decoder)(
+        inputs_embeds=embeds,
+        attention_mask=batch.mask,
+        # Without a mask, stock code would look for packed rows in the position ids.
+        position_ids=None if batch.mask is None else batch.positions,
+        use_cache=False,
+    ).last_hidden_state
+    # The head sees the learnt positions only: a vocabulary of 156,000 makes the rest unaffordable.
+    logits = speech.part(family.head)(hidden.flatten(0, 1)[batch.places])
+    return functional.cross_entropy(
+        logits.float(), batch.labels, label_smoothing=label_smoothing, reduction="sum"
+    )
+
+
+@dataclass(frozen=True)
+class GradientMaker:
+    """Computes gradients, in one thread or several."""
+
+    speech: SpeechModel
+    audio: AudioStates
+    weights: Sequence[Parameter]
+    label_smoothing: float
+    spec_mask: float
+    autocast: bool
+    pool: ThreadPoolExecutor | None
+    threads: int
+
+    def accumulate(self, sequences: Sequence[TrainingSequence], seed: int) -> float:
+        """Sets the weights' gradients of the mean loss over the target tokens; returns that loss.
+
+        Args:
+            seed: decides what `spec_mask` blanks.
+        """
+        count = sum(len(branch.target) for each in sequences for branch in each.branches)
+        # Sorted by length, every second (third, …) sequence makes parts of like size.
+        parts = [part for n in range(self.threads) if (part := sequences[n :: self.threads])]
+        seeds = [seed * self.threads + n for n in range(len(parts))]
+        if self.pool is None:
+            results = [self._part(*each, count) for each in zip(parts, seeds, strict=True)]
+        else:
+            results = list(self.pool.map(self._part, parts, seeds, [count] * len(parts)))
+        loss, gradients = results[0]
+        for more_loss, more in results[1:]:
+            loss += more_loss
+            gradients = [_sum(one, other) for one, other in zip(gradients, more, strict=True)]
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+        return loss
+
+    def _part(
+        self, sequences: Sequence[TrainingSequence], seed: int, count: int
+    ) -> tuple[float, list[Tensor | None]]:
+        clips = [self.audio.read(sequence.segment) for sequence in sequences]
+        lengths = [len(clip) for clip in clips]
+        states = torch.cat(clips)
+        if self.spec_mask:
+            generator = torch.Generator().manual_seed(seed)
+            blank = span_mask(lengths, self.spec_mask, generator).to(states.device)
+            states = states.masked_fill(blank[:, None], 0.0)
+        batch = collate(sequences, lengths).to(self.speech.device)
+        with autocast(self.speech.device, self.autocast):
+            loss = sequence_loss(self.speech, batch, states, self.label_smoothing) / count
+        gradients = torch.autograd.grad(loss, self.weights, allow_unused=True)
+        return loss.item(), list(gradients)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return one if other is None else other
+    return one.add_(other)
+
+
+@contextmanager
+def gradient_threads(device: str, apart: bool) -> Iterator[tuple[ThreadPoolExecutor | None, int]]:
+    """A pool of single-threaded workers and their number, if the device is a CPU with several threads.
+
+    Args:
+        apart: whether the work may be split at all: dropout in threads would draw in no fixed order.
+    """
+    threads = torch.get_num_threads()
+    if not apart or threads == 1 or torch.device(device).type != "cpu":
+        yield None, 1
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        torch.set_num_threads(1)
+        try:
+            yield pool, threads
+        finally:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def all_threads(count: int) -> Iterator[None]:
+    """Inside `gradient_threads`, for work that is not split: operations use `count` threads again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(count, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def autocast(device: str, enabled: bool) -> AbstractContextManager[Any]:
+    """Arithmetic in bfloat16 where it is safe. Weights are used once a pass: casts need no cache."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled, cache_enabled=False)

@@ -1,20 +1,18 @@
 """The command line. One function a command; nothing heavy is imported before a command needs it."""
 
-import contextlib
-import hashlib
-import json
-import logging
-import os
 import sys
-import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from benchmarks.config import LatencyConfig, QualityConfig
+from benchmarks.config import (
+    ImportanceBenchConfig,
+    LatencyConfig,
+    QualityConfig,
+    ServeBenchConfig,
+)
 from compress.config import (
     DistillConfig,
     ImportanceConfig,
@@ -24,15 +22,13 @@ from compress.config import (
 )
 from export.config import MergeConfig, PackageConfig
 from halve import environment
-from halve.artefact import Artefact
 from halve.config import Config
 from halve.errors import InputError
 from halve.importers.base import CorpusConfig
 from halve.languages import language
-from pipeline import console, failures, steps
+from pipeline import console, shell, steps
 from pipeline.console import Result
 from pipeline.options import command
-from pipeline.steps import Step
 from serve.settings import ServeSettings
 
 app = typer.Typer(
@@ -115,20 +111,22 @@ def corpus(
     out: Out = None,
 ) -> Result:
     """Imports speech with translations, checks every segment, and splits it."""
-    return _do(steps.corpus(config, source, _place(out, "corpus", config, source)))
+    return shell.do(steps.corpus(config, source, shell.place(out, "corpus", config, source)))
 
 
 @command(app, "teach", TeachConfig)
 def teach(config: TeachConfig, model: Model, corpus: Corpus, out: Out = None) -> Result:
     """Fine-tunes the whole base model on a corpus: the teacher."""
-    return _do(steps.teach(config, model, corpus, _place(out, "teacher", config, model, corpus)))
+    return shell.do(
+        steps.teach(config, model, corpus, shell.place(out, "teacher", config, model, corpus))
+    )
 
 
 @command(app, "importance", ImportanceConfig)
 def importance(config: ImportanceConfig, model: Model, corpus: Corpus, out: Out = None) -> Result:
     """Finds the decoder layers whose absence costs least, and writes a plan."""
-    place = _place(out, "importance", config, model, corpus)
-    return _do(steps.importance(config, model, corpus, place))
+    place = shell.place(out, "importance", config, model, corpus)
+    return shell.do(steps.importance(config, model, corpus, place))
 
 
 @command(app, "prune", PruneConfig)
@@ -147,14 +145,16 @@ def prune(
         raise InputError(f"{plan} does not exist", expected="the plan.json of `halve importance`")
     if plan is None and config.layers is None:
         raise InputError("Which layers?", expected="--plan DIR/plan.json or --layers 3,5,6")
-    return _do(steps.prune(config, model, plan, _place(out, "pruned", config, model, plan)))
+    return shell.do(
+        steps.prune(config, model, plan, shell.place(out, "pruned", config, model, plan))
+    )
 
 
 @command(app, "distill", DistillConfig)
 def distill(config: DistillConfig, model: Model, corpus: Corpus, out: Out = None) -> Result:
     """Has the teacher translate the training audio, and joins that with the references."""
-    place = _place(out, "translations", config, model, corpus)
-    return _do(steps.distill(config, model, corpus, place))
+    place = shell.place(out, "translations", config, model, corpus)
+    return shell.do(steps.distill(config, model, corpus, place))
 
 
 @command(app, "tune", TuneConfig)
@@ -172,8 +172,8 @@ def tune(
     """Tunes a pruned model: an adapter, or (--method full) a whole student."""
     if qlora and config.method != "qlora":
         raise InputError(f"--qlora and --method {config.method} exclude each other")
-    place = _place(out, "adapter", config, model, corpus, translations)
-    return _do(steps.tune(config, model, corpus, translations, place))
+    place = shell.place(out, "adapter", config, model, corpus, translations)
+    return shell.do(steps.tune(config, model, corpus, translations, place))
 
 
 @command(app, "merge", MergeConfig)
@@ -187,8 +187,8 @@ def merge(
     out: Out = None,
 ) -> Result:
     """Merges an adapter into its base model: the student."""
-    place = _place(out, "student", config, model, adapter)
-    return _do(steps.merge(config, model, adapter, corpus, place))
+    place = shell.place(out, "student", config, model, adapter)
+    return shell.do(steps.merge(config, model, adapter, corpus, place))
 
 
 @command(app, "package", PackageConfig)
@@ -196,8 +196,8 @@ def package(
     config: PackageConfig, model: Model, corpus: MaybeCorpus = None, out: Out = None
 ) -> Result:
     """Packages a student for one target, checked against the student first."""
-    place = _place(out, f"package-{config.target}-{config.precision}", config, model)
-    return _do(steps.package(config, model, corpus, place))
+    place = shell.place(out, f"package-{config.target}-{config.precision}", config, model)
+    return shell.do(steps.package(config, model, corpus, place))
 
 
 @command(bench, "quality", QualityConfig)
@@ -215,8 +215,8 @@ def bench_quality(
 ) -> Result:
     """Scores a teacher and its students: BLEU, chrF, chrF++, TER, retention with its interval."""
     given = students or []
-    place = _place(out, "quality", config, teacher, corpus, *given)
-    return _bench(steps.quality(config, teacher, given, corpus, place), "quality.json")
+    place = shell.place(out, "quality", config, teacher, corpus, *given)
+    return shell.bench(steps.quality(config, teacher, given, corpus, place), "quality.json")
 
 
 class LatencyOptions(LatencyConfig):
@@ -236,11 +236,46 @@ def bench_latency(
     out: Out = None,
 ) -> Result:
     """Times models: load, first token, each token, real-time factor, peak memory."""
-    speech = corpus or Path(__file__).resolve().parent.parent / "demo" / "corpus"
-    lang = config.lang or _language_of(Path(models[0]))
+    speech = corpus or shell.demo_corpus()
+    lang = config.lang or shell.language_of(Path(models[0]))
     settings = LatencyConfig.model_validate(config.model_dump() | {"lang": lang})
-    place = _place(out, "latency", settings, speech, *models)
-    return _bench(steps.latency(settings, models, speech, place), "latency.json")
+    place = shell.place(out, "latency", settings, speech, *models)
+    return shell.bench(steps.latency(settings, models, speech, place), "latency.json")
+
+
+@command(bench, "importance", ImportanceBenchConfig)
+def bench_importance(
+    config: ImportanceBenchConfig, model: Model, corpus: Corpus, out: Out = None
+) -> Result:
+    """Times a round of the exact search against the paper's one-by-one procedure."""
+    place = shell.place(out, "bench-importance", config, model, corpus)
+    return shell.bench(steps.importance_bench(config, model, corpus, place), "importance.json")
+
+
+class ServeBenchOptions(ServeBenchConfig):
+    """`halve bench serve` finds out the language by itself."""
+
+    lang: str = ""
+    """Target language; without it, one that the model was made for."""
+
+
+@command(bench, "serve", ServeBenchOptions)
+def bench_serve(
+    config: ServeBenchOptions,
+    model: Model,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="DIR|ID", help="Served by stock code, for comparison."),
+    ] = None,
+    corpus: MaybeCorpus = None,
+    out: Out = None,
+) -> Result:
+    """Drives the server with one client and with many, and checks every text."""
+    speech = corpus or shell.demo_corpus()
+    lang = config.lang or shell.language_of(Path(model))
+    settings = ServeBenchConfig.model_validate(config.model_dump() | {"lang": lang})
+    place = shell.place(out, "bench-serve", settings, model, teacher, speech)
+    return shell.bench(steps.serve_bench(settings, model, teacher, speech, place), "serve.json")
 
 
 @command(app, "report")
@@ -251,7 +286,7 @@ def report(
     out: Out = None,
 ) -> Result:
     """Makes a report in Markdown, HTML and JSON; compares where several are given."""
-    return _do(steps.report(results, _place(out, "report", Config(), *results)))
+    return shell.do(steps.report(results, shell.place(out, "report", Config(), *results)))
 
 
 @command(app, "inspect")
@@ -341,127 +376,9 @@ def doctor() -> Result:
 app.add_typer(bench, name="bench")
 
 
-def _place(out: Path | None, stage: str, config: Config, *inputs: Any) -> Path:
-    """--out, or a folder under runs/ that the same command finds again."""
-    if out is not None:
-        return out
-    facts = [config.model_dump(mode="json"), [str(Path(str(item)).absolute()) for item in inputs]]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    return environment.runs_dir() / f"{stage}-{key}"
-
-
-def _do(step: Step) -> Result:
-    made, ran = steps.carry_out(step, console.progress())
-    data = {"path": str(made.path), "kind": made.kind, "fingerprint": made.fingerprint, "ran": ran}
-    facts = {key: value for key, value in made.extra.items() if key not in data}
-    lines = [
-        f"{made.kind}: {made.path}",
-        *(f"  {key}: {_fact(value)}" for key, value in facts.items()),
-    ]
-    return Result("\n".join(lines), data | facts)
-
-
-def _fact(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _bench(step: Step, name: str) -> Result:
-    made, _ = steps.carry_out(step, console.progress())
-    data = json.loads((made.path / name).read_text(encoding="utf8"))
-    from pipeline.summary import of_bench
-
-    return of_bench(made, data)
-
-
-def _language_of(model: Path) -> str:
-    """The language that a model was made for, from its package, its record, or its ancestors' settings."""
-    manifest = model / "package.json"
-    if manifest.is_file():
-        return str(json.loads(manifest.read_text(encoding="utf8"))["languages"][0])
-    from halve import artefact
-
-    if (model / artefact.RECORD).is_file():
-        made: Artefact = artefact.read(model)
-        langs = made.recipe.get("langs") or made.extra.get("langs") or []
-        if langs:
-            return str(langs[0])
-    raise InputError(
-        "Which language?", expected="--lang: the model does not say what it was made for"
-    )
-
-
-# Options that take several values, as `--students A B` or as `--students A --students B`.
-_LISTS = {
-    ("bench", "quality"): ("--students", "--lang"),
-    ("bench", "latency"): ("--models",),
-    ("serve",): ("--model",),
-    ("prune",): ("--layers",),
-    ("teach",): ("--lang",),
-    ("tune",): ("--lang",),
-    ("distill",): ("--lang",),
-    ("package",): ("--lang",),
-}
-
-
-def spread_lists(arguments: Sequence[str]) -> list[str]:
-    """Repeats an option in front of each further value that follows it."""
-    words = tuple(word for word in arguments if not word.startswith("-"))
-    lists = next((found for key, found in _LISTS.items() if words[: len(key)] == key), ())
-    spread: list[str] = []
-    current = ""
-    for word in arguments:
-        if word.startswith("-"):
-            current = word if word in lists else ""
-        elif current and spread[-1] != current:
-            spread.append(current)
-        spread.append(word)
-    return spread
-
-
-# typer keeps the class of wrong usage in a private module; this public one is a subclass of it.
-_UsageError: Any = typer.BadParameter.__mro__[1]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    _quieten(debug)
-    try:
-        code = app(args=spread_lists(given), prog_name="halve", standalone_mode=False)
-    except _UsageError as error:
-        _complain(f"{error.format_message()} See `{_help_for(error)}`.", error, debug)
-        code = 2
-    except typer.Exit as stop:
-        code = stop.exit_code
-    except (Exception, KeyboardInterrupt, typer.Abort) as error:
-        failure = failures.explain(KeyboardInterrupt() if isinstance(error, typer.Abort) else error)
-        _complain(failure.message, error, debug)
-        code = failure.exit_code
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _help_for(error: Any) -> str:
-    path = error.ctx.command_path if getattr(error, "ctx", None) else "halve"
-    return f"{path} --help"
-
-
-def _complain(message: str, error: BaseException, debug: bool) -> None:
-    if debug:
-        traceback.print_exception(error)
-    if message:
-        with contextlib.suppress(OSError):  # nobody reads it
-            sys.stderr.write(f"Error: {message}\n")
-
-
-def _quieten(debug: bool) -> None:
-    """Libraries' chatter would bury the one line that matters."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not debug:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        warnings.simplefilter("ignore")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    shell.run(app, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

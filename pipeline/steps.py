@@ -4,7 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.config import LatencyConfig, QualityConfig
+from benchmarks.config import (
+    ImportanceBenchConfig,
+    LatencyConfig,
+    QualityConfig,
+    ServeBenchConfig,
+)
 from compress.config import (
     DistillConfig,
     ImportanceConfig,
@@ -157,6 +162,31 @@ def latency(config: LatencyConfig, models: Sequence[Model], speech: Path, out: P
         return run_latency(config, list(models), speech, out, progress)
 
     return Step("bench", "results", out, config, (*models, speech), work)
+
+
+def importance_bench(config: ImportanceBenchConfig, model: Model, speech: Path, out: Path) -> Step:
+    """Times the importance search against the paper's procedure."""
+
+    def work(progress: Progress) -> Artefact:
+        from benchmarks.importance import run_importance_bench
+
+        return run_importance_bench(config, model, speech, out, progress)
+
+    return Step("bench", "results", out, config, (model, speech), work)
+
+
+def serve_bench(
+    config: ServeBenchConfig, model: Model, teacher: Model | None, speech: Path, out: Path
+) -> Step:
+    """Drives the server with one client and with many."""
+
+    def work(progress: Progress) -> Artefact:
+        from benchmarks.serve import run_serve_bench
+
+        return run_serve_bench(config, model, teacher, speech, out, progress)
+
+    inputs = (model, *([teacher] if teacher else []), speech)
+    return Step("bench", "results", out, config, inputs, work)
 
 
 def report(results: Sequence[Path], out: Path) -> Step:

@@ -99,8 +99,8 @@ def of_run(run: Run, ran: list[Planned]) -> Result:
 def of_bench(made: Artefact, data: Mapping[str, Any]) -> Result:
     """A bench: its object for machines, its main table for people."""
     texts = {"quality": _quality, "latency": _latency}
-    find = texts.get(str(data.get("bench") or made.extra.get("bench")))
-    table_text = find(data) if find else ""
+    find = texts.get(str(data.get("bench") or made.extra.get("bench")), _facts)
+    table_text = find(data)
     return Result(f"{table_text}\nresults: {made.path}".strip(), data)
 
 
@@ -123,6 +123,24 @@ def _quality(data: Mapping[str, Any]) -> str:
     header = ["model", "stored", "BLEU", "chrF", "chrF++", "TER", f"% of teacher's {metric} (95 %)"]
     title = f"{data['segments']} {data['split']} segments, {data['lang']}"
     return f"{title}\n{table(header, rows, right=(1, 2, 3, 4, 5))}"
+
+
+def _facts(data: Mapping[str, Any]) -> str:
+    """A bench's figures, one a line; figures of one regime on one line."""
+    lines = []
+    for key, value in sorted(data.items()):
+        if isinstance(value, Mapping):
+            inner = (f"{name} {_figure(part)}" for name, part in value.items())
+            lines.append(f"{key}: {', '.join(inner)}")
+        elif not isinstance(value, list):
+            lines.append(f"{key}: {_figure(value)}")
+    return "\n".join(lines)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({', '.join(f'{name} {_figure(part)}' for name, part in value.items())})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _score(value: Any) -> float:

@@ -14,6 +14,7 @@ from halve.corpus import read_corpus
 from halve.errors import CorpusError, MissingExtraError
 from halve.importers import CorpusConfig, run_corpus
 from halve.importers.base import Row
+from halve.importers.iwslt import import_iwslt
 from halve.importers.splits import divide
 
 
@@ -67,6 +68,10 @@ def test_iwslt_layout(tmp_path: Path) -> None:
     assert third.extra == {"speaker": "s1"}
     assert corpus.audio(third).shape == (14_400,)
     assert artefact.verify(made.path) == []
+    yaml = source / "dev" / "txt" / "dev.yaml"
+    rows = import_iwslt(str(yaml), CorpusConfig(format="iwslt")).rows
+    assert [row.id for row in rows] == ["dev-00001", "dev-00002"]
+    assert all(row.audio == source / "dev" / "wav" / "ted_3.wav" for row in rows)
 
 
 def test_iwslt_file_order(tmp_path: Path) -> None:

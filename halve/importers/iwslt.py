@@ -114,10 +114,9 @@ def _stem(name: str) -> str:
 class AudioIndex:
     """Finds audio by the name a segments YAML gives it."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, *folders: Path) -> None:
         self._files: dict[str, list[Path]] = {}
-        for path in sorted(root.rglob("*")):
+        for path in sorted(entry for folder in folders for entry in folder.rglob("*")):
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 self._files.setdefault(_stem(path.name), []).append(path)
 
@@ -170,13 +169,19 @@ def _sets(root: Path) -> Iterator[_Set]:
 
 
 def import_iwslt(source: str, config: CorpusConfig) -> Rows:
-    """Reads every set under `source`.
+    """Reads every set under `source`, or the one of a segments YAML.
 
     Raises:
         CorpusError: no segments YAML, or no text.
     """
-    root = source_dir(source, "iwslt")
-    sets = list(_sets(root))
+    if Path(source).suffix in (".yaml", ".yml") and Path(source).is_file():
+        root = Path(source).parent
+        sets = [one for one in _sets(root) if Path(source) in one.yamls]
+        folders = [root, root.parent / "wav", root.parent / "audio"]
+    else:
+        root = source_dir(source, "iwslt")
+        sets = list(_sets(root))
+        folders = [root]
     if not sets:
         raise CorpusError(
             f"{root} has no segments YAML",
@@ -184,7 +189,7 @@ def import_iwslt(source: str, config: CorpusConfig) -> Rows:
             mend="see docs/own-data.md for the layout",
         )
     found = Rows()
-    index = AudioIndex(root)
+    index = AudioIndex(*folders)
     for one in sets:
         _import_set(one, index, config, found, alone=len(sets) == 1)
     return found

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import document_cli, failures
-from pipeline.cli import main, spread_lists
+from pipeline.cli import main
 from pipeline.options import settings_from
+from pipeline.shell import spread_lists
 from tests.pipeline.conftest import ROOT, Halve, environment
 
 _HEAVY = ("torch", "transformers", "onnxruntime", "fastapi", "matplotlib", "sacrebleu")

@@ -1,0 +1,150 @@
+"""What all commands share: where results go, running a step, arguments, and how failures end."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from halve import artefact, environment
+from halve.config import Config
+from halve.errors import InputError
+from pipeline import console, failures, steps
+from pipeline.console import Result
+from pipeline.steps import Step
+
+
+def demo_corpus() -> Path:
+    """The corpus that the repository carries."""
+    return Path(__file__).resolve().parent.parent / "demo" / "corpus"
+
+
+def place(out: Path | None, stage: str, config: Config, *inputs: Any) -> Path:
+    """--out, or a folder under runs/ that the same command finds again."""
+    if out is not None:
+        return out
+    facts = [config.model_dump(mode="json"), [str(Path(str(item)).absolute()) for item in inputs]]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return environment.runs_dir() / f"{stage}-{key}"
+
+
+def do(step: Step) -> Result:
+    """Carries out a step, and says what it made."""
+    made, ran = steps.carry_out(step, console.progress())
+    data = {"path": str(made.path), "kind": made.kind, "fingerprint": made.fingerprint, "ran": ran}
+    facts = {key: value for key, value in made.extra.items() if key not in data}
+    lines = [
+        f"{made.kind}: {made.path}",
+        *(f"  {key}: {_fact(value)}" for key, value in facts.items()),
+    ]
+    return Result("\n".join(lines), data | facts)
+
+
+def _fact(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def bench(step: Step, name: str) -> Result:
+    """Carries out a bench; its result is the object that it wrote to the file `name`."""
+    made, _ = steps.carry_out(step, console.progress())
+    data = json.loads((made.path / name).read_text(encoding="utf8"))
+    from pipeline.summary import of_bench
+
+    return of_bench(made, data)
+
+
+def language_of(model: Path) -> str:
+    """The language that a model was made for, from its package, its record, or its ancestors' settings."""
+    manifest = model / "package.json"
+    if manifest.is_file():
+        return str(json.loads(manifest.read_text(encoding="utf8"))["languages"][0])
+    if (model / artefact.RECORD).is_file():
+        made = artefact.read(model)
+        langs = made.recipe.get("langs") or made.extra.get("langs") or []
+        if langs:
+            return str(langs[0])
+    raise InputError(
+        "Which language?", expected="--lang: the model does not say what it was made for"
+    )
+
+
+# Options that take several values, as `--students A B` or as `--students A --students B`.
+_LISTS = {
+    ("bench", "quality"): ("--students", "--lang"),
+    ("bench", "latency"): ("--models",),
+    ("serve",): ("--model",),
+    ("prune",): ("--layers",),
+    ("teach",): ("--lang",),
+    ("tune",): ("--lang",),
+    ("distill",): ("--lang",),
+    ("package",): ("--lang",),
+}
+
+
+def spread_lists(arguments: Sequence[str]) -> list[str]:
+    """Repeats an option in front of each further value that follows it."""
+    words = tuple(word for word in arguments if not word.startswith("-"))
+    lists = next((found for key, found in _LISTS.items() if words[: len(key)] == key), ())
+    spread: list[str] = []
+    current = ""
+    for word in arguments:
+        if word.startswith("-"):
+            current = word if word in lists else ""
+        elif current and spread[-1] != current:
+            spread.append(current)
+        spread.append(word)
+    return spread
+
+
+# typer keeps the class of wrong usage in a private module; this public one is a subclass of it.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def run(app: typer.Typer, arguments: Sequence[str]) -> None:
+    """Runs a command and exits with its code: every failure becomes one line."""
+    given = list(arguments)
+    debug = "--debug" in given
+    _quieten(debug)
+    try:
+        code = app(args=spread_lists(given), prog_name="halve", standalone_mode=False)
+    except _UsageError as error:
+        _complain(f"{error.format_message()} See `{_help_for(error)}`.", error, debug)
+        code = 2
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (Exception, KeyboardInterrupt, typer.Abort) as error:
+        failure = failures.explain(KeyboardInterrupt() if isinstance(error, typer.Abort) else error)
+        _complain(failure.message, error, debug)
+        code = failure.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _help_for(error: Any) -> str:
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "halve"
+    return f"{path} --help"
+
+
+def _complain(message: str, error: BaseException, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    if message:
+        with contextlib.suppress(OSError):  # nobody reads it
+            sys.stderr.write(f"Error: {message}\n")
+
+
+def _quieten(debug: bool) -> None:
+    """Libraries' chatter would bury the one line that matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

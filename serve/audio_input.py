@@ -64,6 +64,17 @@ def sniff(head: bytes) -> str | None:
     return None
 
 
+class _Forward(soundfile.SoundFile):
+    """A file that is read from its start to its end.
+
+    soundfile seeks after each read, to where it is already. That resets the MP3 decoder, which is then
+    wrong for the first samples of every block.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
 @dataclass
 class Recording:
     """An upload being decoded, and what is known of it so far."""
@@ -115,7 +126,7 @@ class Recording:
 
     def _sound_blocks(self) -> Iterator[FloatArray]:
         try:
-            with soundfile.SoundFile(self.file.fileno(), closefd=False) as sound:
+            with _Forward(self.file.fileno(), closefd=False) as sound:
                 self._check_header(sound)
                 yield from self._mono_blocks(sound)
         except (soundfile.SoundFileError, RuntimeError, ValueError, MemoryError):

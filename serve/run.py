@@ -60,8 +60,8 @@ def _listen(settings: ServeSettings) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Listening comes when the model is loaded: until then connections are refused.
         listener.bind((settings.host, settings.port))
-        listener.listen(1024)
     except OSError as error:
         listener.close()
         raise InputError(
@@ -163,3 +163,5 @@ def _show_log(progress: Progress) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [_ProgressHandler(progress)]
         logger.propagate = False
+    # It warns of every byte of a damaged form; the client is told.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)

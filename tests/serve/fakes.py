@@ -38,7 +38,7 @@ class FakeTranslator:
         seconds = [len(clip) / 16_000 for clip in audio]
         self.batches.append(seconds)
         self.entered.set()
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         if self.fail_at_s in seconds:
             raise RuntimeError("/secret/path is broken")
         return [Translation(self.text(clip, lang), [1, 2, 3], "end") for clip in audio]
@@ -50,7 +50,7 @@ class FakeTranslator:
         self.entered.set()
         text = self.text(audio, lang)
         for character in text:
-            assert self.gate.wait(20)
+            assert self.gate.wait(60)
             yield character
         return Translation(text, [1, 2, 3], "end")
 
@@ -84,7 +84,7 @@ class FakeBatch:
 
     def step(self) -> list[FakeRow]:
         self.owner.entered.set()
-        assert self.owner.gate.wait(20)
+        assert self.owner.gate.wait(60)
         self.owner.batches.append([float(row.limit) for row in self.rows])
         for row in self.rows:
             row.tokens.append(len(row.tokens))

@@ -13,7 +13,7 @@ from serve.pieces import Piece, Ticket
 from tests.serve.conftest import eventually
 from tests.serve.fakes import FakeTranslator, SteppingTranslator
 
-WAIT_S = 20
+WAIT_S = 60
 
 
 def piece(seconds: float, ticket: Ticket | None = None, lang: str = "de", **options) -> Piece:

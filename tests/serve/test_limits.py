@@ -14,7 +14,7 @@ import pytest
 from halve.errors import ArtefactError, InputError
 from serve.service import Service
 from serve.settings import ServeSettings
-from tests.serve.conftest import eventually, serving, wav
+from tests.serve.conftest import HTTP, eventually, serving, wav
 from tests.serve.fakes import FakeTranslator
 
 # The client marks its own audio translations as deprecated; its users still have them.
@@ -48,12 +48,12 @@ def test_fields(serve_fake) -> None:
         refused(server.get("/v1/models/nothing"), 404, "model_not_found")
         refused(server.get("/v1/audio/translations"), 405)
         url = f"{server.url}/v1/audio/translations"
-        refused(httpx.post(url, json={"model": "fake"}), 400, "bad_form")
+        refused(HTTP.post(url, json={"model": "fake"}), 400, "bad_form")
         header = {"content-type": "multipart/form-data; boundary=x"}
-        refused(httpx.post(url, content=b"--x\r\nbroken", headers=header), 400)
-        refused(httpx.post(url, content=b"--x\r\nA: b\r\n\r\n\r\n--x--\r\n", headers=header), 400)
+        refused(HTTP.post(url, content=b"--x\r\nbroken", headers=header), 400)
+        refused(HTTP.post(url, content=b"--x\r\nA: b\r\n\r\n\r\n--x--\r\n", headers=header), 400)
         two = [("file", ("a", audio)), ("file", ("b", audio))]
-        refused(httpx.post(url, data={"model": "fake"}, files=two), 400)
+        refused(HTTP.post(url, data={"model": "fake"}, files=two), 400)
         assert server.post(audio, to_language="zh-CN").json() == {"text": "zh 0.50"}
         assert server.post(audio, to_language="German").json() == {"text": "de 0.50"}
         eventually(server.nothing_left)
@@ -73,7 +73,7 @@ def test_chat_fields(serve_fake) -> None:
 
         def ask(content: object, **fields: object) -> httpx.Response:
             message = {"role": "user", "content": content}
-            return httpx.post(url, json={"model": "fake", "messages": [message], **fields})
+            return HTTP.post(url, json={"model": "fake", "messages": [message], **fields})
 
         refused(ask("hello"), 400)
         refused(ask([text]), 400)
@@ -86,8 +86,8 @@ def test_chat_fields(serve_fake) -> None:
         refused(ask([{**part, "input_audio": {"data": "%%"}}]), 400)
         refused(ask([{**part, "input_audio": {"data": ""}}]), 400)
         refused(ask([part, {**text, "text": "Translate into French."}]), 400)
-        refused(httpx.post(url, content=b"{" * 100_000), 400)
-        refused(httpx.post(url, content=b"[1"), 400)
+        refused(HTTP.post(url, content=b"{" * 100_000), 400)
+        refused(HTTP.post(url, content=b"[1"), 400)
         eventually(server.nothing_left)
 
 
@@ -104,7 +104,7 @@ def test_sizes_and_lengths(serve_fake) -> None:
 
         header = {"content-type": "multipart/form-data; boundary=x"}
         url = f"{server.url}/v1/audio/translations"
-        refused(httpx.post(url, content=unannounced(), headers=header), 413)
+        refused(HTTP.post(url, content=unannounced(), headers=header), 413)
         refused(server.post(wav(1.0), prompt="x" * 70_000), 400)
         eventually(server.nothing_left)
 
@@ -151,7 +151,7 @@ def test_a_client_that_leaves_costs_nothing(serve_fake, fake: FakeTranslator) ->
     fake.gate.clear()
     with serve_fake() as server, ThreadPoolExecutor(1) as pool:
         first = pool.submit(server.post, wav(0.5))
-        assert fake.entered.wait(20)
+        assert fake.entered.wait(60)
         for stream in ("false", "true"):
             request = httpx.Request(
                 "POST",
@@ -286,7 +286,7 @@ def test_uploads_lie_in_a_private_directory(serve_fake, fake: FakeTranslator) ->
     with serve_fake() as server:
         thread = threading.Thread(target=server.post, args=(wav(20.0),))
         thread.start()
-        assert fake.entered.wait(20)
+        assert fake.entered.wait(60)
         directory = server.service.directory
         assert directory.stat().st_mode & 0o777 == 0o700
         # Its file has no name, so that nothing could leave it behind.

@@ -257,10 +257,17 @@ class ExactTranslator:
             agreed = 0
             while agreed < len(draft) and own[agreed] == draft[agreed]:
                 agreed += 1
-            found[row] = own[: min(agreed + 1, count)]
+            found[row] = self._cut(row, own[: agreed + 1])
             if not self._finished(row, found[row]):
                 open_rows.append(place)
         return open_rows
+
+    def _cut(self, row: int, tokens: Sequence[int]) -> list[int]:
+        """Tokens up to the first end token or the limit: a draft may go on past either."""
+        for place, token in enumerate(tokens[: self.task.limits[row]]):
+            if token in self._ends:
+                return list(tokens[: place + 1])
+        return list(tokens[: self.task.limits[row]])
 
     def _finished(self, row: int, tokens: Sequence[int]) -> bool:
         return tokens[-1] in self._ends or len(tokens) >= self.task.limits[row]

@@ -304,4 +304,6 @@ def set_training(speech: SpeechModel, training: bool) -> None:
 def checkpoint_activations(speech: SpeechModel) -> None:
     """Lets the decoder compute its activations again in the backward pass."""
     decoder = speech.part(speech.family.decoder)
-    decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    decoder.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False}
+    )

@@ -1,0 +1,96 @@
+"""Distillation: what is kept, what is dropped and why, and a killed run ends the same."""
+
+from pathlib import Path
+
+import pytest
+
+from compress.config import DistillConfig
+from compress.distill import drop_reason, repeats_itself, run_distill
+from halve import artefact
+from halve.corpus import read_corpus
+from halve.errors import CorpusError
+from halve.models import load_model
+from halve.translate import TorchTranslator, Translation
+from tests.compress import kills
+
+REFERENCE = "Öffnen Sie die Datei und drucken Sie die Seite."
+CONFIG = DistillConfig(langs=("de",))
+
+
+@pytest.mark.parametrize(
+    ("text", "stopped", "reason"),
+    [
+        ("", "end", "empty"),
+        ("  ", "end", "empty"),
+        ("Öffnen Sie die Datei, drucken Sie die Seiten.", "end", None),
+        ("Öffnen Sie die Datei", "limit", "looping"),
+        ("Öffnen Sie die Datei", "loop", "looping"),
+        (REFERENCE, "end", "duplicate"),
+        (" " + REFERENCE, "end", "duplicate"),
+        (" ".join([REFERENCE, REFERENCE, REFERENCE]), "end", "too long"),
+        ("Datei", "end", "too short"),
+        ("Hjk Wqx, vvv bbb zzz ppp ooo jjj yyy mm.", "end", "wrong"),
+    ],
+)
+def test_each_drop_has_its_reason(text: str, stopped: str, reason: str | None) -> None:
+    translation = Translation(text, list(range(30)), stopped)
+    assert drop_reason(CONFIG, translation, REFERENCE, "de") == reason
+
+
+@pytest.mark.parametrize(
+    ("tokens", "looping"),
+    [
+        ([], False),
+        ([5] * 4, False),
+        ([1, 2, *[5] * 12, 3], True),
+        ([*range(40)], False),
+        ([9, 8, *[1, 2, 3, 4] * 4, 7], True),
+        ([9, 8, *[1, 2, 3, 4] * 3, 7], False),
+    ],
+)
+def test_repetition_is_found_anywhere(tokens: list[int], looping: bool) -> None:
+    assert repeats_itself(tokens) is looping
+
+
+def test_translations_join_the_references(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = DistillConfig(langs=("de", "zh"), batch_size=5, min_score=0.0)
+    done = run_distill(config, tiny_model, tiny_corpus, tmp_path / "translations")
+    assert not artefact.verify(done.path)
+    translations, rows, dropped = (
+        artefact.read_jsonl(done.path / f"{name}.jsonl")
+        for name in ("translations", "rows", "dropped")
+    )
+    corpus = read_corpus(tiny_corpus)
+    segments = corpus.split("train")
+    expected = [(segment.id, lang) for segment in segments for lang in ("de", "zh")]
+    assert [(row["id"], row["lang"]) for row in translations] == expected
+    references = [row for row in rows if row["origin"] == "reference"]
+    assert [row["text"] for row in references if row["lang"] == "zh"] == corpus.references(
+        segments, "zh"
+    )
+    taught = [row for row in rows if row["origin"] == "teacher"]
+    assert len(taught) + len(dropped) == len(translations)
+    assert sum(done.extra["dropped"].values()) == len(dropped)
+    translator = TorchTranslator(load_model(tiny_model, device="cpu"), stop_loops=True)
+    alone = translator.translate([corpus.audio(segments[3])], "de")[0]
+    assert translations[6]["tokens"] == alone.tokens
+    assert translations[6]["stopped"] == alone.stopped
+
+
+def test_a_language_without_references_is_refused(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CorpusError, match="no train segment with a fr reference"):
+        run_distill(DistillConfig(langs=("fr",)), tiny_model, tiny_corpus, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_distill_ends_with_the_same_bytes(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = DistillConfig(langs=("de",), batch_size=2)
+    calm, struck = ((run_distill, (config, tiny_model, tiny_corpus, tmp_path / n)) for n in "cs")
+    kills.survives(calm, struck, 2, seed=3)
+    kills.same_files(tmp_path / "c", tmp_path / "s")

@@ -1,0 +1,294 @@
+"""Teaching and tuning: models learn, only what should train does, and a killed run ends the same."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.config import DistillConfig, TeachConfig, TuneConfig
+from compress.distill import run_distill
+from compress.gradients import GradientMaker, gradient_threads
+from compress.loop import learning_rate_factor
+from compress.rows import build_sequences, reference_rows, segments_for
+from compress.states import LiveStates
+from compress.teach import select_weights
+from compress.tune import base_name, run_teach, run_tune
+from halve import artefact
+from halve.corpus import read_corpus
+from halve.errors import CorpusError, InputError
+from halve.families import FAMILIES
+from halve.models import load_model
+from halve.progress import Advance, Progress
+from halve.translate import TorchTranslator
+from tests.compress import kills
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_model: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows four training segments by heart, in two languages."""
+    out = tmp_path_factory.mktemp("taught") / "teacher"
+    config = TeachConfig(
+        langs=("de", "zh"),
+        train_segments=4,
+        epochs=45,
+        eval_every=15,
+        batch_size=12,
+        learning_rate=3e-3,
+        projector_factor=2.0,
+        select_segments=0,
+        precision="float32",
+    )
+    run_teach(config, tiny_model, tiny_corpus, out)
+    return out
+
+
+def history(path: Path) -> list[dict[str, float]]:
+    return artefact.read_jsonl(path / "history.jsonl")
+
+
+def test_a_taught_model_translates_what_it_learnt(taught: Path, tiny_corpus: Path) -> None:
+    assert not artefact.verify(taught)
+    losses = [line["loss"] for line in history(taught)]
+    assert losses[0] > 1.0
+    assert losses[-1] < 0.05
+    corpus = read_corpus(tiny_corpus)
+    segments = corpus.split("train", limit=4)
+    translator = TorchTranslator(load_model(taught, device="cpu"))
+    for lang in ("de", "zh"):
+        rows = translator.translate([corpus.audio(segment) for segment in segments], lang)
+        assert [row.text for row in rows] == corpus.references(segments, lang)
+        assert {row.stopped for row in rows} == {"end"}
+
+
+def test_a_teacher_is_an_ordinary_model_in_bfloat16(taught: Path, tiny_model: Path) -> None:
+    tensors, base = (
+        load_file(taught / "model.safetensors"),
+        load_file(tiny_model / "model.safetensors"),
+    )
+    assert tensors.keys() == base.keys()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    tower = [key for key in base if key.startswith("audio_tower.")]
+    assert tower
+    for key in tower:
+        assert torch.equal(tensors[key], base[key].bfloat16())
+    assert json.loads((taught / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+class Collected(Progress):
+    """Keeps what is reported."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.tasks: list[tuple[str, int]] = []
+
+    @contextmanager
+    def task(self, label: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+        self.tasks.append((label, done))
+        yield lambda n=1, note="": self.notes.append(note)
+
+
+def test_the_tower_can_train_too_and_the_best_state_is_kept(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = TeachConfig(
+        langs=("de",), freeze_audio=False, epochs=9, max_steps=4, eval_every=2, batch_size=6, weights="bfloat16",
+        spec_mask=0.2, checkpoint_activations=True, train_segments=6, learning_rate=1e-2, select_segments=2,
+    )  # fmt: skip
+    progress = Collected()
+    teacher = run_teach(config, tiny_model, tiny_corpus, tmp_path / "teacher", progress)
+    lines = history(teacher.path)
+    assert [line["step"] for line in lines] == [2, 4]
+    best = max(lines, key=lambda line: line["score"])
+    assert teacher.extra["score"] == best["score"]
+    assert progress.notes[-1].startswith("loss ") and ", de " in progress.notes[-1]
+    tower = FAMILIES["qwen2_audio"].disk_audio_tower
+    before, after = (load_file(path / "model.safetensors") for path in (tiny_model, teacher.path))
+    key = f"{tower}layers.0.fc1.weight"
+    assert not torch.equal(before[key].bfloat16(), after[key])
+
+
+def test_a_clock_can_end_a_run(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    config = TeachConfig(langs=("de",), epochs=1000, max_minutes=0.01, select_segments=0)
+    teacher = run_teach(config, tiny_model, tiny_corpus, tmp_path / "teacher")
+    assert 0 < teacher.extra["steps"] < 1000
+
+
+def test_threads_share_a_batch(tiny_model: Path, tiny_corpus: Path) -> None:
+    speech = load_model(tiny_model, device="cpu")
+    corpus = read_corpus(tiny_corpus)
+    segments = segments_for(corpus, "train", ["de"], 5)
+    sequences = build_sequences(speech, segments, reference_rows(segments, ["de"]), True)
+    audio = LiveStates(speech, corpus, segments)
+    weights, _ = select_weights(speech, freeze_audio=False)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with gradient_threads("cpu", True) as (pool, count):
+            assert count == threads
+            maker = GradientMaker(
+                speech, audio, list(weights.values()), 0.1, 0.0, False, pool, count
+            )
+            loss = maker.accumulate(sequences, seed=0)
+            found.append((loss, {name: each.grad.clone() for name, each in weights.items()}))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)
+
+
+def test_states_are_kept_between_runs(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    config = TeachConfig(langs=("de",), max_steps=1, select_segments=2)
+    done = []
+    for name in ("one", "two"):
+        progress = Collected()
+        run_teach(
+            config,
+            tiny_model,
+            tiny_corpus,
+            tmp_path / name,
+            progress,
+            states_dir=tmp_path / "states",
+        )
+        done.append([count for label, count in progress.tasks if label == "Encoding audio"])
+    assert done == [[0, 0], [12, 2]]
+    kills.same_files(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def adapter(taught: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A QLoRA adapter that has learnt all twelve training segments."""
+    out = tmp_path_factory.mktemp("tuned") / "adapter"
+    config = TuneConfig(
+        langs=("de",), epochs=12, batch_size=6, learning_rate=3e-3, rank=8, alpha=16, eval_every=12,
+        select_segments=3,
+    )  # fmt: skip
+    run_tune(config, taught, tiny_corpus, None, out)
+    return out
+
+
+def test_qlora_trains_an_adapter_of_the_decoder_alone(adapter: Path, taught: Path) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    layers = "base_model.model.model.language_model.layers."
+    assert {name.split(".lora_")[0].removeprefix(layers) for name in tensors} == {
+        f"{layer}.{part}"
+        for layer in range(6)
+        for part in (
+            *(f"self_attn.{name}_proj" for name in "qkvo"),
+            *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        )
+    }
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == taught.name
+    assert settings["use_rslora"] and settings["r"] == 8 and settings["lora_alpha"] == 16
+    record = artefact.read(adapter, "adapter")
+    assert record.extra["trainable_parameters"] == sum(each.numel() for each in tensors.values())
+    lines = history(adapter)
+    assert lines[0]["step"] == 0 and "loss" not in lines[0]
+    assert lines[-1]["loss"] < lines[1]["loss"]
+    assert record.extra["score"] == max(line["score"] for line in lines)
+
+
+def test_stock_peft_loads_the_adapter(adapter: Path, taught: Path, tiny_corpus: Path) -> None:
+    from peft import PeftModel
+
+    base = load_model(taught, dtype="bfloat16", quantization="nf4", device="cpu")
+    PeftModel.from_pretrained(base.model, str(adapter))
+    corpus = read_corpus(tiny_corpus)
+    translator = TorchTranslator(base)
+    rows = translator.translate(
+        [corpus.audio(each) for each in corpus.split("select", limit=2)], "de"
+    )
+    assert all(row.tokens for row in rows)
+
+
+def test_tuning_never_ends_worse_than_it_began(
+    taught: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = TuneConfig(
+        langs=("de",), method="lora", epochs=50, batch_size=6, learning_rate=1.0, rank=4,
+        clip_norm=0.0, eval_every=1, patience=2, select_segments=3, precision="float32",
+    )  # fmt: skip
+    try:
+        tuned = run_tune(config, taught, tiny_corpus, None, tmp_path / "adapter")
+    except InputError as error:  # so large a step may also leave the numbers
+        assert "learning rate" in str(error)
+        return
+    assert tuned.extra["best_step"] == 0 or tuned.extra["score"] > tuned.extra["untuned_score"]
+    assert tuned.extra["steps"] < 100
+
+
+def test_full_tuning_writes_a_student(taught: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    translations = tmp_path / "translations"
+    run_distill(DistillConfig(langs=("de",), limit=6), taught, tiny_corpus, translations)
+    config = TuneConfig(langs=("de",), method="full", max_steps=2, select_segments=0)
+    student = run_tune(config, taught, tiny_corpus, translations, tmp_path / "student")
+    assert student.kind == "student"
+    assert student.extra["rows"]["reference"] == 6
+    load_model(student.path, device="cpu")
+
+
+def test_translations_of_another_language_are_refused(
+    taught: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    run_distill(DistillConfig(langs=("de",), limit=2), taught, tiny_corpus, tmp_path / "de")
+    config = TuneConfig(langs=("zh",), max_steps=1)
+    with pytest.raises(CorpusError, match="has no row"):
+        run_tune(config, taught, tiny_corpus, tmp_path / "de", tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["de"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_learning_rate_rises_then_falls_to_zero(schedule: str) -> None:
+    config = TeachConfig.model_validate({"langs": ["de"], "schedule": schedule, "warmup": 0.1})
+    factors = [learning_rate_factor(config, step / 100) for step in range(101)]
+    assert factors[0] == 0 and math.isclose(factors[100], 0, abs_tol=1e-9)
+    assert max(factors) == factors[10] == 1
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_a_base_is_named_without_its_place(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--Qwen--Qwen2-Audio-7B" / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    assert base_name(snapshot) == "Qwen/Qwen2-Audio-7B"
+    assert base_name(tmp_path / "pruned" / ".." / "pruned") == "pruned"
+
+
+KILLS = int(os.environ.get("HALVE_TEST_KILLS", "3"))
+
+
+def test_a_killed_teach_ends_with_the_same_bytes(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = TeachConfig(
+        langs=("de", "zh"), epochs=3, batch_size=4, checkpoint_every=2, eval_every=8,
+        select_segments=2, learning_rate=2e-3, spec_mask=0.2, precision="float32",
+    )  # fmt: skip
+    calm, struck = ((run_teach, (config, tiny_model, tiny_corpus, tmp_path / n)) for n in "cs")
+    kills.survives(calm, struck, KILLS, seed=1)
+    kills.same_files(tmp_path / "c", tmp_path / "s")
+
+
+def test_a_killed_tune_ends_with_the_same_bytes(
+    taught: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = TuneConfig(
+        langs=("de",), epochs=3, batch_size=4, checkpoint_every=2, eval_every=4,
+        select_segments=2, rank=4, dropout=0.1, learning_rate=1e-3, train_segments=8,
+    )  # fmt: skip
+    calm, struck = ((run_tune, (config, taught, tiny_corpus, None, tmp_path / n)) for n in "cs")
+    kills.survives(calm, struck, KILLS, seed=2)
+    kills.same_files(tmp_path / "c", tmp_path / "s")

@@ -64,7 +64,7 @@ def sniff(head: bytes) -> str | None:
     return None
 
 
-class _Forward(soundfile.SoundFile):
+class _Forward(soundfile.SoundFile):  # type: ignore[misc]
     """A file that is read from its start to its end.
 
     soundfile seeks after each read, to where it is already. That resets the MP3 decoder, which is then

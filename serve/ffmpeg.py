@@ -27,19 +27,19 @@ POLL_S = 0.2
 MEMORY_BYTES = 2 * 1024**3
 
 
-def is_installed() -> bool:
-    """Whether ffmpeg is on the PATH."""
-    return shutil.which("ffmpeg") is not None
+def find() -> str | None:
+    """Where ffmpeg is, if it is installed."""
+    return shutil.which("ffmpeg")
 
 
-def command(container: str, max_audio_s: float) -> list[str]:
+def command(program: str, container: str, max_audio_s: float) -> list[str]:
     """The command line; samples leave as 16 kHz mono float32."""
     limits = ["-max_alloc", str(MEMORY_BYTES // 4), "-protocol_whitelist", "file"]
     # Through /dev/stdin the file protocol can seek, which m4a with its index at the end needs.
     source = ["-f", DEMUXERS[container], "-i", "file:/dev/stdin"]
     sink = ["-map", "0:a:0", "-vn", "-sn", "-dn", "-ac", "1", "-ar", str(SAMPLE_RATE_HZ)]
     length = ["-t", f"{max_audio_s + 1:.1f}", "-f", "f32le", "pipe:1"]
-    return ["ffmpeg", "-nostdin", "-v", "quiet", "-threads", "1", *limits, *source, *sink, *length]
+    return [program, "-nostdin", "-v", "quiet", "-threads", "1", *limits, *source, *sink, *length]
 
 
 def blocks(
@@ -50,7 +50,8 @@ def blocks(
     Raises:
         ApiError: ffmpeg is not installed, or cannot read the file.
     """
-    if not is_installed():
+    program = find()
+    if program is None:
         raise ApiError(
             422,
             f"This server reads no {container} files (ffmpeg is not installed there). "
@@ -59,7 +60,7 @@ def blocks(
             code="unsupported_format",
         )
     process = subprocess.Popen(
-        command(container, max_audio_s),
+        command(program, container, max_audio_s),
         stdin=file.fileno(),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -192,14 +193,25 @@ def test_sniffing_anything(head: bytes) -> None:
     assert sniff(head) in {None, "wav", "aiff", "mp4", "flac", "au", "webm", "ogg", "mp3", "aac"}
 
 
-@pytest.mark.skipif(ffmpeg.is_installed(), reason="ffmpeg is installed")
+@pytest.mark.skipif(ffmpeg.find() is not None, reason="ffmpeg is installed")
 def test_without_ffmpeg_m4a_is_refused_clearly() -> None:
     error = refusal(b"\x00\x00\x00\x20ftypM4A " + bytes(100))
     assert error.code == "unsupported_format"
     assert "ffmpeg" in error.message
 
 
-@pytest.mark.skipif(not ffmpeg.is_installed(), reason="ffmpeg is not installed")
+@pytest.mark.skipif(ffmpeg.find() is None, reason="ffmpeg is not installed")
 @pytest.mark.parametrize("content", [b"\x00\x00\x00\x20ftypM4A " + bytes(100), b"\x1a\x45\xdf\xa3"])
 def test_ffmpeg_refuses_damage(content: bytes) -> None:
     assert refusal(content).status == 422
+
+
+@pytest.mark.skipif(ffmpeg.find() is None, reason="ffmpeg is not installed")
+@pytest.mark.parametrize("name", ["a.m4a", "a.webm", "a.aac"])
+def test_what_ffmpeg_reads(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    codec = ["-c:a", "libopus"] if name == "a.webm" else []
+    arguments = [str(ffmpeg.find()), "-v", "error", "-f", "wav", "-i", "pipe:0", *codec, str(path)]
+    subprocess.run(arguments, input=wav(2.0), check=True)
+    assert abs(len(decode(path.read_bytes())) - 32_000) < 4_000
+    assert refusal(path.read_bytes(), max_audio_s=1.0).code == "audio_too_long"

@@ -144,7 +144,7 @@ class Estimator:
         matrix = np.ones((768, 768), dtype=np.float32)
         np.matmul(matrix, matrix)
         best = float("inf")
-        for _ in range(3):
+        for _ in range(10):  # the best of them: a busy machine interrupts most
             started = time.perf_counter()
             np.matmul(matrix, matrix)
             best = min(best, time.perf_counter() - started)
@@ -162,18 +162,18 @@ class Estimator:
         return _COSTS[step.stage](self, step)
 
     def translating(
-        self, counts: Counts, segments: int, batch_size: int, speed: float = 1.0
+        self, counts: Counts, segments: int, batch_size: int, hear: bool = True
     ) -> float:
-        """Seconds to translate so many segments of mean length."""
+        """Seconds to translate so many segments of mean length; `hear`: encode their audio as well."""
         positions = self.speech.mean_s * POSITIONS_PER_SECOND + PROMPT_POSITIONS
         tokens = self.speech.mean_s * TOKENS_PER_SECOND
-        heard = 2 * counts.audio_tower * self.speech.mean_s * POSITIONS_PER_SECOND * 2
+        heard = 2 * counts.audio_tower * self.speech.mean_s * POSITIONS_PER_SECOND * 2 * hear
         prefill = 2 * counts.decoder * positions
         decode = 2 * (counts.decoder + counts.head) * tokens
         arithmetic = (heard + prefill) / PREFILL_EFFICIENCY + decode / DECODE_EFFICIENCY
         batches = -(-segments // max(1, batch_size))
         overhead = batches * 1.5 * tokens * counts.decoder_layers * STEP_OVERHEAD_S
-        return (segments * arithmetic / self.flops + overhead) / speed
+        return segments * arithmetic / self.flops + overhead
 
     def training(self, counts: Counts, rows: int, epochs: float, factor: float) -> float:
         """Seconds of training: `factor` is 6 where all weights learn, 4 where an adapter does."""
@@ -239,7 +239,8 @@ def _importance(of: Estimator, step: "Step") -> Cost:
         time_s = candidates * of.translating(counts, segments, 1)
     elif config.method in ("exact", "bounded", "racing"):
         # Layers before a removed one are computed once: half of each candidate's work on average.
-        time_s = one + 0.6 * candidates * one
+        again = of.translating(counts, segments, config.batch_size, hear=False)
+        time_s = one + 0.6 * candidates * again
     else:
         time_s = one
     positions = segments * (of.speech.mean_s * POSITIONS_PER_SECOND + PROMPT_POSITIONS)

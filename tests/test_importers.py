@@ -300,6 +300,40 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_corpus(made.path).audio(segments[3]).shape == (16_000,)
 
 
+def test_hugging_face_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = sound(tmp_path / "one.wav").read_bytes()
+    records = [
+        {
+            "audio": {"bytes": data, "path": "x.wav"},
+            "text_en": f"s {i}",
+            "text_de": f"t {i}",
+            "talk": f"t{i // 2}",
+        }
+        for i in range(8)
+    ]
+    features = datasets.Features(
+        {
+            "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+            "text_en": datasets.Value("string"),
+            "text_de": datasets.Value("string"),
+            "talk": datasets.Value("string"),
+        }
+    )
+    parts = {
+        "train": datasets.Dataset.from_list(records[:4], features=features),
+        "test": datasets.Dataset.from_list(records[4:], features=features),
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    config = CorpusConfig(format="hf", group_column="talk")
+    segments = read_corpus(run_corpus(config, tmp_path / "saved", tmp_path / "c").path).segments
+    assert [s.split for s in segments] == ["train"] * 4 + ["test"] * 4
+    assert (segments[5].group, segments[5].references) == ("t2", {"de": "t 5"})
+    assert "columns" in faults_of(
+        CorpusConfig(format="hf", audio_column="sound"), tmp_path / "saved", tmp_path / "d"
+    )
+
+
 class _Table(list[dict[str, Any]]):
     """The two calls of a `datasets.Dataset` that the importer makes."""
 

@@ -1,0 +1,144 @@
+"""The fast search gives the tokens that stock transformers gives, one by one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.exact import ExactTranslator
+from compress.reference import StockTranslator
+from compress.search import Ledger, Search, greedy, plan_chunks
+from compress.task import SearchTask
+from halve.models import SpeechModel
+from tests.compress.search_models import opened
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "grouped-query": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "odd": {
+        "hidden_size": 60,
+        "intermediate_size": 77,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 5,
+    },
+    "all-heads": {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3},
+    "window": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
+}
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def setting(
+    request: pytest.FixtureRequest, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SpeechModel, SearchTask]:
+    """One model of each shape."""
+    folder = tmp_path_factory.mktemp("shapes") / request.param
+    return opened(folder, tiny_corpus, seed=len(request.param), **SHAPES[request.param])
+
+
+def translations(
+    translator: Any, kept: list[int], drafts: list[list[int]], candidates: list[int | None]
+) -> dict[int | None, list[list[int]]]:
+    """Everything that a translator's run yields."""
+    with translator:
+        return dict(translator.run(kept, drafts, candidates, range(len(translator.task.ids))))
+
+
+def test_every_candidate_has_the_reference_tokens(setting: tuple[SpeechModel, SearchTask]) -> None:
+    speech, task = setting
+    layers = list(range(len(speech.part(speech.family.layers))))
+    candidates: list[int | None] = [1, layers[-2], None]
+    nothing: list[list[int]] = [[] for _ in task.ids]
+    wanted = translations(StockTranslator(speech, task), layers, nothing, candidates)
+    parent = translations(ExactTranslator(speech, task), layers, nothing, [None])[None]
+    found = translations(ExactTranslator(speech, task), layers, parent, candidates)
+    assert found == wanted
+    lengths = {len(row) for rows in wanted.values() for row in rows}
+    assert len(lengths) > 1, "some translations must end by themselves for this to prove anything"
+
+
+def test_a_pruned_parent_too(tiny_corpus: Path, tmp_path: Path) -> None:
+    speech, task = opened(tmp_path, tiny_corpus, seed=3, segments=2)
+    layers = list(range(len(speech.part(speech.family.layers))))
+    kept = [layer for layer in layers if layer != 1]
+    nothing: list[list[int]] = [[] for _ in task.ids]
+    wanted = translations(StockTranslator(speech, task), kept, nothing, [None])[None]
+    assert translations(ExactTranslator(speech, task), layers, wanted, [1])[1] == wanted
+    assert translations(ExactTranslator(speech, task), kept, wanted, [None])[None] == wanted
+
+
+def test_no_draft_changes_the_result(tiny_corpus: Path, tmp_path: Path) -> None:
+    speech, task = opened(tmp_path, tiny_corpus, seed=2)
+    rows, layers = range(len(task.ids)), range(6)
+    with ExactTranslator(speech, task) as translator:
+        wanted = dict(translator.run(layers, [[] for _ in rows], [1], rows))[1]
+
+        @settings(max_examples=15, deadline=None)
+        @given(data=st.data())
+        def check(data: Any) -> None:
+            drafts = []
+            for row, limit in zip(wanted, task.limits, strict=True):
+                agreed = data.draw(st.integers(0, len(row)))
+                wild = data.draw(st.lists(st.integers(6, 500), max_size=limit - agreed))
+                drafts.append([*row[:agreed], *wild])
+            assert dict(translator.run(layers, drafts, [1], rows))[1] == wanted
+
+        check()
+
+
+def test_same_order_as_the_reference_in_any_chunks(tiny_corpus: Path, tmp_path: Path) -> None:
+    speech, task = opened(
+        tmp_path, tiny_corpus, seed=5, most=12, segments=3, lang="zh", num_hidden_layers=4
+    )
+    with torch.no_grad():
+        # The stock class never ties them; models with equal tables do exist.
+        speech.part(speech.family.head).weight.copy_(speech.part(speech.family.embeddings).weight)
+    rankings = []
+    for name, most in (("reference", 3), ("exact", 3), ("exact", 2), ("exact", 1)):
+        maker: Any = StockTranslator if name == "reference" else ExactTranslator
+        ledger = Ledger(tmp_path / f"{name}-{most}.jsonl")
+        with maker(speech, task) as translator:
+            lengths = [len(audio) for audio in task.audio]
+            chunks = plan_chunks(translator.row_bytes(), lengths, most, 10**9)
+            search = Search(translator, task, ledger, chunks, lambda n=1, note="": None)
+            rankings.append(greedy(search, 4, 2))
+    assert len(rankings[0].candidates) == 2 + 1
+    assert all(ranking == rankings[0] for ranking in rankings)
+
+
+def test_audio_is_encoded_once_and_the_model_left_as_it_was(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speech, task = opened(tmp_path, tiny_corpus)
+    encoded = []
+    encode = type(speech.family).encode
+
+    def counted(*args: Any) -> torch.Tensor:
+        encoded.append(args)
+        return encode(*args)
+
+    monkeypatch.setattr(type(speech.family), "encode", counted)
+    attention = speech.part(speech.family.decoder).config._attn_implementation
+    nothing: list[list[int]] = [[] for _ in task.ids]
+    for _ in translations(ExactTranslator(speech, task), [0, 1, 2, 3, 4, 5], nothing, [1, 2, 3]):
+        pass
+    assert len(encoded) == len(task.ids)
+    assert speech.part(speech.family.decoder).config._attn_implementation == attention
+    translations(StockTranslator(speech, task, deep_copy=False), [0, 2, 5], nothing, [None])
+    layers = speech.part(speech.family.layers)
+    assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2, 3, 4, 5]
+    assert speech.part(speech.family.decoder).config.num_hidden_layers == 6
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 9), st.integers(50, 200)
+)
+def test_chunks_hold_each_segment_once_within_the_budget(
+    sizes: list[int], most: int, budget: int
+) -> None:
+    chunks = plan_chunks(sizes, sizes, most, budget)
+    assert sorted(row for chunk in chunks for row in chunk) == list(range(len(sizes)))
+    assert all(len(chunk) <= most for chunk in chunks)
+    assert all(sum(sizes[row] for row in chunk) <= budget for chunk in chunks)

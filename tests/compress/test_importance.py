@@ -1,0 +1,277 @@
+"""The importance stage: decisions, refusals, resuming, and the methods that stop early or do not translate."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress import criteria, racing
+from compress.config import ImportanceConfig
+from compress.exact import ExactTranslator
+from compress.importance import run_importance
+from compress.search import Candidate, Ledger, Search, best, every_candidate, greedy
+from halve import artefact
+from halve.errors import CorpusError, InputError
+from halve.languages import token_limit
+from tests.compress.search_models import Scripted, scripted_task
+
+ROOT = Path(__file__).parents[2]
+
+
+def ranked(method: str, model: Path, corpus: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """The plan of one run."""
+    config = ImportanceConfig(**{"remove": 1, "lang": "de", "method": method, **options})
+    result = run_importance(config, model, corpus, out)
+    assert artefact.verify(result.path) == []
+    plan: dict[str, Any] = artefact.read_json(result.path / "plan.json")
+    assert sorted(plan["removed"] + plan["kept"]) == list(range(6))
+    assert 0 in plan["kept"] and 5 in plan["kept"]
+    return plan
+
+
+def test_plan_and_scores(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    plan = ranked("exact", tiny_model, tiny_corpus, tmp_path / "out", segments=3)
+    records = artefact.read_jsonl(tmp_path / "out" / "importance.jsonl")
+    assert [(record["round"], record["layer"]) for record in records] == [
+        (1, layer) for layer in (1, 2, 3, 4)
+    ]
+    top = max(records, key=lambda record: (record["score"], -record["layer"]))
+    assert plan["removed"] == [top["layer"]]
+    assert all("nw:2" in record["signature"] for record in records)
+    assert (plan["family"], plan["num_layers"], plan["lang"]) == ("qwen2_audio", 6, "de")
+    manifest = artefact.read_jsonl(tiny_corpus / "manifest.jsonl")
+    durations = {line["id"]: line["duration_s"] for line in manifest}
+    assert len(plan["max_new_tokens"]) == 3
+    assert all(
+        limit == token_limit(durations[name]) for name, limit in plan["max_new_tokens"].items()
+    )
+    assert not (tmp_path / "out" / "work").exists()
+
+
+@pytest.mark.parametrize("method", ["block-influence", "angular", "loss", "random", "middle"])
+def test_cheap_methods_make_plans(
+    method: str, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    plan = ranked(method, tiny_model, tiny_corpus, tmp_path / "out", remove=2, segments=3)
+    assert len(plan["removed"]) == 2
+    again = ranked(method, tiny_model, tiny_corpus, tmp_path / "again", remove=2, segments=3)
+    assert again == plan
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"remove": 5}, InputError, "at most 4"),
+        ({"lang": "xx"}, InputError, "Unknown language"),
+        ({"lang": "fr"}, CorpusError, "no select segment"),
+        ({"split": "test"}, InputError, "test split"),
+        ({"metric": "ter"}, InputError, "chrf"),
+        ({"metric": "nonsense"}, InputError, "chrf"),
+    ],
+)
+def test_refusals_leave_nothing(
+    options: dict[str, Any],
+    error: type[Exception],
+    says: str,
+    tiny_model: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=says):
+        ranked("exact", tiny_model, tiny_corpus, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from compress.config import ImportanceConfig
+from compress.importance import run_importance
+from compress.search import Ledger
+add = Ledger.add
+def slowly(*args):
+    add(*args)
+    time.sleep(0.3)  # leaves the other process time to aim
+Ledger.add = slowly
+model, corpus, out = map(Path, sys.argv[1:])
+run_importance(ImportanceConfig(remove=2, lang="de", segments=4, batch_size=2), model, corpus, out)
+"""
+
+
+def test_a_killed_search_goes_on_and_ends_the_same(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = tmp_path / ".killed.partial" / "work" / "ledger.jsonl"
+    places = (tiny_model, tiny_corpus, tmp_path / "killed")
+    command = [sys.executable, "-c", KILLED, *map(str, places)]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        # Two chunks of the whole model, then three candidates.
+        while process.poll() is None and _lines(ledger) < 6:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    done = {
+        (r["round"], r["layer"], r["chunk"]) for r in artefact.read_jsonl(ledger) if "round" in r
+    }
+    with open(ledger, "ab") as file:
+        file.write(b'{"round": 1, "la')  # as a kill in mid-write leaves it
+    calls = []
+    run = ExactTranslator.run
+
+    def counted(self: Any, kept: Any, drafts: Any, candidates: Any, rows: Any) -> Any:
+        for found in run(self, kept, drafts, candidates, rows):
+            calls.append(found[0])
+            yield found
+
+    monkeypatch.setattr(ExactTranslator, "run", counted)
+    config = ImportanceConfig(remove=2, lang="de", segments=4, batch_size=2)
+    run_importance(config, tiny_model, tiny_corpus, tmp_path / "killed")
+    resumed = len(calls)
+    run_importance(config, tiny_model, tiny_corpus, tmp_path / "whole")
+    pieces = 2 * (1 + 4 + 3)
+    assert resumed == pieces - len(done) and len(calls) - resumed == pieces
+    for name in ("importance.jsonl", "plan.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def test_ties_go_to_the_lower_layer() -> None:
+    tied = [Candidate(1, 4, 7.0), Candidate(1, 2, 7.0), Candidate(1, 3, 6.5)]
+    assert best(tied).layer == 2
+    settled = Candidate(1, 1, 9.0, {"settled": "bound"})
+    assert best([*tied, settled]).layer == 2
+
+
+REFERENCES = [
+    f"der {word} Satz steht auf Seite {index}"
+    for index, word in enumerate("abcdefghijklmnopqrstuvwx")
+]
+
+
+def _spoilt(share: float) -> list[str]:
+    """References, so many of them replaced by something else, spread evenly."""
+    return [
+        "xyz qqq" if math.floor((index + 1) * share) > math.floor(index * share) else text
+        for index, text in enumerate(REFERENCES)
+    ]
+
+
+def _scripted(tmp_path: Path, name: str, play: Any) -> tuple[list[Candidate], Scripted]:
+    script: dict[int | None, list[str]] = {
+        None: REFERENCES,
+        **{layer: _spoilt(share) for layer, share in {1: 0.9, 2: 0.2, 3: 0.25, 4: 1.0}.items()},
+    }
+    translator, task = Scripted(script), scripted_task(REFERENCES)
+    chunks = racing.stratify([1] * 24, [len(text) for text in REFERENCES], 99, 10**6)
+    search = Search(translator, task, Ledger(tmp_path / name), chunks, lambda n=1, note="": None)
+    return play(search, 1, range(6), [[] for _ in REFERENCES], [1, 2, 3, 4]), translator
+
+
+def test_bounded_decides_as_exact_and_asks_less(tmp_path: Path) -> None:
+    full, all_asked = _scripted(tmp_path, "full", every_candidate)
+    found, translator = _scripted(tmp_path, "bounded", racing.bounded)
+    assert best(found) == best(full)
+    assert len(translator.asked) < len(all_asked.asked)
+    for candidate, whole in zip(found, full, strict=True):
+        assert candidate.layer == whole.layer
+        assert candidate.score >= whole.score - 1e-9, "a bound lies above the score"
+    assert {candidate.layer for candidate in found if candidate.facts} >= {1, 4}
+
+
+def test_racing_stops_the_hopeless_and_says_how_sure(tmp_path: Path) -> None:
+    full, all_asked = _scripted(tmp_path, "full", every_candidate)
+    found, translator = _scripted(
+        tmp_path, "racing", lambda *round_: racing.racing(*round_, confidence=0.99, seed=0)
+    )
+    assert best(found) == best(full)
+    assert len(translator.asked) < len(all_asked.asked)
+    stopped = [candidate for candidate in found if candidate.facts.get("settled") == "race"]
+    assert stopped and all(candidate.facts["confidence"] > 0.99 for candidate in stopped)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(4, 30))
+def test_bounded_always_picks_what_exact_picks(shares: list[float], most: int) -> None:
+    script: dict[int | None, list[str]] = {
+        layer: _spoilt(share) for layer, share in enumerate(shares, start=1)
+    }
+    winners = []
+    for play in (every_candidate, racing.bounded):
+        with _folder() as folder:
+            chunks = racing.stratify([1] * 24, [len(text) for text in REFERENCES], most, 10**6)
+            search = Search(
+                Scripted(script),
+                scripted_task(REFERENCES),
+                Ledger(folder / "ledger"),
+                chunks,
+                lambda n=1, note="": None,
+            )
+            winners.append(best(play(search, 1, range(6), [[] for _ in REFERENCES], [1, 2, 3, 4])))
+    assert winners[0] == winners[1]
+
+
+def _folder() -> Any:
+    import contextlib
+    import tempfile
+
+    @contextlib.contextmanager
+    def opened() -> Any:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+
+    return opened()
+
+
+def test_greedy_drops_the_best_in_order(tmp_path: Path) -> None:
+    script: dict[int | None, list[str]] = {
+        None: REFERENCES,
+        **{layer: _spoilt(share) for layer, share in {1: 0.3, 2: 0.1, 3: 0.2}.items()},
+    }
+    search = Search(
+        Scripted(script),
+        scripted_task(REFERENCES),
+        Ledger(tmp_path / "ledger"),
+        [list(range(24))],
+        lambda n=1, note="": None,
+    )
+    ranking = greedy(search, 5, 3)
+    assert ranking.removed == (2, 3, 1)
+    assert ranking.baseline == pytest.approx(100.0)
+    assert [(c.round, c.layer) for c in ranking.candidates] == [
+        (1, 1), (1, 2), (1, 3), (2, 1), (2, 3), (3, 1),
+    ]  # fmt: skip
+
+
+def test_distances() -> None:
+    east, north = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    assert criteria.block_influence(east, 3 * east).item() == pytest.approx(0.0, abs=1e-6)
+    assert criteria.block_influence(east, north).item() == pytest.approx(1.0)
+    assert criteria.angular_distance(east, north).item() == pytest.approx(0.5)
+    assert criteria.angular_distance(east, -east).item() == pytest.approx(1.0)
+
+
+def test_blind_choices() -> None:
+    assert criteria.blind("middle", 12, 4, 0).removed == (4, 5, 6, 7)
+    assert criteria.blind("middle", 6, 4, 0).removed == (1, 2, 3, 4)
+    drawn = criteria.blind("random", 12, 5, 3).removed
+    assert drawn == criteria.blind("random", 12, 5, 3).removed
+    assert len(set(drawn)) == 5 and not {0, 11} & set(drawn)
+
+
+def test_no_environment_is_needed_to_read_the_config() -> None:
+    code = "import sys, compress.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+    fields = json.loads(json.dumps(ImportanceConfig.model_json_schema()))["properties"]
+    assert all(field.get("description") for field in fields.values())

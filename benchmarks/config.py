@@ -1,5 +1,7 @@
 """The benches' settings. Imports nothing heavy: `halve --help` reads it."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from halve.config import Config
@@ -84,5 +86,26 @@ class ServeBenchConfig(Config):
     """The longest one request may take."""
     threads: int | None = Field(default=None, ge=1)
     """Compute threads of each server; all cores where not given."""
+    seed: int = 0
+    """Kept for the record; nothing here is left to chance."""
+
+
+class ImportanceBenchConfig(Config):
+    """What `halve bench importance` measures."""
+
+    lang: str
+    """Target language (de, zh, …)."""
+    segments: int | None = Field(default=None, ge=1)
+    """Use so many `select` segments, evenly spaced; all where not given."""
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads, the same for every method; all cores where not given."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of every method."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Memory for the fast search's caches."""
+    also: tuple[Literal["bounded", "racing"], ...] = ()
+    """Further methods to time in the same run."""
+    tie_gap: float = Field(default=1e-4, gt=0)
+    """A segment that differs first where the best two logits were nearer than this is a near tie."""
     seed: int = 0
     """Kept for the record; nothing here is left to chance."""

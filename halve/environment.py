@@ -16,7 +16,7 @@ _PACKAGES = (
     "bitsandbytes",
     "onnxruntime",
     "onnxruntime-gpu",
-    "onnxruntime-genai",
+    "onnx",
     "safetensors",
     "sacrebleu",
     "numpy",

@@ -89,13 +89,13 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     lambda: _package("datasets", "train", "corpora from the Hugging Face hub"),
     lambda: _package("onnxruntime", "cpu", "running ONNX packages"),
     lambda: _package("onnx", "export", "making ONNX packages"),
-    lambda: _package("onnxruntime-genai", "export", "making ONNX packages"),
     lambda: _package("fastapi", "serve", "the server"),
     lambda: _package("uvicorn", "serve", "the server"),
     lambda: _package("matplotlib", "bench", "plots in reports"),
     lambda: _program("ffmpeg", "serving audio that libsndfile does not read (m4a, webm)"),
     lambda: _program("espeak-ng", "making the whole demo corpus again"),
     lambda: _program("flite", "making the whole demo corpus again"),
+    lambda: _program("opusenc", "making the whole demo corpus again"),
     _demo,
 )
 

@@ -21,8 +21,6 @@ _EXTRAS = {
     "datasets": "train",
     "onnxruntime": "cpu",
     "onnx": "export",
-    "onnxscript": "export",
-    "onnxruntime_genai": "export",
     "fastapi": "serve",
     "uvicorn": "serve",
     "python_multipart": "serve",

@@ -20,10 +20,21 @@ KILLS = 10
 
 # Loads the libraries once and forks a child for each run: a run then costs its work alone.
 _ZYGOTE = """
-import json, os, sys
+import json, os, pathlib, signal, sys
 import torch, transformers, peft, bitsandbytes
 import compress.importance, compress.prune, compress.distill, compress.tune, export.merge
 from pipeline.cli import main
+def die_at_rename(number):
+    '''Dies in front of the number'th renaming of a directory.'''
+    left, rename = [number], pathlib.Path.rename
+    def dying(self, target):
+        if self.is_dir():
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, target)
+    pathlib.Path.rename = dying
+
 print("ready", flush=True)
 for line in sys.stdin:
     pid = os.fork()
@@ -31,8 +42,11 @@ for line in sys.stdin:
         null = os.open(os.devnull, os.O_RDWR)
         log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(null, 0), os.dup2(log, 1), os.dup2(log, 2)
-        main(json.loads(line))
+        arguments, renaming = json.loads(line)
+        die_at_rename(renaming)
+        main(arguments)
     print(pid, flush=True)
+    sys.stdin.readline()  # until then a finished child stays to be looked at
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -44,13 +58,14 @@ class Runner:
     process: "subprocess.Popen[str]"
     log: Path
 
-    def start(self, *arguments: str) -> int:
-        """The child's process id."""
-        print(json.dumps(arguments), file=self._stdin, flush=True)
+    def start(self, *arguments: str, renaming: int = 0) -> int:
+        """The child's process id; it dies at its `renaming`th renaming of a directory, if that is not 0."""
+        print(json.dumps([arguments, renaming]), file=self._stdin, flush=True)
         return int(self._stdout.readline())
 
     def wait(self) -> int:
         """The child's exit code; negative for a signal."""
+        print(file=self._stdin, flush=True)
         return int(self._stdout.readline())
 
     @property
@@ -117,21 +132,36 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 
 
 def test_kills_at_random_moments(runner: Runner, small_recipe: Path, tmp_path: Path) -> None:
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    calm = tmp_path / "calm"
     command = ("run", str(small_recipe), "--to", "merge", "--out")
     total = changes(runner.start(*command, str(calm)), calm)
     assert runner.wait() == 0, runner.log.read_text()
     assert total > 30
 
     draw = random.Random(11)
-    for _ in range(KILLS):
-        # Short distances, so that all the kills fall on the way; resuming counts as changes too.
-        pid = runner.start(*command, str(killed))
-        changes(pid, killed, limit=draw.randint(1, max(2, total // 5)))
-        assert runner.wait() in (-signal.SIGKILL, 0), runner.log.read_text()
-    runner.start(*command, str(killed))
+    kills, stages, chain = 0, set(), 0
+    while kills < KILLS:
+        out = tmp_path / f"killed-{chain}"
+        # Every fifth dies in a renaming; the others after a short way, so that kills fall on all stages.
+        renaming = draw.randint(1, 2) if kills % 5 == 4 else 0
+        pid = runner.start(*command, str(out), renaming=renaming)
+        changes(pid, out, limit=None if renaming else draw.randint(2, max(3, total // 6)))
+        code = runner.wait()
+        assert code in (-signal.SIGKILL, 0), runner.log.read_text()
+        if code == 0:
+            assert_same(calm, out)
+            chain += 1
+        else:
+            kills += 1
+            stages |= {path.name for path in out.glob(".*.partial")}
+    runner.start(*command, str(out))
     assert runner.wait() == 0, runner.log.read_text()
+    assert_same(calm, out)
+    assert len(stages) >= 3, f"kills fell on {stages} alone"
 
+
+def assert_same(calm: Path, killed: Path) -> None:
+    """Every file, and no other, with the same bytes."""
     expected, found = bytes_of(calm), bytes_of(killed)
     assert sorted(expected) == sorted(found)
     different = [name for name, content in expected.items() if found[name] != content]

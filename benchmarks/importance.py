@@ -119,7 +119,7 @@ def _candidate(
     kept = [other for other in range(num_layers) if other != layer]
     if name == "reference":
         translator = StockTranslator(speech, task)
-        found = dict(translator.run(range(num_layers), [], [layer], range(len(task.ids))))
+        (found,) = translator.run(range(num_layers), [], [[layer]], range(len(task.ids)))
         return found[layer]
     with only_layers(speech.model, speech.family, kept):
         return list(stock_loop(speech, task))

@@ -157,7 +157,7 @@ def by_loss(
                 todo = [layer for layer in layers if (number, layer, chunk) not in ledger]
                 packs = walker.pack(rows, [texts[row] for row in rows])
                 for layer, loss in _losses(walker, packs, kept, todo):
-                    ledger.add((number, layer, chunk), loss)
+                    ledger.add(number, chunk, {layer: loss})
                     advance(note=f"round {number}, without layer {layer}")
             tokens = sum(len(text) for text in texts)
             losses = {

@@ -14,7 +14,7 @@ padding and decoded together; a finished row leaves. Floating-point sums may be 
 stock `generate`, so that a choice between two all but equal logits can differ.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,8 @@ TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 """Tokens packed into one forward pass: small enough for a CPU's caches, large enough to fill a GPU."""
 LOGITS_PER_PASS = 1 << 25
 """The most logits held at once."""
+DECODED_TOGETHER = 5
+"""Candidates whose rows are decoded in one batch; also what a killed search may lose."""
 COMPACT_BELOW = 0.75
 """Slots are moved together once fewer of them than this are still decoding."""
 
@@ -53,6 +55,21 @@ class Pack:
     """The parent's keys and values so far."""
     counts: list[int] = field(default_factory=list)
     """How many of `choices` belong to each row."""
+
+
+@dataclass
+class Decoding:
+    """Rows of one group of candidates: those finished, and those that wait to be decoded on."""
+
+    slots: DecodingRows
+    found: dict[tuple[int | None, int], list[int]] = field(default_factory=dict)
+    """Tokens so far, by candidate and row."""
+    waiting: list[tuple[int | None, int]] = field(default_factory=list)
+    """Candidate and row of each slot, candidates in ascending order."""
+
+    def clear(self) -> None:
+        """Forgets the group; the slots stay."""
+        self.found, self.waiting = {}, []
 
 
 class ExactTranslator:
@@ -105,13 +122,19 @@ class ExactTranslator:
     def row_bytes(self) -> list[int]:
         """The most that each segment takes: its own and its parent's keys and values, and states."""
         config = self._config
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        of_token = 2 * config.num_key_value_heads * dim * len(self.layers)
+        of_token = 2 * config.num_key_value_heads * self._head_dim() * len(self.layers)
         item = self._table.weight.element_size()
+        copies = DECODED_TOGETHER + 1
         return [
-            (len(prompt) + limit) * (2 * of_token + 2 * config.hidden_size) * item
+            (len(prompt) + limit) * (copies * of_token + 2 * config.hidden_size) * item
             for prompt, limit in zip(self._prompts, self.task.limits, strict=True)
         ]
+
+    def _head_dim(self) -> int:
+        config = self._config
+        return int(
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
 
     # Packing
 
@@ -166,10 +189,17 @@ class ExactTranslator:
         pack.hidden = self._through(pack.hidden, pack.places, pack.attention, [layer])
 
     def _through(
-        self, hidden: Tensor, places: Tensor, rows: PackedRows | DecodingRows, layers: Sequence[int]
+        self,
+        hidden: Tensor,
+        places: Tensor,
+        rows: PackedRows | DecodingRows,
+        layers: Sequence[int],
+        passing: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
+        """States after the layers; tokens that `passing` names for a layer stay as they were before it."""
         rotary = self._decoder.rotary_emb(hidden, places)
         for layer in layers:
+            before = hidden
             hidden = self.layers[layer](
                 hidden,
                 attention_mask=None,
@@ -179,6 +209,8 @@ class ExactTranslator:
                 use_cache=False,
                 halve_rows=rows,
             )
+            if passing and layer in passing:
+                hidden[:, passing[layer]] = before[:, passing[layer]]
         return hidden
 
     def branch(self, pack: Pack, layers: Sequence[int]) -> tuple[Tensor, PackedRows]:
@@ -194,73 +226,89 @@ class ExactTranslator:
 
     # Translating
 
+    def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
+        """The candidates whose rows are decoded together: a step costs little more for several."""
+        inner = sorted(layer for layer in candidates if layer is not None)
+        size = DECODED_TOGETHER
+        found: list[list[int | None]] = [
+            list(inner[start : start + size]) for start in range(0, len(inner), size)
+        ]
+        return [*found, [None]] if None in candidates else found
+
     def run(
         self,
         kept: Sequence[int],
         drafts: Sequence[Sequence[int]],
-        candidates: Sequence[int | None],
+        candidates: Sequence[Sequence[int | None]],
         rows: Sequence[int],
-    ) -> Iterator[tuple[int | None, list[list[int]]]]:
+    ) -> Iterator[dict[int | None, list[list[int]]]]:
         """Translates the segments `rows` once without each of the candidates.
 
         Args:
             kept: the parent's layers.
             drafts: the parent's translation of each row, or empty ones.
-            candidates: layers to leave out, one at a time; None leaves out nothing.
+            candidates: layers to leave out, one at a time, in groups of `groups`; None leaves out
+                nothing.
 
         Yields:
-            a candidate and its tokens for each row, the end token included, in ascending order of
-            layers and None last.
+            for each group, the candidates' tokens for each row, the end token included.
         """
         packs = self.pack(rows, drafts)
-        last = max((layer for layer in candidates if layer is not None), default=-1)
+        waiting = [list(group) for group in candidates]
+        decoding = self._begin(rows, waiting)
         for index, layer in enumerate(kept):
-            if layer in candidates:
-                yield layer, self._candidate(packs, kept[:index], kept[index + 1 :], rows)
-            if layer >= last and None not in candidates:
+            if not waiting:
                 return
-            for pack in packs:
+            if layer in waiting[0]:
+                self._verify(layer, packs, kept[:index], kept[index + 1 :], decoding)
+                if layer == waiting[0][-1]:
+                    del waiting[0]
+                    yield self._decode(decoding, kept, rows)
+                    decoding.clear()
+            for pack in packs if waiting else ():
                 self.advance(pack, layer)
-        yield None, self._candidate(packs, kept, (), rows)
+        if waiting:
+            self._verify(None, packs, kept, (), decoding)
+            yield self._decode(decoding, kept, rows)
 
-    def _candidate(
-        self, packs: Sequence[Pack], below: Sequence[int], above: Sequence[int], rows: Sequence[int]
-    ) -> list[list[int]]:
-        """One candidate's translations: checks the drafts pack by pack, then decodes what is left."""
-        found: dict[int, list[int]] = {}
-        slots = self._open_slots(rows)
-        waiting: list[int] = []
+    def _verify(
+        self,
+        candidate: int | None,
+        packs: Sequence[Pack],
+        below: Sequence[int],
+        above: Sequence[int],
+        decoding: "Decoding",
+    ) -> None:
+        """Checks one candidate's drafts pack by pack; rows that must go on get a slot each."""
         for pack in packs:
             hidden, attention = self.branch(pack, above)
             chosen = torch.cat([block.argmax(-1) for block in self.logits(hidden[0, pack.choices])])
-            open_rows = self._check(pack, chosen.tolist(), found)
-            if open_rows:
-                indices = self._indices(pack, open_rows, found)
-                slots.fill(len(waiting), pack.attention, below, indices)
-                slots.fill(len(waiting), attention, above, indices)
-                waiting += [pack.rows[place] for place in open_rows]
-        self._decode(slots, waiting, (*below, *above), found)
-        return [found[row] for row in rows]
+            found = self._check(pack, chosen.tolist())
+            for row, tokens in zip(pack.rows, found, strict=True):
+                decoding.found[candidate, row] = tokens
+            going = [
+                place
+                for place, row in enumerate(pack.rows)
+                if not self._finished(row, found[place])
+            ]
+            if going:
+                indices = self._indices(pack, going, [len(found[place]) - 1 for place in going])
+                first = len(decoding.waiting)
+                decoding.slots.fill(first, pack.attention, below, indices)
+                decoding.slots.fill(first, attention, above, indices)
+                decoding.waiting += [(candidate, pack.rows[place]) for place in going]
 
-    def _check(self, pack: Pack, chosen: Sequence[int], found: dict[int, list[int]]) -> list[int]:
-        """Keeps of each draft what the candidate chose too, and its first own token.
-
-        Returns:
-            the places in the pack of rows that go on.
-        """
-        open_rows, start = [], 0
-        for place, (row, draft, count) in enumerate(
-            zip(pack.rows, pack.drafts, pack.counts, strict=True)
-        ):
-            own = list(chosen[start : start + count])
+    def _check(self, pack: Pack, chosen: Sequence[int]) -> list[list[int]]:
+        """What each row keeps of its draft, because the candidate chose it too, and its first own token."""
+        found, start = [], 0
+        for row, draft, count in zip(pack.rows, pack.drafts, pack.counts, strict=True):
+            own = chosen[start : start + count]
             start += count
             agreed = 0
             while agreed < len(draft) and own[agreed] == draft[agreed]:
                 agreed += 1
-            found[row] = self._cut(row, own[: agreed + 1])
-            if not self._finished(row, found[row]):
-                open_rows.append(place)
-        return open_rows
+            found.append(self._cut(row, own[: agreed + 1]))
+        return found
 
     def _cut(self, row: int, tokens: Sequence[int]) -> list[int]:
         """Tokens up to the first end token or the limit: a draft may go on past either."""
@@ -272,59 +320,78 @@ class ExactTranslator:
     def _finished(self, row: int, tokens: Sequence[int]) -> bool:
         return tokens[-1] in self._ends or len(tokens) >= self.task.limits[row]
 
-    def _indices(self, pack: Pack, places: Sequence[int], found: dict[int, list[int]]) -> Tensor:
+    def _indices(self, pack: Pack, places: Sequence[int], agreed: Sequence[int]) -> Tensor:
         """Token indices (rows, longest) of what the rows keep in mind: the prompt and the agreed tokens."""
-        lengths = [pack.prompts[place] + len(found[pack.rows[place]]) - 1 for place in places]
+        lengths = torch.tensor(
+            [pack.prompts[place] + more for place, more in zip(places, agreed, strict=True)]
+        )
         starts = torch.tensor([pack.attention.starts[place] for place in places])
-        offsets = torch.arange(max(lengths))[None, :].clamp(max=torch.tensor(lengths)[:, None] - 1)
+        offsets = torch.arange(int(lengths.max()))[None, :].clamp(max=lengths[:, None] - 1)
         return (starts[:, None] + offsets).to(self._device)
 
-    def _open_slots(self, rows: Sequence[int]) -> DecodingRows:
+    def _begin(self, rows: Sequence[int], groups: Sequence[Sequence[int | None]]) -> "Decoding":
         """The decoding buffers, made anew only when these rows need larger ones."""
         capacity = max(len(self._prompts[row]) + self.task.limits[row] for row in rows)
-        if self._slots is None or self._slots_shape != (len(rows), capacity):
-            config, weight = self._config, self._table.weight
-            dim = getattr(config, "head_dim", None) or (
-                config.hidden_size // config.num_attention_heads
-            )
+        shape = (len(rows) * max(map(len, groups), default=0), capacity)
+        if self._slots is None or any(
+            have < need for have, need in zip(self._slots_shape, shape, strict=True)
+        ):
             self._slots = None  # frees the old ones first
-            self._slots = DecodingRows(
-                len(rows), capacity, config.num_key_value_heads, dim, weight.dtype, weight.device
-            )
-            self._slots_shape = (len(rows), capacity)
-        return self._slots
+            weight = self._table.weight
+            heads = self._config.num_key_value_heads
+            self._slots = DecodingRows(*shape, heads, self._head_dim(), weight.dtype, weight.device)
+            self._slots_shape = shape
+        return Decoding(self._slots)
 
     def _decode(
-        self,
-        slots: DecodingRows,
-        waiting: Sequence[int],
-        layers: Sequence[int],
-        found: dict[int, list[int]],
-    ) -> None:
-        """Decodes on greedily; slot i holds the row waiting[i] up to its last token."""
-        in_slot: list[int | None] = list(waiting)
-        tokens = torch.tensor([found[row][-1] for row in waiting], device=self._device)
+        self, decoding: "Decoding", kept: Sequence[int], rows: Sequence[int]
+    ) -> dict[int | None, list[list[int]]]:
+        """Decodes all waiting rows on greedily; the rows of each candidate pass by its layer.
+
+        Slot i holds the row waiting[i] up to its last token.
+        """
+        found, slots = decoding.found, decoding.slots
+        in_slot: list[tuple[int | None, int] | None] = list(decoding.waiting)
+        tokens = torch.tensor([found[key][-1] for key in decoding.waiting], device=self._device)
         places = torch.tensor(
-            [len(self._prompts[row]) + len(found[row]) - 1 for row in waiting], device=self._device
+            [len(self._prompts[key[1]]) + len(found[key]) - 1 for key in decoding.waiting],
+            device=self._device,
         )
+        left_out = torch.tensor(
+            [-1 if key[0] is None else key[0] for key in decoding.waiting], device=self._device
+        )
+        passing = _passing(left_out)
         active = len(in_slot)
         while active:
             slots.begin_step(places)
-            hidden = self._through(self._table(tokens)[None], places[None], slots, layers)
+            embedded = self._table(tokens)[None]
+            hidden = self._through(embedded, places[None], slots, kept, passing)
             tokens = torch.cat([block.argmax(-1) for block in self.logits(hidden[0])])
             for slot, token in enumerate(tokens.tolist()):
-                row = in_slot[slot]
-                if row is None:
+                key = in_slot[slot]
+                if key is None:
                     continue
-                found[row].append(token)
-                if self._finished(row, found[row]):
+                found[key].append(token)
+                if self._finished(key[1], found[key]):
                     in_slot[slot] = None
                     active -= 1
             # A finished row in its slot stays where it is, so that it never outgrows the buffers.
-            going = torch.tensor([row is not None for row in in_slot], device=self._device)
+            going = torch.tensor([key is not None for key in in_slot], device=self._device)
             places = places + going.long()
             if active and active < COMPACT_BELOW * len(in_slot):
                 keep = going.nonzero()[:, 0]
                 slots.keep(keep)
-                tokens, places = tokens[keep], places[keep]
-                in_slot = [row for row in in_slot if row is not None]
+                tokens, places, left_out = tokens[keep], places[keep], left_out[keep]
+                passing = _passing(left_out)
+                in_slot = [key for key in in_slot if key is not None]
+        layers = dict.fromkeys(layer for layer, _ in found)
+        return {layer: [found[layer, row] for row in rows] for layer in layers}
+
+
+def _passing(left_out: Tensor) -> dict[int, Tensor]:
+    """For each layer, the slots whose rows pass by it; -1 passes by none."""
+    return {
+        layer: (left_out == layer).nonzero()[:, 0]
+        for layer in sorted(set(left_out.tolist()))
+        if layer >= 0
+    }

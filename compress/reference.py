@@ -83,19 +83,26 @@ class StockTranslator:
         """Nothing is kept between segments."""
         return [0] * len(self.task.ids)
 
+    def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
+        """One candidate after the other."""
+        return [[candidate] for candidate in candidates]
+
     def run(
         self,
         kept: Sequence[int],
         drafts: Sequence[Sequence[int]],
-        candidates: Sequence[int | None],
+        candidates: Sequence[Sequence[int | None]],
         rows: Sequence[int],
-    ) -> Iterator[tuple[int | None, list[list[int]]]]:
+    ) -> Iterator[dict[int | None, list[list[int]]]]:
         """As `ExactTranslator.run`; the drafts are not looked at."""
-        for candidate in candidates:
-            chosen = [layer for layer in kept if layer != candidate]
-            model = copy.deepcopy(self.speech.model) if self._deep_copy else self.speech.model
-            with only_layers(model, self.speech.family, chosen):
-                yield candidate, [self.translate(model, row) for row in rows]
+        for group in candidates:
+            found = {}
+            for candidate in group:
+                chosen = [layer for layer in kept if layer != candidate]
+                model = copy.deepcopy(self.speech.model) if self._deep_copy else self.speech.model
+                with only_layers(model, self.speech.family, chosen):
+                    found[candidate] = [self.translate(model, row) for row in rows]
+            yield found
 
     def translate(self, model: Any, row: int) -> list[int]:
         """One segment's tokens, the end token included."""

@@ -4,7 +4,7 @@ A round translates the segments once without each layer that may go, scores the 
 the layer whose absence scores best (Moslem 2025; iteratively: Moslem, Al Farouq and Kelleher 2025).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +23,17 @@ class CandidateTranslator(Protocol):
         """The most memory that each segment takes while it is worked on."""
         ...
 
+    def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
+        """The candidates in groups that are worked on together."""
+        ...
+
     def run(
         self,
         kept: Sequence[int],
         drafts: Sequence[Sequence[int]],
-        candidates: Sequence[int | None],
+        candidates: Sequence[Sequence[int | None]],
         rows: Sequence[int],
-    ) -> Iterator[tuple[int | None, Tokens]]:
+    ) -> Iterator[dict[int | None, Tokens]]:
         """See `ExactTranslator.run`."""
         ...
 
@@ -66,22 +70,31 @@ def removable(kept: Sequence[int], num_layers: int) -> list[int]:
     return [layer for layer in kept if layer not in (0, num_layers - 1)]
 
 
+Key = tuple[int, int | None, int]
+"""Round (0: the whole model), layer left out (None: none), chunk of segments."""
+
+
 class Ledger:
     """Every finished piece of work, on disk as soon as it is done: a killed search repeats none of it.
 
-    One line a piece: the round, the layer left out (null for none), the chunk of segments, and what was
-    found. The chunks stand in the first line, so that a resumed search cuts the segments as before.
+    One line a group of candidates that were worked on together, so that a resumed search computes the
+    others in the same company, and so to the last bit the same. The chunks stand in the first line: a
+    resumed search cuts the segments as before.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._chunks: list[list[int]] | None = None
-        self._found: dict[tuple[int, int | None, int], Any] = {}
+        self._found: dict[Key, Any] = {}
         for record in read_jsonl(path):
             if "chunks" in record:
                 self._chunks = record["chunks"]
             else:
-                self._found[record["round"], record["layer"], record["chunk"]] = record["found"]
+                self._remember(record["round"], record["chunk"], record["found"])
+
+    def _remember(self, number: int, chunk: int, found: Sequence[tuple[int | None, Any]]) -> None:
+        for layer, value in found:
+            self._found[number, layer, chunk] = value
 
     def chunks(self, plan: Callable[[], list[list[int]]]) -> list[list[int]]:
         """The chunks of an earlier run, or new ones."""
@@ -95,17 +108,17 @@ class Ledger:
         """Whether an earlier run left something."""
         return self._chunks is not None
 
-    def __contains__(self, key: tuple[int, int | None, int]) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self._found
 
-    def __getitem__(self, key: tuple[int, int | None, int]) -> Any:
+    def __getitem__(self, key: Key) -> Any:
         return self._found[key]
 
-    def add(self, key: tuple[int, int | None, int], found: Any) -> None:
-        """Records one piece of work."""
-        record = {"round": key[0], "layer": key[1], "chunk": key[2], "found": found}
-        append_jsonl(self._path, record)
-        self._found[key] = found
+    def add(self, number: int, chunk: int, found: Mapping[int | None, Any]) -> None:
+        """Records what was found without each of some candidates, all at once."""
+        pairs = list(found.items())
+        append_jsonl(self._path, {"round": number, "chunk": chunk, "found": pairs})
+        self._remember(number, chunk, pairs)
 
     def pieces(self) -> int:
         """How many pieces of candidates are done (the whole model's translation is not one)."""
@@ -155,13 +168,18 @@ class Search:
     ) -> None:
         """Makes sure that a chunk is translated without each candidate, in round `number`."""
         rows = self.chunks[chunk]
-        todo = [layer for layer in candidates if (number, layer, chunk) not in self._ledger]
+        todo = [
+            group
+            for group in self._translator.groups(list(candidates))
+            if any((number, layer, chunk) not in self._ledger for layer in group)
+        ]
         if not todo:
             return
         own = [drafts[row] for row in rows]
-        for layer, tokens in self._translator.run(kept, own, todo, rows):
-            self._ledger.add((number, layer, chunk), tokens)
-            self._advance(1 if layer is not None else 0, note=_note(number, layer))
+        for found in self._translator.run(kept, own, todo, rows):
+            self._ledger.add(number, chunk, found)
+            layers = [layer for layer in found if layer is not None]
+            self._advance(len(layers), note=_note(number, layers))
 
     def tokens(self, number: int, layer: int | None, chunks: Iterable[int] | None = None) -> Tokens:
         """A candidate's translations of the given chunks, by segment; unfinished ones are empty."""
@@ -178,8 +196,10 @@ class Search:
         self._advance(pieces)
 
 
-def _note(number: int, layer: int | None) -> str:
-    return f"round {number}, without layer {layer}" if layer is not None else "the whole model"
+def _note(number: int, layers: Sequence[int]) -> str:
+    if not layers:
+        return "the whole model"
+    return f"round {number}, up to layer {max(layers)}"
 
 
 Round = Callable[[Search, int, Sequence[int], Tokens, list[int]], list[Candidate]]

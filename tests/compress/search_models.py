@@ -58,13 +58,20 @@ class Scripted:
         self,
         kept: Sequence[int],
         drafts: Sequence[Sequence[int]],
-        candidates: Sequence[int | None],
+        candidates: Sequence[Sequence[int | None]],
         rows: Sequence[int],
     ) -> Any:
         """Characters of the scripted texts as tokens."""
-        for layer in candidates:
-            self.asked += [(layer, row) for row in rows]
-            yield layer, [[ord(letter) for letter in self.script[layer][row]] for row in rows]
+        for group in candidates:
+            self.asked += [(layer, row) for layer in group for row in rows]
+            yield {
+                layer: [[ord(letter) for letter in self.script[layer][row]] for row in rows]
+                for layer in group
+            }
+
+    def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
+        """Two by two."""
+        return [list(candidates[start : start + 2]) for start in range(0, len(candidates), 2)]
 
 
 def scripted_task(references: Sequence[str]) -> SearchTask:

@@ -43,7 +43,10 @@ def translations(
 ) -> dict[int | None, list[list[int]]]:
     """Everything that a translator's run yields."""
     with translator:
-        return dict(translator.run(kept, drafts, candidates, range(len(translator.task.ids))))
+        rows = range(len(translator.task.ids))
+        groups = translator.groups(candidates)
+        runs = translator.run(kept, drafts, groups, rows)
+        return {layer: tokens for found in runs for layer, tokens in found.items()}
 
 
 def test_every_candidate_has_the_reference_tokens(setting: tuple[SpeechModel, SearchTask]) -> None:
@@ -73,7 +76,8 @@ def test_no_draft_changes_the_result(tiny_corpus: Path, tmp_path: Path) -> None:
     speech, task = opened(tmp_path, tiny_corpus, seed=2)
     rows, layers = range(len(task.ids)), range(6)
     with ExactTranslator(speech, task) as translator:
-        wanted = dict(translator.run(layers, [[] for _ in rows], [1], rows))[1]
+        (found,) = translator.run(layers, [[] for _ in rows], [[1]], rows)
+        wanted = found[1]
 
         @settings(max_examples=15, deadline=None)
         @given(data=st.data())
@@ -83,7 +87,7 @@ def test_no_draft_changes_the_result(tiny_corpus: Path, tmp_path: Path) -> None:
                 agreed = data.draw(st.integers(0, len(row)))
                 wild = data.draw(st.lists(st.integers(6, 500), max_size=limit - agreed))
                 drafts.append([*row[:agreed], *wild])
-            assert dict(translator.run(layers, drafts, [1], rows))[1] == wanted
+            assert next(translator.run(layers, drafts, [[1]], rows)) == {1: wanted}
 
         check()
 

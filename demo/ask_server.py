@@ -1,6 +1,6 @@
 """Sends one real segment of the corpus to a running server, as any OpenAI client would.
 
-    python demo/ask_server.py http://127.0.0.1:8000 demo/corpus
+python demo/ask_server.py http://127.0.0.1:8000 demo/corpus
 """
 
 import sys
@@ -22,7 +22,9 @@ def main(url: str, corpus_dir: str) -> None:
     with open(Path(corpus_dir) / segment.audio, "rb") as file:
         answer = client.audio.translations.create(file=file, model=model)
     seconds = time.monotonic() - started
-    print(f"\nPOST {url}/v1/audio/translations  ({segment.duration_s:.1f} s of speech, {seconds:.2f} s)")
+    print(
+        f"\nPOST {url}/v1/audio/translations  ({segment.duration_s:.1f} s of speech, {seconds:.2f} s)"
+    )
     print(f"  said       {segment.source_text}")
     print(f"  translated {answer.text}")
     print(f"  reference  {segment.references['de']}")

@@ -1,6 +1,6 @@
 """Prints a report's Markdown in the terminal.
 
-    python demo/show_report.py runs/demo/report
+python demo/show_report.py runs/demo/report
 """
 
 import sys

@@ -1,0 +1,37 @@
+"""The bench of the search: the same tokens from every method, and the keys that others rely on."""
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.config import ImportanceBenchConfig
+from benchmarks.importance import run_importance_bench, top_two_gap
+from compress.importance import make_task
+from halve import artefact
+from halve.corpus import read_corpus
+from halve.models import load_model
+
+
+def test_one_round_of_each(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    config = ImportanceBenchConfig(lang="de", segments=2, also=("bounded",))
+    made = run_importance_bench(config, tiny_model, tiny_corpus, tmp_path / "out")
+    assert artefact.verify(made.path) == []
+    result = artefact.read_json(made.path / "importance.json")
+    assert result["same_order"] and result["differences"] == [] and result["near_ties"] == []
+    assert result["near_tie_segments"] == 0 and result["max_score_difference"] == 0.0
+    assert result["ratio"] == result["reference_s"] / result["exact_s"]
+    assert (result["segments"], result["candidates"]) == (2, 4)
+    assert result["threads"] == torch.get_num_threads() and result["stock_loop_s"] > 0
+    assert result["also"]["bounded"]["same_winner"]
+    of = {name: made.path / f"{name}.jsonl" for name in ("reference", "stock_loop", "exact")}
+    assert len({path.read_bytes() for path in of.values()}) == 1
+    assert len(artefact.read_jsonl(of["exact"])) == 2 * 4
+
+
+def test_the_gap_is_that_of_the_chosen_token(tiny_model: Path, tiny_corpus: Path) -> None:
+    speech = load_model(tiny_model)
+    corpus = read_corpus(tiny_corpus)
+    task = make_task(speech, corpus, corpus.split("select", "de", 1), "de", "chrf++")
+    assert top_two_gap(speech, task, 2, 0, []) > 0
+    assert top_two_gap(speech, task, 2, 0, [7, 9]) > 0
+    assert len(speech.part(speech.family.layers)) == 6

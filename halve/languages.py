@@ -54,6 +54,8 @@ LANGUAGES: dict[str, Language] = {
     )
 }
 
+ENGLISH = LANGUAGES["en"]
+
 
 def language(code: str) -> Language:
     """The language of an ISO 639-1 code (a region, as in de-AT or zh_CN, is ignored).

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halve.errors import FamilyError
-from halve.families.base import TRANSCRIBE, Counts, Family, resolve
+from halve.families.base import TRANSCRIBE, Counts, Family, Source, SourceText, resolve
 from halve.families.qwen2_audio import Qwen2Audio
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Qwen2Audio(),)}
@@ -27,4 +27,13 @@ def family_for(config: Mapping[str, Any]) -> Family:
     )
 
 
-__all__ = ["FAMILIES", "TRANSCRIBE", "Counts", "Family", "family_for", "resolve"]
+__all__ = [
+    "FAMILIES",
+    "TRANSCRIBE",
+    "Counts",
+    "Family",
+    "Source",
+    "SourceText",
+    "family_for",
+    "resolve",
+]

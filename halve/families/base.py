@@ -1,13 +1,14 @@
 """What halve must know of a model family. Everything that names an architecture is in this folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from halve.audio import FloatArray
 from halve.errors import FamilyError
-from halve.languages import Language
+from halve.languages import ENGLISH, Language
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,22 @@ class Counts:
         return self.per_layer * self.decoder_layers
 
 
+@dataclass(frozen=True)
+class SourceText:
+    """What a text model is given: a sentence, and the language it is in."""
+
+    text: str
+    lang: str = "en"
+
+    def __len__(self) -> int:
+        """Characters: what batches are sorted by."""
+        return len(self.text)
+
+
+Source = FloatArray | SourceText
+"""One segment as a model is given it: samples of shape (samples,), or a text."""
+
+
 class Family(ABC):
     """One model family: where a checkpoint keeps its parts, in memory and on disk, and how it is asked.
 
@@ -45,27 +62,42 @@ class Family(ABC):
     model_types: tuple[str, ...]
     auto_class: str
     """The transformers auto class that stock code loads the model with."""
-    max_audio_s: float
-    """The longest audio that the model hears at once."""
+    reads: Literal["audio", "text"] = "audio"
+    """What the model translates: a text model needs no tower, projector or audio."""
+    attends_to_encoder: bool = False
+    """Whether decoder layers attend to the encoder's states; else these stand among the decoder's inputs."""
+    max_audio_s: float = 0.0
+    """The longest audio that the model hears at once; 0 for one that reads."""
 
     layers: str
     decoder: str
     embeddings: str
     norm: str
     head: str
-    audio_tower: str
-    projector: str
+    audio_tower: str = ""
+    """Empty where there is none; likewise the projector."""
+    projector: str = ""
 
     disk_layers: str
     """Prefix of a decoder layer's keys, before the layer's number."""
     disk_embeddings: str
     disk_head: str
-    disk_audio_tower: str
-    disk_projector: str
+    disk_audio_tower: str = ""
+    disk_projector: str = ""
 
-    def instruction(self, target: Language) -> str:
+    def instruction(self, target: Language, source: Language = ENGLISH) -> str:
         """What the model is asked for, after the audio (Moslem 2025)."""
-        return f"Translate the English speech into {target.name}:"
+        return f"Translate the {source.name} speech into {target.name}:"
+
+    def transcription(self, source: Language = ENGLISH) -> str:
+        """What the model is asked for where it is to write down what it hears."""
+        return f"Transcribe the {source.name} speech:"
+
+    def load_processor(self, path: Path) -> Any:
+        """The processor of a model directory: something with a `tokenizer`, for audio a `feature_extractor`."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(str(path), local_files_only=True)
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The decoder's part of a config."""
@@ -104,12 +136,16 @@ class Family(ABC):
             return None
         return f"{self.disk_layers}{sorted(kept).index(int(number))}.{rest}"
 
+    def kept_generation(self, generation: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+        """The generation_config.json after pruning: changed where it names decoder layers."""
+        return generation
+
     @abstractmethod
     def count_parameters(self, config: Mapping[str, Any]) -> Counts:
         """Exact logical parameters from the config alone."""
 
     @abstractmethod
-    def encode(self, model: Any, processor: Any, audio: FloatArray) -> "torch.Tensor":
+    def encode(self, model: Any, processor: Any, audio: Any) -> "torch.Tensor":
         """The audio tower's output for one clip, before the projector.
 
         Args:
@@ -121,9 +157,60 @@ class Family(ABC):
         """
 
     def project(self, model: Any, states: "torch.Tensor") -> "torch.Tensor":
-        """Tower states (..., width) as decoder inputs (..., hidden)."""
-        projected: torch.Tensor = resolve(model, self.projector)(states)
+        """Tower states (..., width), of any type and device, as decoder inputs (..., hidden)."""
+        projector = resolve(model, self.projector)
+        like = next(projector.parameters())
+        projected: torch.Tensor = projector(states.to(like.device, like.dtype))
         return projected
+
+    def take_in(self, model: Any, processor: Any, source: Source) -> "torch.Tensor | SourceText":
+        """One segment as `embed_prompt` takes it: computed once, whatever language it is translated into."""
+        return self.project(model, self.encode(model, processor, source))
+
+    def embed_prompt(
+        self, model: Any, processor: Any, instruction: str, taken: "torch.Tensor | SourceText"
+    ) -> "torch.Tensor":
+        """The decoder's inputs for one segment, up to the first token it says: (positions, hidden)."""
+        import torch
+
+        table = resolve(model, self.embeddings)
+        before, after = (
+            table(torch.tensor(ids, dtype=torch.long, device=table.weight.device))
+            for ids in self.prompt_ids(processor, instruction)
+        )
+        assert isinstance(taken, torch.Tensor)
+        return torch.cat([before, taken.to(before.dtype), after])
+
+    def conditions(self, taken: "Sequence[torch.Tensor | SourceText]") -> "dict[str, torch.Tensor]":
+        """What the decoder is given beside a batch's inputs at every step, by argument; rows come first."""
+        return {}
+
+    def new_cache(self) -> Any:
+        """An empty cache for the decoder."""
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def logits(self, model: Any, hidden: "torch.Tensor") -> "torch.Tensor":
+        """Logits (..., vocabulary) of the decoder's normed states (..., hidden)."""
+        found: torch.Tensor = resolve(model, self.head)(hidden)
+        return found
+
+    def suppressed(self, model: Any) -> tuple[Sequence[int], Sequence[int]]:
+        """Tokens that stock `generate` never says, and those that it does not begin with."""
+        return (), ()
+
+    def layer_inputs(
+        self, decoder: Any, hidden: "torch.Tensor", places: "torch.Tensor"
+    ) -> Callable[[Any], dict[str, Any]]:
+        """What stock code hands a decoder layer beside its states: a function of the layer.
+
+        Args:
+            hidden: inputs of the first layer, (rows, tokens, hidden).
+            places: position of each token, (rows, tokens).
+        """
+        rotary = decoder.rotary_emb(hidden, places)
+        return lambda layer: {"position_embeddings": rotary}
 
     @abstractmethod
     def prompt_ids(self, processor: Any, instruction: str) -> tuple[list[int], list[int]]:
@@ -137,7 +224,7 @@ class Family(ABC):
         return tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)
 
     def stock_inputs(
-        self, processor: Any, audio: FloatArray, instruction: str, dtype: "torch.dtype"
+        self, processor: Any, audio: Any, instruction: str, dtype: "torch.dtype"
     ) -> dict[str, "torch.Tensor"]:
         """What stock `generate` takes for one clip: made by the stock processor, as the paper does."""
         inputs = processor(
@@ -150,6 +237,14 @@ class Family(ABC):
             key: value.to(dtype) if value.is_floating_point() else value
             for key, value in inputs.items()
         }
+
+    def stock_generate(
+        self, model: Any, inputs: dict[str, "torch.Tensor"], **options: Any
+    ) -> list[int]:
+        """What stock `generate` adds to `stock_inputs` of one segment, the end token included."""
+        output = model.generate(**inputs, **options)
+        tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return tokens
 
     @abstractmethod
     def prompt_text(self, processor: Any, instruction: str) -> str:

@@ -77,7 +77,7 @@ def epoch_batches(
     generator = random.Random(f"{recipe.seed}-{epoch}")
     rows = []
     for sentence in sentences:
-        langs = ["de", "zh"]
+        langs = [lang for lang in ("de", "zh") if lang in sentence]
         if generator.random() < recipe.transcribe_share:
             langs.append("en")
         rows.append(packer.pack_row(sentence, langs))

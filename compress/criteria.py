@@ -79,18 +79,16 @@ def by_similarity(
     last: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
     with ExactTranslator(speech, task) as walker:
         packs = walker.pack(range(len(texts)), texts)
-        tokens = sum(pack.hidden.shape[1] for pack in packs)
+        tokens = sum(len(pack.hidden) for pack in packs)
         with progress.task(method, len(packs)) as advance:
             for pack in packs:
                 ends = [end - 1 for end in pack.attention.starts[1:]]
                 for layer in range(num_layers):
-                    before = pack.hidden[0]
+                    before = pack.hidden
                     last[layer].append(before[ends].clone())
                     walker.advance(pack, layer)
-                    influence[layer] += (
-                        float(block_influence(before, pack.hidden[0]).sum()) / tokens
-                    )
-                last[num_layers].append(pack.hidden[0][ends].clone())
+                    influence[layer] += float(block_influence(before, pack.hidden).sum()) / tokens
+                last[num_layers].append(pack.hidden[ends].clone())
                 # Nothing looks back at this pack again.
                 pack.attention.keys.clear()
                 pack.attention.values.clear()
@@ -189,7 +187,7 @@ def _loss(walker: ExactTranslator, pack: Pack, above: Sequence[int]) -> float:
     hidden, _ = walker.branch(pack, above)
     wanted = torch.tensor([token for draft in pack.drafts for token in draft], device=hidden.device)
     total, start = 0.0, 0
-    for block in walker.logits(hidden[0, pack.choices]):
+    for block in walker.logits(hidden):
         labels = wanted[start : start + len(block)]
         start += len(block)
         total += float(functional.cross_entropy(block.float(), labels, reduction="sum"))

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.packing import DecodingRows, PackedRows, packed_attention
+from compress.layers import LayerRunner, Rotary, open_layers
+from compress.packing import DecodingRows, PackedRows, RowAttention, Tail, packed_attention
 from compress.task import SearchTask
-from halve.languages import language
 from halve.models import SpeechModel
+from halve.sources import asked
 
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 """Tokens packed into one forward pass: small enough for a CPU's caches, large enough to fill a GPU."""
@@ -46,15 +47,13 @@ class Pack:
     prompts: list[int]
     """Prompt length of each row in tokens, audio included."""
     hidden: Tensor
-    """Input of the next layer: (1, tokens, hidden)."""
-    places: Tensor
-    """Position of each token in its row: (1, tokens)."""
-    choices: Tensor
-    """Indices of the tokens whose logits choose a draft's tokens: one a draft token, at least one a row."""
+    """Input of the next layer: (tokens, hidden)."""
+    rotary: Rotary
+    """What tells each token its position in its row."""
+    tail: Tail
+    """The tokens whose logits choose a draft's tokens: one a draft token, at least one a row."""
     attention: PackedRows
     """The parent's keys and values so far."""
-    counts: list[int] = field(default_factory=list)
-    """How many of `choices` belong to each row."""
 
 
 @dataclass
@@ -81,13 +80,14 @@ class ExactTranslator:
         self.layers: Any = speech.part(family.layers)
         self._decoder = speech.part(family.decoder)
         self._norm = speech.part(family.norm)
-        self._head = speech.part(family.head)
+        self._family, self._model = family, speech.model
         self._table = speech.part(family.embeddings)
         self._ends = frozenset(family.end_ids(speech.model))
         self._config = self.layers[0].self_attn.config
         self._device = self._table.weight.device
         self._pass_tokens = TOKENS_PER_PASS.get(self._device.type, TOKENS_PER_PASS["cpu"])
         self._context = ExitStack()
+        self._layers: list[LayerRunner] = []
         self._slots: DecodingRows | None = None
         self._slots_shape = (0, 0)
         self._prompts = self._embed_prompts(speech)
@@ -99,6 +99,7 @@ class ExactTranslator:
         ]
         for context in opened:
             self._context.enter_context(context)
+        self._layers = open_layers(self.layers, self._decoder, self._family)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -108,13 +109,12 @@ class ExactTranslator:
     def _embed_prompts(self, speech: SpeechModel) -> list[Tensor]:
         """Prompt and audio of every segment as decoder inputs (tokens, hidden): the audio tower's only run."""
         family, model, processor = speech.family, speech.model, speech.processor
-        ids = family.prompt_ids(processor, family.instruction(language(self.task.lang)))
         prompts = []
         with torch.inference_mode():
-            before, after = (self._table(torch.tensor(part, device=self._device)) for part in ids)
-            for audio in self.task.audio:
-                heard = family.project(model, family.encode(model, processor, audio))
-                prompts.append(torch.cat([before, heard.to(before.dtype), after]))
+            for source in self.task.audio:
+                taken = family.take_in(model, processor, source)
+                instruction = asked(family, self.task.lang, source)
+                prompts.append(family.embed_prompt(model, processor, instruction, taken))
         return prompts
 
     # Memory
@@ -173,56 +173,45 @@ class ExactTranslator:
             counts.append(count)
             lengths.append(length)
             start += length
+        hidden = torch.cat(parts)
         return Pack(
             rows=[rows[index] for index in chosen],
             drafts=[list(drafts[index]) for index in chosen],
             prompts=[len(self._prompts[rows[index]]) for index in chosen],
-            hidden=torch.cat(parts)[None],
-            places=torch.cat(places)[None].to(self._device),
-            choices=torch.cat(choices).to(self._device),
+            hidden=hidden,
+            rotary=self._rotary(hidden, torch.cat(places).to(self._device)),
+            tail=Tail(torch.cat(choices).to(self._device), counts),
             attention=PackedRows(lengths),
-            counts=counts,
         )
+
+    def _rotary(self, hidden: Tensor, places: Tensor) -> Rotary:
+        """What tells tokens (tokens, hidden) their positions (tokens,)."""
+        rotary: Rotary = self._family.rotary(self._decoder, hidden[None], places[None])
+        return rotary
 
     def advance(self, pack: Pack, layer: int) -> None:
         """Takes the parent's states through one layer."""
-        pack.hidden = self._through(pack.hidden, pack.places, pack.attention, [layer])
-
-    def _through(
-        self,
-        hidden: Tensor,
-        places: Tensor,
-        rows: PackedRows | DecodingRows,
-        layers: Sequence[int],
-        passing: Mapping[int, Tensor] | None = None,
-    ) -> Tensor:
-        """States after the layers; tokens that `passing` names for a layer stay as they were before it."""
-        rotary = self._decoder.rotary_emb(hidden, places)
-        for layer in layers:
-            before = hidden
-            hidden = self.layers[layer](
-                hidden,
-                attention_mask=None,
-                position_ids=places,
-                position_embeddings=rotary,
-                past_key_values=None,
-                use_cache=False,
-                halve_rows=rows,
-            )
-            if passing and layer in passing:
-                hidden[:, passing[layer]] = before[:, passing[layer]]
-        return hidden
+        pack.hidden = self._layers[layer](pack.hidden, pack.rotary, pack.attention)
 
     def branch(self, pack: Pack, layers: Sequence[int]) -> tuple[Tensor, PackedRows]:
-        """The parent's states taken through other layers: final states (1, tokens, hidden), own attention."""
-        rows = PackedRows([])
-        rows.starts = pack.attention.starts
-        return self._through(pack.hidden, pack.places, rows, layers), rows
+        """The parent's states taken through the layers that are left, without the parent noticing.
+
+        Returns:
+            the final states of the tail, shape (tail tokens, hidden), and the branch's own attention.
+        """
+        rows = PackedRows(pack.attention.lengths)
+        if not layers:
+            return pack.hidden[pack.tail.tokens], rows
+        hidden = pack.hidden
+        for layer in layers[:-1]:
+            hidden = self._layers[layer](hidden, pack.rotary, rows)
+        # Of the last layer's output only the tail is looked at; the rest gives keys and values.
+        return self._layers[layers[-1]](hidden, pack.rotary, rows, pack.tail), rows
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits of states (tokens, hidden), in blocks (some tokens, vocabulary)."""
         for block in torch.split(hidden, max(1, LOGITS_PER_PASS // self._table.num_embeddings)):
-            yield self._head(self._norm(block))
+            yield self._family.logits(self._model, self._norm(block))
 
     # Translating
 
@@ -259,16 +248,18 @@ class ExactTranslator:
         for index, layer in enumerate(kept):
             if not waiting:
                 return
+            below, above = kept[:index], kept[index + 1 :]
             if layer in waiting[0]:
-                self._verify(layer, packs, kept[:index], kept[index + 1 :], decoding)
+                self._verify(layer, packs, below, above, decoding)
                 if layer == waiting[0][-1]:
                     del waiting[0]
                     yield self._decode(decoding, kept, rows)
                     decoding.clear()
-            for pack in packs if waiting else ():
-                self.advance(pack, layer)
+            if above:
+                for pack in packs if waiting else ():
+                    self.advance(pack, layer)
         if waiting:
-            self._verify(None, packs, kept, (), decoding)
+            self._verify(None, packs, kept[:-1], kept[-1:], decoding)
             yield self._decode(decoding, kept, rows)
 
     def _verify(
@@ -282,7 +273,7 @@ class ExactTranslator:
         """Checks one candidate's drafts pack by pack; rows that must go on get a slot each."""
         for pack in packs:
             hidden, attention = self.branch(pack, above)
-            chosen = torch.cat([block.argmax(-1) for block in self.logits(hidden[0, pack.choices])])
+            chosen = torch.cat([block.argmax(-1) for block in self.logits(hidden)])
             found = self._check(pack, chosen.tolist())
             for row, tokens in zip(pack.rows, found, strict=True):
                 decoding.found[candidate, row] = tokens
@@ -292,16 +283,21 @@ class ExactTranslator:
                 if not self._finished(row, found[place])
             ]
             if going:
-                indices = self._indices(pack, going, [len(found[place]) - 1 for place in going])
+                # Prompt and agreed tokens; a row's newest token is the next step's input.
+                spans = [
+                    (start, start + pack.prompts[place] + len(found[place]) - 1)
+                    for place in going
+                    for start in (pack.attention.starts[place],)
+                ]
                 first = len(decoding.waiting)
-                decoding.slots.fill(first, pack.attention, below, indices)
-                decoding.slots.fill(first, attention, above, indices)
+                decoding.slots.fill(first, pack.attention, below, spans)
+                decoding.slots.fill(first, attention, above, spans)
                 decoding.waiting += [(candidate, pack.rows[place]) for place in going]
 
     def _check(self, pack: Pack, chosen: Sequence[int]) -> list[list[int]]:
         """What each row keeps of its draft, because the candidate chose it too, and its first own token."""
         found, start = [], 0
-        for row, draft, count in zip(pack.rows, pack.drafts, pack.counts, strict=True):
+        for row, draft, count in zip(pack.rows, pack.drafts, pack.tail.counts, strict=True):
             own = chosen[start : start + count]
             start += count
             agreed = 0
@@ -319,15 +315,6 @@ class ExactTranslator:
 
     def _finished(self, row: int, tokens: Sequence[int]) -> bool:
         return tokens[-1] in self._ends or len(tokens) >= self.task.limits[row]
-
-    def _indices(self, pack: Pack, places: Sequence[int], agreed: Sequence[int]) -> Tensor:
-        """Token indices (rows, longest) of what the rows keep in mind: the prompt and the agreed tokens."""
-        lengths = torch.tensor(
-            [pack.prompts[place] + more for place, more in zip(places, agreed, strict=True)]
-        )
-        starts = torch.tensor([pack.attention.starts[place] for place in places])
-        offsets = torch.arange(int(lengths.max()))[None, :].clamp(max=lengths[:, None] - 1)
-        return (starts[:, None] + offsets).to(self._device)
 
     def _begin(self, rows: Sequence[int], groups: Sequence[Sequence[int | None]]) -> "Decoding":
         """The decoding buffers, made anew only when these rows need larger ones."""
@@ -364,9 +351,8 @@ class ExactTranslator:
         active = len(in_slot)
         while active:
             slots.begin_step(places)
-            embedded = self._table(tokens)[None]
-            hidden = self._through(embedded, places[None], slots, kept, passing)
-            tokens = torch.cat([block.argmax(-1) for block in self.logits(hidden[0])])
+            hidden = self._step(self._table(tokens), places, slots, kept, passing)
+            tokens = torch.cat([block.argmax(-1) for block in self.logits(hidden)])
             for slot, token in enumerate(tokens.tolist()):
                 key = in_slot[slot]
                 if key is None:
@@ -386,6 +372,23 @@ class ExactTranslator:
                 in_slot = [key for key in in_slot if key is not None]
         layers = dict.fromkeys(layer for layer, _ in found)
         return {layer: [found[layer, row] for row in rows] for layer in layers}
+
+    def _step(
+        self,
+        hidden: Tensor,
+        places: Tensor,
+        rows: RowAttention,
+        layers: Sequence[int],
+        passing: Mapping[int, Tensor],
+    ) -> Tensor:
+        """States after the layers; rows that `passing` names for a layer stay as they were before it."""
+        rotary = self._rotary(hidden, places)
+        for layer in layers:
+            before = hidden
+            hidden = self._layers[layer](hidden, rotary, rows)
+            if layer in passing:
+                hidden[passing[layer]] = before[passing[layer]]
+        return hidden
 
 
 def _passing(left_out: Tensor) -> dict[int, Tensor]:

@@ -8,6 +8,8 @@ know nothing of it; norms and linear parts see one flat list of tokens, none of 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +21,21 @@ from halve.errors import FamilyError
 IMPLEMENTATION = "halve_packed"
 
 
+@dataclass(frozen=True)
+class Tail:
+    """The last tokens of each packed row: those whose output is looked at."""
+
+    tokens: Tensor
+    """Their indices among all tokens, ascending: shape (tail tokens,)."""
+    counts: list[int]
+    """How many belong to each row, at least one."""
+
+
 class RowAttention(Protocol):
     """Knows which of the tokens in flight belong together, and what each may look back to."""
+
+    softcap: float | None
+    """Where scores level off (Gemma 2); None where they do not."""
 
     def attend(
         self,
@@ -30,8 +45,12 @@ class RowAttention(Protocol):
         value: Tensor,
         scale: float,
         window: int | None,
+        tail: Tail | None = None,
     ) -> Tensor:
-        """Attention output (tokens, heads, dim) of query (heads, tokens, dim), key and value alike."""
+        """Attention output (queries, heads, dim) of query (heads, queries, dim), key and value alike.
+
+        There is one query a token, or one a token of `tail`.
+        """
 
 
 class PackedRows:
@@ -40,12 +59,13 @@ class PackedRows:
     `keys[layer]` and `values[layer]` have shape (tokens, key-value heads, dim).
     """
 
+    softcap: float | None = None
+
     def __init__(self, lengths: Sequence[int]) -> None:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        self.starts = [0]
-        for length in lengths:
-            self.starts.append(self.starts[-1] + length)
+        self.lengths = list(lengths)
+        self.starts = [0, *accumulate(lengths)]
 
     def attend(
         self,
@@ -55,33 +75,53 @@ class PackedRows:
         value: Tensor,
         scale: float,
         window: int | None,
+        tail: Tail | None = None,
     ) -> Tensor:
         """See RowAttention."""
         self.keys[layer], self.values[layer] = key.transpose(0, 1), value.transpose(0, 1)
-        grouped = query.shape[0] != key.shape[0]
-        outputs = []
-        for start, end in zip(self.starts, self.starts[1:], strict=False):
-            mask = _band(end - start, window, query.device)
-            output = functional.scaled_dot_product_attention(
-                query[None, :, start:end],
-                key[None, :, start:end],
-                value[None, :, start:end],
+        counts = self.lengths if tail is None else tail.counts
+        output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+        first = 0
+        for start, length, count in zip(self.starts, self.lengths, counts, strict=False):
+            mask = _band(count, length, window, query.device)
+            output[first : first + count] = _attention(
+                query[None, :, first : first + count],
+                key[None, :, start : start + length],
+                value[None, :, start : start + length],
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scale,
-                enable_gqa=grouped,
-            )
-            outputs.append(output[0].transpose(0, 1))
-        return torch.cat(outputs)
+                enable_gqa=query.shape[0] != key.shape[0],
+                softcap=self.softcap,
+            )[0].transpose(0, 1)
+            first += count
+        return output
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The causal mask of a sliding window, where the row is longer than the window."""
-    if window is None or length <= window:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, *, softcap: float | None, **options: Any
+) -> Tensor:
+    """Scaled dot product attention, its scores levelled off at `softcap` where there is one."""
+    if softcap is None:
+        return functional.scaled_dot_product_attention(query, key, value, **options)
+    groups = query.shape[1] // key.shape[1] if options.get("enable_gqa") else 1
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    scores = torch.tanh(query @ key.transpose(2, 3) * options["scale"] / softcap) * softcap
+    mask = options.get("attn_mask")
+    if options.get("is_causal"):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def _band(count: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys the last `count` tokens of a row see; None where the plain causal mask says it."""
+    if count == length and (window is None or length <= window):
         return None
     place = torch.arange(length, device=device)
-    distance = place[:, None] - place[None, :]
-    return (distance >= 0) & (distance < window)
+    distance = place[length - count :, None] - place[None, :]
+    return (distance >= 0) & (distance < (window or length))
 
 
 class DecodingRows:
@@ -90,6 +130,8 @@ class DecodingRows:
     Keys and values have shape (slots, capacity, key-value heads, dim) for each layer. The buffers
     outlive the rows: what a finished row left behind is masked, then overwritten.
     """
+
+    softcap: float | None = None
 
     def __init__(
         self, slots: int, capacity: int, kv_heads: int, dim: int, dtype: torch.dtype, device: Any
@@ -112,19 +154,19 @@ class DecodingRows:
         return self._buffers[layer]
 
     def fill(
-        self, first_slot: int, source: PackedRows, layers: Sequence[int], rows: Tensor
+        self,
+        first_slot: int,
+        source: PackedRows,
+        layers: Sequence[int],
+        spans: Sequence[tuple[int, int]],
     ) -> None:
-        """Copies packed rows into the slots from `first_slot` on.
-
-        Args:
-            rows: token indices into the source, shape (rows, longest); shorter rows repeat any token,
-                which the mask hides.
-        """
-        stop, longest = first_slot + rows.shape[0], rows.shape[1]
+        """Copies packed rows, each from its first token to before a last one, to slots from `first_slot` on."""
         for layer in layers:
-            keys, values = self._buffer(layer)
-            keys[first_slot:stop, :longest] = source.keys[layer][rows]
-            values[first_slot:stop, :longest] = source.values[layer][rows]
+            for buffer, packed in zip(
+                self._buffer(layer), (source.keys[layer], source.values[layer]), strict=True
+            ):
+                for slot, (start, stop) in enumerate(spans, first_slot):
+                    buffer[slot, : stop - start] = packed[start:stop]
 
     def keep(self, slots: Tensor) -> None:
         """Moves the given slots to the front, in order."""
@@ -148,6 +190,7 @@ class DecodingRows:
         value: Tensor,
         scale: float,
         window: int | None,
+        tail: Tail | None = None,
     ) -> Tensor:
         """See RowAttention; there is one token a slot."""
         keys, values = self._buffer(layer)
@@ -160,12 +203,13 @@ class DecodingRows:
             near = places[None, :] > self._positions[:, None] - window
             mask = mask & near[:, None, None, :] if mask is not None else None
         # Heads that share a key head take the place of query positions: nothing is repeated.
-        output = functional.scaled_dot_product_attention(
+        output = _attention(
             query.transpose(0, 1).reshape(rows, kv_heads, -1, dim),
             keys[:rows, : self._longest].transpose(1, 2),
             values[:rows, : self._longest].transpose(1, 2),
             attn_mask=mask,
             scale=scale,
+            softcap=self.softcap,
         )
         return output.reshape(rows, -1, dim)
 
@@ -183,11 +227,12 @@ def _packed_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The function stock attention calls; shapes (1, heads, tokens, dim), output (1, tokens, heads, dim)."""
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
+    if options.get("s_aux") is not None:
         raise FamilyError(
-            "The importance search does not know this model's attention (soft cap or sinks)",
+            "The importance search does not know this model's attention (sinks)",
             mend="use --method reference",
         )
+    halve_rows.softcap = options.get("softcap")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
     return halve_rows.attend(module.layer_idx, query[0], key[0], value[0], scale, window)[

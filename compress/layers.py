@@ -1,0 +1,175 @@
+"""Decoder layers as the search runs them: on flat lists of tokens, and no further than needed.
+
+A layer of the common shape (norms before attention and before a gated MLP, rotary positions) is computed
+from its own parts: fewer operations than the stock module, and in the last layer queries, output and
+MLP only where the result is looked at. Whether a layer has that shape is not guessed from names alone:
+both ways are run on random states, and only where they agree to rounding is the short way taken. Every
+other layer runs as the stock module that it is.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compress.packing import PackedRows, RowAttention, Tail
+from halve.families import Family
+
+ROUNDING = 8
+"""How far the two ways may differ on average, in units of the number format's rounding."""
+PROBE_ROWS = (5, 3)
+"""Lengths of the rows of random states that the two ways are compared on."""
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of the tokens' positions, each (1, tokens, head dim): as `Family.rotary` gives them."""
+
+
+class LayerRunner(Protocol):
+    """One decoder layer."""
+
+    def __call__(
+        self, hidden: Tensor, rotary: Rotary, rows: RowAttention, tail: Tail | None = None
+    ) -> Tensor:
+        """Output states.
+
+        Args:
+            hidden: input states, shape (tokens, hidden).
+            rows: knows which tokens belong together, and keeps their keys and values.
+            tail: the tokens whose output is needed; all where not given.
+
+        Returns:
+            shape (tokens, hidden), or (tail tokens, hidden).
+        """
+        ...
+
+
+class StockLayer:
+    """A layer as stock transformers computes it."""
+
+    def __init__(self, module: Any, family: Family) -> None:
+        self._module, self._family = module, family
+
+    def __call__(
+        self, hidden: Tensor, rotary: Rotary, rows: RowAttention, tail: Tail | None = None
+    ) -> Tensor:
+        """See LayerRunner."""
+        output: Tensor = self._module(
+            hidden[None],
+            attention_mask=None,
+            position_ids=None,
+            position_embeddings=self._family.rotary_of(self._module, rotary),
+            past_key_values=None,
+            use_cache=False,
+            halve_rows=rows,
+        )[0]
+        return output if tail is None else output[tail.tokens]
+
+
+class OpenLayer:
+    """A layer of the common shape, computed from its parts; the weights stay the module's own."""
+
+    def __init__(self, module: Any) -> None:
+        attention, mlp = module.self_attn, module.mlp
+        self._index = attention.layer_idx
+        self._dim = attention.head_dim
+        self._scale = attention.scaling
+        self._window = getattr(attention, "sliding_window", None)
+        self._first, self._second = module.input_layernorm, module.post_attention_layernorm
+        self._query, self._key = attention.q_proj, attention.k_proj
+        self._value, self._output = attention.v_proj, attention.o_proj
+        self._gate, self._up, self._down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self._activation = mlp.act_fn
+
+    def __call__(
+        self, hidden: Tensor, rotary: Rotary, rows: RowAttention, tail: Tail | None = None
+    ) -> Tensor:
+        """See LayerRunner."""
+        cos, sin = rotary[0][0, :, None], rotary[1][0, :, None]
+        normed = _normed(hidden, self._first)
+        key = _turned(self._heads(normed, self._key), cos, sin)
+        value = self._heads(normed, self._value)
+        if tail is not None:
+            hidden, normed, cos, sin = (part[tail.tokens] for part in (hidden, normed, cos, sin))
+        query = _turned(self._heads(normed, self._query), cos, sin)
+        attended = rows.attend(
+            self._index,
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            self._scale,
+            self._window,
+            tail,
+        )
+        hidden = self._output(attended.reshape(len(hidden), -1)).add_(hidden)
+        normed = _normed(hidden, self._second)
+        gated = self._activation(self._gate(normed)).mul_(self._up(normed))
+        return self._down(gated).add_(hidden)  # type: ignore[no-any-return]
+
+    def _heads(self, states: Tensor, projection: nn.Linear) -> Tensor:
+        """Projected states (tokens, heads, head dim)."""
+        return projection(states).view(len(states), -1, self._dim)  # type: ignore[no-any-return]
+
+
+def _normed(states: Tensor, norm: Any) -> Tensor:
+    """Root mean square norm over the last dimension."""
+    return functional.rms_norm(states, (states.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of states (tokens, heads, head dim)."""
+    half = states.shape[-1] // 2
+    turned = states * cos
+    turned[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return turned
+
+
+def open_layers(layers: Sequence[Any], decoder: Any, family: Family) -> list[LayerRunner]:
+    """A runner for each decoder layer. The stock attention must be `halve_packed` when this is called."""
+    return [_open(layer, decoder, family) for layer in layers]
+
+
+def _open(module: Any, decoder: Any, family: Family) -> LayerRunner:
+    stock = StockLayer(module, family)
+    if not _has_parts(module):
+        return stock
+    opened = OpenLayer(module)
+    return opened if _agree(stock, opened, module, decoder) else stock
+
+
+def _has_parts(module: Any) -> bool:
+    attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
+    linear = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
+    linear += [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    norms = [
+        getattr(module, name, None) for name in ("input_layernorm", "post_attention_layernorm")
+    ]
+    return (
+        all(type(part) is nn.Linear for part in linear)
+        and all(hasattr(norm, "variance_epsilon") for norm in norms)
+        and all(hasattr(attention, name) for name in ("layer_idx", "head_dim", "scaling"))
+        and hasattr(mlp, "act_fn")
+    )
+
+
+def _agree(stock: LayerRunner, opened: LayerRunner, module: Any, decoder: Any) -> bool:
+    """Whether both ways give the same output on random states, for all tokens and for some."""
+    weight = module.self_attn.q_proj.weight
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(sum(PROBE_ROWS), weight.shape[1], generator=generator)
+    states = states.to(weight.device, weight.dtype)
+    places = torch.cat([torch.arange(length) for length in PROBE_ROWS])[None].to(weight.device)
+    rotary = decoder.rotary_emb(states[None], places)
+    tail = Tail(torch.tensor([3, 4, 7], device=weight.device), [2, 1])
+    expected = stock(states, rotary, PackedRows(PROBE_ROWS))
+    allowed = ROUNDING * torch.finfo(weight.dtype).eps * float(expected.abs().mean())
+    try:
+        found = [
+            opened(states, rotary, PackedRows(PROBE_ROWS)) - expected,
+            opened(states, rotary, PackedRows(PROBE_ROWS), tail) - expected[tail.tokens],
+        ]
+    except RuntimeError:  # shapes that only the stock module knows how to put together
+        return False
+    return all(float(difference.abs().mean()) <= allowed for difference in found)

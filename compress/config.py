@@ -112,6 +112,14 @@ class ImportanceConfig(Config):
     """Most memory for what the search keeps beside the model; two fifths of the device's if not given."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
     """How sure racing must be that a candidate will not win before it stops it."""
+    shortlist: Positive | None = None
+    """Try only so many layers in each round, those that a cheap criterion would remove first; all if not given."""
+    shortlist_by: Literal["block-influence", "angular", "loss"] = "block-influence"
+    """The cheap criterion of the shortlist, taken once, on the whole model."""
+    workers: Positive = 1
+    """Processes with a model each, on Ray; threads and memory are divided by their number. Any number finds the same."""
+    ray_address: str | None = None
+    """An existing Ray cluster, such as 10.0.0.1:6379 or auto; a local one is started if not given."""
     seed: int = 0
     """Choices made by chance: random's layers, racing's resamples."""
 

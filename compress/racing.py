@@ -18,6 +18,7 @@ SMALLEST_PART = 4
 FEWEST_TO_JUDGE = 16
 """Racing judges nobody on fewer segments than this."""
 RESAMPLES = 400
+"""Racing's resamples; more where the confidence asked for is finer than they can tell."""
 
 
 def stratify(
@@ -41,16 +42,15 @@ def bounded(
     order's F-score, one that does not lowers it. For other metrics no bound is claimed, and all are scored.
     """
     chunks = range(len(search.chunks))
-    search.translate(number, kept, drafts, candidates, 0)
+    search.translate(number, kept, drafts, candidates, [0])
     first = {layer: _partial(search, number, layer, [0]) for layer in candidates}
     order = sorted(candidates, key=lambda layer: (-first[layer], layer))
-    for chunk in chunks:
-        search.translate(number, kept, drafts, order[:1], chunk)
+    search.translate(number, kept, drafts, order[:1], chunks)
     leader = _complete(search, number, order[0])
     done = {order[0]: leader}
     alive = order[1:]
     for chunk in chunks:
-        search.translate(number, kept, drafts, alive, chunk)
+        search.translate(number, kept, drafts, alive, [chunk])
         seen = range(chunk + 1)
         for layer in list(alive):
             if chunk + 1 == len(chunks):
@@ -100,12 +100,13 @@ def racing(
     alive = list(candidates)
     done: dict[int, Candidate] = {}
     for chunk in range(chunks):
-        search.translate(number, kept, drafts, alive, chunk)
+        search.translate(number, kept, drafts, alive, [chunk])
         seen = range(chunk + 1)
         if chunk + 1 == chunks or _count(search, seen) < FEWEST_TO_JUDGE:
             continue
         generator = np.random.default_rng([seed, number, chunk])
-        for layer, sure in _beaten(search, number, alive, seen, generator).items():
+        resamples = max(RESAMPLES, round(4 / (1 - confidence)))
+        for layer, sure in _beaten(search, number, alive, seen, generator, resamples).items():
             if sure > confidence:
                 alive.remove(layer)
                 search.skip(chunks - chunk - 1)
@@ -121,13 +122,18 @@ def _beaten(
     alive: Sequence[int],
     seen: Sequence[int],
     generator: np.random.Generator,
+    resamples: int,
 ) -> dict[int, float]:
-    """For each candidate but the leader, in how many of the resamples the leader scores better."""
+    """For each candidate but the leader, the share of resamples in which the leader scores better.
+
+    The resample at hand counts as one against it (Davison and Hinkley 1997, section 4.2), so that no
+    finite number of resamples makes anything certain.
+    """
     task = search.task
     statistics = {layer: _statistics(search, number, layer, seen) for layer in alive}
     leader = max(alive, key=lambda layer: (_partial(search, number, layer, seen), -layer))
     count = _count(search, seen)
-    weights = generator.multinomial(count, [1 / count] * count, size=RESAMPLES).astype(np.float64)
+    weights = generator.multinomial(count, [1 / count] * count, size=resamples).astype(np.float64)
     scores = {
         layer: np.array(
             [metrics.score_from_statistics(task.metric, sums, task.lang) for sums in weights @ rows]
@@ -135,7 +141,9 @@ def _beaten(
         for layer, rows in statistics.items()
     }
     return {
-        layer: float((scores[layer] < scores[leader]).mean()) for layer in alive if layer != leader
+        layer: float((scores[layer] < scores[leader]).sum() / (resamples + 1))
+        for layer in alive
+        if layer != leader
     }
 
 

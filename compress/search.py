@@ -4,6 +4,7 @@ A round translates the segments once without each layer that may go, scores the 
 the layer whose absence scores best (Moslem 2025; iteratively: Moslem, Al Farouq and Kelleher 2025).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 from compress.task import SearchTask
 from halve.artefact import append_jsonl, read_jsonl
+from halve.models import SpeechModel
 from halve.progress import Advance
 
 Tokens = list[list[int]]
@@ -39,6 +41,54 @@ class CandidateTranslator(Protocol):
 
 
 @dataclass(frozen=True)
+class Work:
+    """A chunk of segments that is to be translated without each of some candidates."""
+
+    chunk: int
+    rows: Sequence[int]
+    """The chunk's segments."""
+    kept: Sequence[int]
+    """The parent's layers."""
+    drafts: Sequence[Sequence[int]]
+    """The parent's translation of each row, or empty ones."""
+    groups: Sequence[Sequence[int | None]]
+    """The candidates, in the groups that are worked on together."""
+
+
+Found = dict[int | None, Tokens]
+"""The translations of a chunk's rows, by the layer left out."""
+
+
+class CandidatePool(ABC):
+    """Whatever carries work out: the model in this process, or several processes with a model each."""
+
+    @abstractmethod
+    def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
+        """The candidates in groups that are worked on together."""
+
+    @abstractmethod
+    def run_all(self, works: Sequence[Work]) -> Iterator[tuple[int, Found]]:
+        """Yields (chunk, what was found) for every group of every work, in any order."""
+
+
+class InTurn(CandidatePool):
+    """Carries work out in this process, one chunk after the other."""
+
+    def __init__(self, translator: CandidateTranslator) -> None:
+        self._translator = translator
+
+    def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
+        """See CandidatePool."""
+        return self._translator.groups(candidates)
+
+    def run_all(self, works: Sequence[Work]) -> Iterator[tuple[int, Found]]:
+        """See CandidatePool."""
+        for work in works:
+            for found in self._translator.run(work.kept, work.drafts, work.groups, work.rows):
+                yield work.chunk, found
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One line of importance.jsonl: the teacher without a layer, and how well it does."""
 
@@ -63,6 +113,17 @@ class Ranking:
     signature: str
     baseline: float | None = None
     """The score with no layer removed."""
+
+
+def translator_for(method: str, speech: SpeechModel, task: SearchTask) -> Any:
+    """The translator of a method, to be opened as a context."""
+    if method == "reference":
+        from compress.reference import StockTranslator
+
+        return StockTranslator(speech, task)
+    from compress.exact import ExactTranslator
+
+    return ExactTranslator(speech, task)
 
 
 def removable(kept: Sequence[int], num_layers: int) -> list[int]:
@@ -146,7 +207,7 @@ class Search:
 
     def __init__(
         self,
-        translator: CandidateTranslator,
+        translator: CandidateTranslator | CandidatePool,
         task: SearchTask,
         ledger: Ledger,
         chunks: list[list[int]],
@@ -154,7 +215,7 @@ class Search:
     ) -> None:
         self.task = task
         self.chunks = chunks
-        self._translator = translator
+        self._pool = translator if isinstance(translator, CandidatePool) else InTurn(translator)
         self._ledger = ledger
         self._advance = advance
 
@@ -164,19 +225,23 @@ class Search:
         kept: Sequence[int],
         drafts: Sequence[Sequence[int]],
         candidates: Iterable[int | None],
-        chunk: int,
+        chunks: Iterable[int],
     ) -> None:
-        """Makes sure that a chunk is translated without each candidate, in round `number`."""
-        rows = self.chunks[chunk]
-        todo = [
-            group
-            for group in self._translator.groups(list(candidates))
-            if any((number, layer, chunk) not in self._ledger for layer in group)
-        ]
-        if not todo:
+        """Makes sure that chunks are translated without each candidate, in round `number`."""
+        groups = self._pool.groups(list(candidates))
+        works = []
+        for chunk in chunks:
+            todo = [
+                group
+                for group in groups
+                if any((number, layer, chunk) not in self._ledger for layer in group)
+            ]
+            if todo:
+                rows = self.chunks[chunk]
+                works.append(Work(chunk, rows, list(kept), [drafts[row] for row in rows], todo))
+        if not works:
             return
-        own = [drafts[row] for row in rows]
-        for found in self._translator.run(kept, own, todo, rows):
+        for chunk, found in self._pool.run_all(works):
             self._ledger.add(number, chunk, found)
             layers = [layer for layer in found if layer is not None]
             self._advance(len(layers), note=_note(number, layers))
@@ -202,6 +267,20 @@ def _note(number: int, layers: Sequence[int]) -> str:
     return f"round {number}, up to layer {max(layers)}"
 
 
+@dataclass(frozen=True)
+class Shortlist:
+    """The layers that a cheap criterion would remove first: only these are tried."""
+
+    order: tuple[int, ...]
+    """All layers that may go, the most dispensable first."""
+    size: int
+    """How many are tried in a round."""
+
+    def of(self, layers: Sequence[int]) -> list[int]:
+        """Those of `layers` that are tried, in ascending order."""
+        return sorted([layer for layer in self.order if layer in layers][: self.size])
+
+
 Round = Callable[[Search, int, Sequence[int], Tokens, list[int]], list[Candidate]]
 """Ranks one round: (search, number, kept, drafts, candidates) -> candidates, each complete or settled."""
 
@@ -210,8 +289,7 @@ def every_candidate(
     search: Search, number: int, kept: Sequence[int], drafts: Tokens, candidates: list[int]
 ) -> list[Candidate]:
     """Scores every candidate on every segment."""
-    for chunk in range(len(search.chunks)):
-        search.translate(number, kept, drafts, candidates, chunk)
+    search.translate(number, kept, drafts, candidates, range(len(search.chunks)))
     return [
         Candidate(number, layer, search.task.score(search.tokens(number, layer)).score)
         for layer in candidates
@@ -224,18 +302,25 @@ def best(candidates: Sequence[Candidate]) -> Candidate:
     return max(complete, key=lambda candidate: (candidate.score, -candidate.layer))
 
 
-def greedy(search: Search, num_layers: int, remove: int, play: Round = every_candidate) -> Ranking:
+def greedy(
+    search: Search,
+    num_layers: int,
+    remove: int,
+    play: Round = every_candidate,
+    shortlist: Shortlist | None = None,
+) -> Ranking:
     """Removes `remove` layers one after the other."""
     kept = list(range(num_layers))
     nothing: Tokens = [[] for _ in search.task.ids]
-    for chunk in range(len(search.chunks)):
-        search.translate(0, kept, nothing, [None], chunk)
+    search.translate(0, kept, nothing, [None], range(len(search.chunks)))
     drafts = search.tokens(0, None)
     baseline = search.task.score(drafts)
     found: list[Candidate] = []
     removed: list[int] = []
     for number in range(1, remove + 1):
-        candidates = play(search, number, kept, drafts, removable(kept, num_layers))
+        inner = removable(kept, num_layers)
+        asked = shortlist.of(inner) if shortlist else inner
+        candidates = play(search, number, kept, drafts, asked)
         winner = best(candidates)
         drafts = search.tokens(number, winner.layer)
         removed.append(winner.layer)

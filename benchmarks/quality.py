@@ -3,20 +3,22 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import comet as comet_metric
 from benchmarks import scoring, size
 from benchmarks.config import QualityConfig
-from benchmarks.workload import FloatArray, shuffled_partners, silence_like
+from benchmarks.workload import shuffled_partners, silence_like
 from export.runtime import open_translator
 from halve import environment
 from halve.artefact import Artefact, Draft, append_jsonl, read, read_jsonl, write_json, writing
 from halve.corpus import Corpus, Segment, read_corpus
-from halve.languages import token_limit
-from halve.models import resolve_model
+from halve.families import Source
+from halve.models import family_of, resolve_model
 from halve.progress import SILENT, Progress
+from halve.sources import read_source, segment_limit
 from halve.translate import Translation, Translator, is_looping
 
 _CHUNK_BATCHES = 4
@@ -47,8 +49,8 @@ class _Workload:
         in_split = len(corpus.split(config.split, config.lang))
         return cls(corpus, segments, references, in_split)
 
-    def audio(self, index: int) -> FloatArray:
-        return self.corpus.audio(self.segments[index])
+    def source(self, index: int, reads: str) -> Source:
+        return read_source(reads, self.corpus, self.segments[index])
 
 
 @dataclass(frozen=True)
@@ -114,27 +116,32 @@ def _translate_all(
     """Translations of every model, and of the teacher's controls, by name."""
     found: dict[str, _Hypotheses] = {}
     for place, model in enumerate(models):
-        heard = _controls(workload) if place == 0 and config.controls else {}
-        tasks = {model.name: workload.audio} | {
-            f"{model.name}.{control}": audio for control, audio in heard.items()
+        reads = family_of(model.path).reads
+        heard = _controls(workload, reads) if place == 0 and config.controls else {}
+        tasks = {model.name: partial(workload.source, reads=reads)} | {
+            f"{model.name}.{control}": source for control, source in heard.items()
         }
         opened = _Opener(model.path, config.threads)
         try:
-            for name, audio in tasks.items():
+            for name, source in tasks.items():
                 found[name] = _translate(
-                    name, audio, opened.translator, config, workload, draft, progress
+                    name, source, reads, opened.translator, config, workload, draft, progress
                 )
         finally:
             opened.close()
     return found
 
 
-def _controls(workload: _Workload) -> dict[str, Callable[[int], FloatArray]]:
+def _controls(workload: _Workload, reads: str) -> dict[str, Callable[[int], Source]]:
+    """What a model is given in place of the segment: one that listens, or reads, does badly on it."""
     segments = workload.segments
+    if reads == "text":
+        other = shuffled_partners([len(s.source_text) for s in segments], workload.references)
+        return {"shuffled_text": lambda index: workload.source(other[index], reads)}
     partners = shuffled_partners([s.duration_s for s in segments], workload.references)
     return {
-        "shuffled_audio": lambda index: workload.audio(partners[index]),
-        "silence": lambda index: silence_like(workload.audio(index)),
+        "shuffled_audio": lambda index: workload.source(partners[index], reads),
+        "silence": lambda index: silence_like(workload.corpus.audio(segments[index])),
     }
 
 
@@ -157,7 +164,8 @@ class _Opener:
 
 def _translate(
     name: str,
-    audio: Callable[[int], FloatArray],
+    source: Callable[[int], Source],
+    reads: str,
     translator: Callable[[], Translator],
     config: QualityConfig,
     workload: _Workload,
@@ -174,10 +182,10 @@ def _translate(
         for number, chunk in enumerate(chunks):
             if number in done:
                 continue
-            samples = [audio(index) for index in chunk]
-            limits = [token_limit(workload.segments[index].duration_s) for index in chunk]
+            sources = [source(index) for index in chunk]
+            limits = [segment_limit(reads, workload.segments[index]) for index in chunk]
             translations = translator().translate(
-                samples, config.lang, limits=limits, batch_size=config.batch_size
+                sources, config.lang, limits=limits, batch_size=config.batch_size
             )
             rows = [
                 [index, scoring.one_line(translation.text), _stopped(translation)]
@@ -202,7 +210,14 @@ def _stopped(translation: Translation) -> str:
 
 def _chunks(segments: Sequence[Segment], batch_size: int) -> list[list[int]]:
     """Segments of like length together; the same chunks however often the run was killed."""
-    order = sorted(range(len(segments)), key=lambda i: (segments[i].duration_s, i))
+    order = sorted(
+        range(len(segments)),
+        key=lambda i: (
+            segments[i].duration_s,
+            0 if segments[i].audio else len(segments[i].source_text),
+            i,
+        ),
+    )
     step = batch_size * _CHUNK_BATCHES
     return [order[i : i + step] for i in range(0, len(order), step)]
 
@@ -269,6 +284,10 @@ def _write_lines(path: Path, workload: _Workload, found: dict[str, _Hypotheses])
     write_json(path / "stopped.json", {name: found[name].stopped for name in found})
 
 
+def _controls_of(found: dict[str, _Hypotheses], teacher: str) -> list[str]:
+    return [control for control in scoring.CONTROLS if f"{teacher}.{control}" in found]
+
+
 def _entry(
     config: QualityConfig,
     model: _Model,
@@ -294,7 +313,7 @@ def _entry(
                     found[f"{teacher}.{control}"].texts, references, config.lang
                 ).items()
             }
-            for control in (scoring.CONTROLS if config.controls else ())
+            for control in _controls_of(found, teacher)
         }
         return entry
     drawn = {"resamples": config.resamples, "seed": config.seed}

@@ -14,10 +14,11 @@ from compress.rows import Row, segments_for
 from halve import artefact
 from halve.artefact import Artefact, Draft, append_jsonl, read_jsonl
 from halve.corpus import Corpus, Segment, read_corpus
-from halve.languages import language, token_limit
+from halve.languages import language
 from halve.metrics import score
-from halve.models import load_model, resolve_model
+from halve.models import family_of, load_model, resolve_model
 from halve.progress import SILENT, Progress
+from halve.sources import read_source, segment_limit
 from halve.translate import TorchTranslator, Translation, plan_batches
 
 REPEATS = 4
@@ -76,8 +77,12 @@ def _translate(
     """Every segment in every language that it has a reference in."""
     log = draft.work / "batches.jsonl"
     done = read_jsonl(log)
-    durations_ms = [round(1000 * segment.duration_s) for segment in segments]
-    batches = plan_batches(durations_ms, config.batch_size)
+    reads = family_of(base).reads
+    lengths = [
+        len(each.source_text) if reads == "text" else round(1000 * each.duration_s)
+        for each in segments
+    ]
+    batches = plan_batches(lengths, config.batch_size)
     if len(done) < len(batches):
         speech = load_model(base, dtype=config.dtype, device=config.device)
         translator = TorchTranslator(speech, stop_loops=True)
@@ -97,7 +102,8 @@ def _translate(
 def _translate_batch(
     config: DistillConfig, translator: TorchTranslator, corpus: Corpus, segments: list[Segment]
 ) -> Iterable[dict[str, Any]]:
-    embeddings = translator.encode_all([corpus.audio(segment) for segment in segments])
+    reads = translator.speech.family.reads
+    embeddings = translator.encode_all([read_source(reads, corpus, each) for each in segments])
     for lang in config.langs:
         places = [place for place, each in enumerate(segments) if lang in each.references]
         if not places:
@@ -105,7 +111,7 @@ def _translate_batch(
         translations = translator.translate_embeddings(
             [embeddings[place] for place in places],
             lang,
-            limits=[token_limit(segments[place].duration_s) for place in places],
+            limits=[segment_limit(reads, segments[place]) for place in places],
             batch_size=len(places),
         )
         for place, found in zip(places, translations, strict=True):

@@ -26,14 +26,15 @@ def sequence_loss(
     """Cross entropy summed over the batch's target tokens.
 
     Args:
-        states: tower states of all sequences, one after the other: (audio positions, width).
+        states: tower states of all sequences, one after the other: (audio positions, width); empty for
+            a model that reads, whose texts stand in the prompts.
     """
     family, model = speech.family, speech.model
     table = speech.part(family.embeddings)
     embeds = table(batch.ids)
-    projector = next(speech.part(family.projector).parameters())
-    audio = family.project(model, states.to(projector.device, projector.dtype))
-    embeds = embeds.masked_scatter(batch.is_audio[..., None], audio.to(embeds.dtype))
+    if family.reads == "audio":
+        audio = family.project(model, states)
+        embeds = embeds.masked_scatter(batch.is_audio[..., None], audio.to(embeds.dtype))
     hidden = speech.part(family.decoder)(
         inputs_embeds=embeds,
         attention_mask=batch.mask,
@@ -42,7 +43,7 @@ def sequence_loss(
         use_cache=False,
     ).last_hidden_state
     # The head sees the learnt positions only: a vocabulary of 156,000 makes the rest unaffordable.
-    logits = speech.part(family.head)(hidden.flatten(0, 1)[batch.places])
+    logits = family.logits(model, hidden.flatten(0, 1)[batch.places])
     return functional.cross_entropy(
         logits.float(), batch.labels, label_smoothing=label_smoothing, reduction="sum"
     )

@@ -11,8 +11,8 @@ from typing import Any
 
 from compress.task import SearchTask
 from halve.families import Family, resolve
-from halve.languages import language
 from halve.models import SpeechModel
+from halve.sources import asked
 
 
 @contextmanager
@@ -71,7 +71,6 @@ class StockTranslator:
         self.speech = speech
         self.task = task
         self._deep_copy = deep_copy
-        self._instruction = speech.family.instruction(language(task.lang))
 
     def __enter__(self) -> "StockTranslator":
         return self
@@ -110,15 +109,12 @@ class StockTranslator:
 
         speech, task = self.speech, self.task
         dtype = getattr(torch, speech.dtype)
-        inputs = speech.family.stock_inputs(
-            speech.processor, task.audio[row], self._instruction, dtype
-        )
+        instruction = asked(speech.family, task.lang, task.audio[row])
+        inputs = speech.family.stock_inputs(speech.processor, task.audio[row], instruction, dtype)
         inputs = {key: value.to(speech.device) for key, value in inputs.items()}
         settings = greedy_config(speech, task.limits[row])
         with torch.inference_mode(), _settings(model, settings):
-            output = model.generate(**inputs)
-        tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
-        return tokens
+            return speech.family.stock_generate(model, inputs)
 
 
 @contextmanager

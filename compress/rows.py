@@ -8,9 +8,10 @@ from compress.collate import Branch, TrainingSequence
 from halve.artefact import read_jsonl
 from halve.corpus import Corpus, Segment
 from halve.errors import CorpusError, FamilyError
-from halve.families import TRANSCRIBE
+from halve.families import SourceText
 from halve.languages import language
 from halve.models import SpeechModel
+from halve.sources import asked as asked_for
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def build_sequences(
     for place, segment in enumerate(segments):
         heads: dict[tuple[int, ...], list[Branch]] = {}
         for row in by_segment.get(segment.id, ()):
-            head, tail = _prompt(speech, row, prompts)
+            head, tail = _prompt(speech, segment, row, prompts)
             heads.setdefault(head, []).append(Branch(tail, (*_tokens(speech, row.text), end)))
         for head, branches in heads.items():
             parts = [tuple(branches)] if share_audio else [(branch,) for branch in branches]
@@ -110,10 +111,22 @@ def end_token(speech: SpeechModel) -> int:
 
 
 def _prompt(
-    speech: SpeechModel, row: Row, known: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    speech: SpeechModel,
+    segment: Segment,
+    row: Row,
+    known: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     family = speech.family
-    asked = TRANSCRIBE if row.origin == "transcript" else family.instruction(language(row.lang))
+    if family.reads == "text":
+        source = SourceText(segment.source_text, segment.source_lang)
+        ids = family.source_ids(speech.processor, asked_for(family, row.lang, source), source)
+        # The last token is what the first one of the translation is predicted from.
+        return tuple(ids[:-1]), (ids[-1],)
+    asked = (
+        family.transcription()
+        if row.origin == "transcript"
+        else family.instruction(language(row.lang))
+    )
     if asked not in known:
         head, tail = family.prompt_ids(speech.processor, asked)
         if not tail:

@@ -52,6 +52,32 @@ class LiveStates:
         return speech.family.encode(speech.model, speech.processor, audio)
 
 
+class NoStates:
+    """For a model that reads: its texts are in the prompts, and no state stands beside them."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.lengths = [0] * len(segments)
+
+    def read(self, segment: int) -> Tensor:
+        """See AudioStates: shape (0, 0)."""
+        return torch.empty(0, 0)
+
+
+def open_states(
+    speech: SpeechModel,
+    corpus: Corpus,
+    segments: Sequence[Segment],
+    folder: Path | None,
+    progress: Progress = SILENT,
+) -> AudioStates:
+    """The segments' states as the model's family needs them: stored in `folder`, live if that is None."""
+    if speech.family.reads == "text":
+        return NoStates(segments)
+    if folder is None:
+        return LiveStates(speech, corpus, segments)
+    return store_states(speech, corpus, segments, folder, progress)
+
+
 class StoredStates:
     """States read from a finished store."""
 

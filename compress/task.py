@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from halve import metrics
-from halve.audio import FloatArray
+from halve.families import Source
 from halve.metrics import Score
 
 
@@ -15,8 +15,8 @@ class SearchTask:
     lang: str
     metric: str
     ids: tuple[str, ...]
-    audio: tuple[FloatArray, ...]
-    """16 kHz mono samples of each segment, shape (samples,)."""
+    audio: tuple[Source, ...]
+    """16 kHz mono samples of each segment, shape (samples,); its text for a model that reads."""
     references: tuple[str, ...]
     limits: tuple[int, ...]
     """The most tokens that each segment's translation may take (`halve.languages.token_limit`)."""

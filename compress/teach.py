@@ -11,15 +11,17 @@ from transformers.utils import logging
 from compress.config import TeachConfig, TrainingConfig
 from compress.loop import Scores, Training, checkpoint_activations, train
 from compress.rows import build_sequences, reference_rows, segments_for
-from compress.states import AudioStates, LiveStates, store_states
+from compress.states import AudioStates, open_states
 from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
-from halve.languages import language, token_limit
+from halve.families import SourceText
+from halve.languages import language
 from halve.metrics import score
 from halve.models import SpeechModel, load_model, resolve_model
 from halve.progress import SILENT, Progress
 from halve.shards import copy_side_files
+from halve.sources import segment_limit
 from halve.translate import TorchTranslator
 
 SCORE_BATCH = 40
@@ -79,10 +81,9 @@ def _prepare(
     folder = states_dir or draft.work
     segments = segments_for(corpus, "train", config.langs, config.train_segments)
     rows = reference_rows(segments, config.langs, config.transcribe)
-    if config.freeze_audio:
-        audio: AudioStates = store_states(speech, corpus, segments, folder / "train", progress)
-    else:
-        audio = LiveStates(speech, corpus, segments)
+    audio = open_states(
+        speech, corpus, segments, folder / "train" if config.freeze_audio else None, progress
+    )
     if config.checkpoint_activations:
         checkpoint_activations(speech)
     weights, projector = select_weights(speech, config.freeze_audio)
@@ -114,7 +115,8 @@ def select_weights(
     weights = {}
     for name, parameter in speech.model.named_parameters():
         # The tower's sinusoid positions say themselves that they do not train.
-        if name.startswith(tower) and (freeze_audio or not parameter.requires_grad):
+        is_tower = bool(speech.family.audio_tower) and name.startswith(tower)
+        if is_tower and (freeze_audio or not parameter.requires_grad):
             parameter.requires_grad_(False)
         else:
             weights[name] = parameter
@@ -137,10 +139,9 @@ def scorer(
     if config.select_segments == 0:
         return None
     segments = segments_for(corpus, "select", config.langs, config.select_segments)
-    if frozen_audio:
-        audio: AudioStates = store_states(speech, corpus, segments, folder / "select", progress)
-    else:
-        audio = LiveStates(speech, corpus, segments)
+    audio = open_states(
+        speech, corpus, segments, folder / "select" if frozen_audio else None, progress
+    )
 
     def evaluate() -> Scores:
         return {lang: select_score(speech, segments, audio, lang) for lang in config.langs}
@@ -154,15 +155,14 @@ def select_score(
     """Corpus score of greedy translations into `lang`, for the segments that have a reference in it."""
     translator = TorchTranslator(speech, stop_loops=True)
     places = [place for place, segment in enumerate(segments) if lang in segment.references]
-    projector = next(speech.part(speech.family.projector).parameters())
     with torch.inference_mode():
         embeddings = [
-            speech.family.project(
-                speech.model, audio.read(place).to(projector.device, projector.dtype)
-            )
+            SourceText(segments[place].source_text, segments[place].source_lang)
+            if speech.family.reads == "text"
+            else speech.family.project(speech.model, audio.read(place))
             for place in places
         ]
-    limits = [token_limit(segments[place].duration_s) for place in places]
+    limits = [segment_limit(speech.family.reads, segments[place]) for place in places]
     found = translator.translate_embeddings(embeddings, lang, limits=limits, batch_size=SCORE_BATCH)
     references = Corpus.references([segments[place] for place in places], lang)
     metric = language(lang).selection_metric

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from compress.config import TuneConfig
 from compress.loop import Training, checkpoint_activations, train
 from compress.rows import Row, build_sequences, read_rows, reference_rows, segments_for
-from compress.states import store_states
+from compress.states import open_states
 from compress.teach import run_teach, save_model, scorer, select_weights, write_history
 from halve import artefact
 from halve.artefact import Artefact, Draft
@@ -113,7 +113,7 @@ def _prepare(
         speech=speech,
         config=config,
         sequences=build_sequences(speech, segments, rows, config.share_audio),
-        audio=store_states(speech, corpus, segments, draft.work / "train", progress),
+        audio=open_states(speech, corpus, segments, draft.work / "train", progress),
         weights=weights,
         folder=draft.work / "checkpoints",
         evaluate=scorer(config, speech, corpus, draft.work, True, progress),

@@ -32,6 +32,15 @@ class Manifest:
     parity: dict[str, Any] = field(default_factory=dict)
     onnx: dict[str, Any] | None = None
     """Of an ONNX package: front_end, decoder, bits."""
+    template: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Of a model that reads: the prompt's text before and after the source text, by language code."""
+    begins: bool = False
+    """Of a model that reads: whether its tokenizer must add its begin token to that."""
+
+    @property
+    def reads(self) -> str:
+        """audio or text."""
+        return "text" if self.template else "audio"
 
     @property
     def front_end(self) -> LogMel:
@@ -81,6 +90,8 @@ def read_manifest(folder: Path, target: str | None = None) -> Manifest:
         )
     try:
         facts["prompt"] = {code: (ids[0], ids[1]) for code, ids in facts["prompt"].items()}
+        templates = facts.get("template", {}).items()
+        facts["template"] = {code: (parts[0], parts[1]) for code, parts in templates}
         manifest = Manifest(**facts)
     except (TypeError, KeyError, IndexError) as error:
         raise ArtefactError(f"{folder / MANIFEST} is incomplete ({error})") from None

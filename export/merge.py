@@ -97,7 +97,8 @@ def _merge_better(
 ) -> None:
     """Makes both students, scores both on `select`, keeps the better (the unquantised base on a tie)."""
     langs = config.langs or _tuned_languages(adapter)
-    sets = open_select_sets(corpus, langs, config.select_segments)
+    reads = family_for(read_config(model)).reads
+    sets = open_select_sets(corpus, langs, config.select_segments, reads)
     scores: dict[str, dict[str, float]] = {}
     folders = {onto: draft.work / onto for onto in BASES}
     with progress.task("merge: score both bases", total=len(BASES)) as advance:

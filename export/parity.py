@@ -13,8 +13,8 @@ from typing import Any
 
 from export.config import PackageConfig
 from export.scoring import SelectSet
-from halve.audio import FloatArray
 from halve.errors import ParityError
+from halve.families import Source
 from halve.metrics import retention, score
 from halve.models import load_model
 from halve.progress import Progress
@@ -128,19 +128,21 @@ def _first_difference(
 
 
 def top_two_gap(
-    translator: TorchTranslator, audio: FloatArray, lang: str, tokens: Sequence[int]
+    translator: TorchTranslator, audio: Source, lang: str, tokens: Sequence[int]
 ) -> float:
     """The difference of the two highest logits after `tokens`; infinite where it is no number."""
     import torch
 
     speech = translator.speech
-    before, after = translator.prompt(lang)
+    taken = translator.encode_all([audio])
     with torch.inference_mode():
         table = speech.part(speech.family.embeddings)
-        said = table(torch.tensor(list(tokens), dtype=torch.long, device=before.device))
-        inputs = torch.cat([before, translator.encode_all([audio])[0], after, said])
-        hidden = speech.part(speech.family.decoder)(inputs_embeds=inputs[None]).last_hidden_state
-        best = speech.part(speech.family.head)(hidden[0, -1]).topk(2).values
+        prompt = translator.inputs(taken[0], lang)
+        said = table(torch.tensor(list(tokens), dtype=torch.long, device=prompt.device))
+        hidden = speech.part(speech.family.decoder)(
+            inputs_embeds=torch.cat([prompt, said])[None], **speech.family.conditions(taken)
+        ).last_hidden_state
+        best = speech.family.logits(speech.model, hidden[0, -1]).topk(2).values
     gap = float(best[0] - best[1])
     return gap if math.isfinite(gap) else math.inf
 

@@ -4,7 +4,7 @@ An ONNX package needs numpy, onnxruntime and tokenizers; neither torch nor trans
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from export.manifest import MANIFEST, Manifest, read_manifest
 from halve import environment
 from halve.errors import ArtefactError, InputError, MissingExtraError
-from halve.languages import language, token_limit
-from halve.translate import TextStream, Translation, Translator, limits_for
+from halve.families import Source, SourceText
+from halve.languages import language
+from halve.sources import limits_for
+from halve.translate import TextStream, Translation, Translator
 
 FloatArray = NDArray[np.float32]
 
@@ -50,7 +52,7 @@ class OnnxTranslator:
         self.family = manifest.family
         self.languages = tuple(manifest.languages)
         self.max_audio_s = manifest.max_audio_s
-        self.sample_rate_hz = manifest.front_end.sample_rate_hz
+        self.sample_rate_hz = manifest.sample_rate_hz
         try:
             self._open(path, manifest, threads, stop_loops)
         except Exception as error:  # onnxruntime and tokenizers raise kinds of their own
@@ -67,9 +69,10 @@ class OnnxTranslator:
         from export.frontend import FrontEnd
         from export.vocabulary import VOCABULARY
 
-        self._front = FrontEnd(manifest.front_end)
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        self._encoder = open_session(path / "encoder.onnx", threads, spin=False)
+        if manifest.reads == "audio":
+            self._front = FrontEnd(manifest.front_end)
+            self._encoder = open_session(path / "encoder.onnx", threads, spin=False)
         session = open_session(path / "decoder.onnx", threads, spin=True)
         kept = None
         if manifest.is_trimmed:
@@ -117,10 +120,20 @@ class OnnxTranslator:
         embeddings: FloatArray = self._encoder.run(["embeddings"], feed)[0]
         return embeddings[0]
 
-    def inputs(self, audio: FloatArray, lang: str) -> FloatArray:
-        """Embeddings of the whole prompt with one clip in it, (positions, hidden)."""
+    def inputs(self, audio: Source, lang: str) -> FloatArray:
+        """Embeddings of the whole prompt with one clip, or text, in it, (positions, hidden)."""
+        if isinstance(audio, SourceText):
+            return self._embed(self._prompt_with(audio.text, lang))
         before, after = self.prompt(lang)
         return np.concatenate([before, self.encode(audio), after])
+
+    def _prompt_with(self, text: str, lang: str) -> list[int]:
+        self.prompt(lang)  # refuses a language that the package was not made for
+        before, after = self.manifest.template[language(lang).code]
+        ids: list[int] = self._tokenizer.encode(
+            f"{before}{text.strip()}{after}", add_special_tokens=self.manifest.begins
+        ).ids
+        return ids
 
     def open_batch(self, slots: int, capacity: int = 512) -> Any:
         """A `DecodeBatch` for a server: rows are added and removed between steps.
@@ -139,13 +152,17 @@ class OnnxTranslator:
 
     def translate(
         self,
-        audio: Sequence[FloatArray],
+        audio: Sequence[Source],
         lang: str,
         *,
         limits: Sequence[int] | None = None,
         batch_size: int = 16,
+        beams: int = 1,
     ) -> list[Translation]:
-        """See `Translator.translate`."""
+        """See `Translator.translate`; with more than one beam, sources are translated one by one."""
+        if beams > 1:
+            pairs = zip(audio, limits_for(audio, limits), strict=True)
+            return [self._search(source, lang, limit, beams) for source, limit in pairs]
         found: list[Translation | None] = [None] * len(audio)
         for index, translation in self.translate_each(
             audio, lang, limits=limits, batch_size=batch_size
@@ -153,9 +170,14 @@ class OnnxTranslator:
             found[index] = translation
         return [translation for translation in found if translation is not None]
 
+    def _search(self, source: Source, lang: str, limit: int, beams: int) -> Translation:
+        inputs = self.inputs(source, lang)
+        row = self.open_batch(beams, len(inputs) + limit).search(inputs, limit, beams)
+        return self._translation(row)
+
     def translate_each(
         self,
-        audio: Sequence[FloatArray],
+        audio: Sequence[Source],
         lang: str,
         *,
         limits: Sequence[int] | None = None,
@@ -183,7 +205,7 @@ class OnnxTranslator:
             for row in stopped:
                 yield running.pop(id(row)), self._translation(row)
 
-    def top_two_gap(self, audio: FloatArray, lang: str, tokens: Sequence[int]) -> float:
+    def top_two_gap(self, audio: Source, lang: str, tokens: Sequence[int]) -> float:
         """The difference of the two highest logits after `tokens` have been said."""
         inputs = self.inputs(audio, lang)
         if tokens:
@@ -195,9 +217,11 @@ class OnnxTranslator:
     def _translation(self, row: Any) -> Translation:
         return Translation(self.text(row.tokens), list(row.tokens), row.stopped)
 
-    def stream(self, audio: FloatArray, lang: str, *, limit: int | None = None) -> Iterator[str]:
-        """See `Translator.stream`."""
-        limit = token_limit(len(audio) / self.sample_rate_hz) if limit is None else limit
+    def stream(
+        self, audio: Source, lang: str, *, limit: int | None = None
+    ) -> Generator[str, None, Translation]:
+        """See `Translator.stream`; the generator's value is the whole translation."""
+        (limit,) = limits_for([audio], None if limit is None else [limit])
         inputs = self.inputs(audio, lang)
         batch = self.open_batch(1, len(inputs) + limit)
         row = batch.add(inputs, limit)
@@ -208,11 +232,14 @@ class OnnxTranslator:
             batch.step()
         if piece := pieces.push(row.tokens, last=True):
             yield piece
+        return self._translation(row)
 
     def close(self) -> None:
         """Frees the graphs."""
         self._prompts.clear()
-        del self._encoder, self._decoder, self._embed
+        if self.manifest.reads == "audio":
+            del self._encoder
+        del self._decoder, self._embed
 
 
 def open_translator(

@@ -3,22 +3,23 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from halve.audio import FloatArray
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
+from halve.families import Source
 from halve.languages import language
 from halve.metrics import score
+from halve.sources import read_source
 from halve.translate import Translation, Translator
 
 
 class SelectSet:
-    """The segments of `select` in one language, with their audio."""
+    """The segments of `select` in one language, with their audio, or their text for a model that reads."""
 
-    def __init__(self, corpus: Corpus, lang: str, limit: int | None) -> None:
+    def __init__(self, corpus: Corpus, lang: str, limit: int | None, reads: str = "audio") -> None:
         self.lang = language(lang).code
         self.metric = language(lang).selection_metric
         self.segments: list[Segment] = corpus.split("select", self.lang, limit)
-        self.audio: list[FloatArray] = [corpus.audio(segment) for segment in self.segments]
+        self.audio: list[Source] = [read_source(reads, corpus, each) for each in self.segments]
         self.references = corpus.references(self.segments, self.lang)
 
     def translate(self, translator: Translator, batch_size: int) -> list[Translation]:
@@ -38,9 +39,12 @@ def languages_of(corpus: Corpus) -> list[str]:
 
 
 def open_select_sets(
-    corpus_path: Path | None, langs: Sequence[str], limit: int | None
+    corpus_path: Path | None, langs: Sequence[str], limit: int | None, reads: str = "audio"
 ) -> list[SelectSet]:
     """The select sets of `langs`, of all the corpus's languages where that is empty.
+
+    Args:
+        reads: audio or text, as the model's family says.
 
     Raises:
         InputError: there is no corpus.
@@ -53,4 +57,4 @@ def open_select_sets(
             mend="name --corpus",
         )
     corpus = read_corpus(corpus_path)
-    return [SelectSet(corpus, lang, limit) for lang in langs or languages_of(corpus)]
+    return [SelectSet(corpus, lang, limit, reads) for lang in langs or languages_of(corpus)]

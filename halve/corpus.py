@@ -21,7 +21,7 @@ class Segment:
 
     id: str
     audio: str
-    """Path of the audio file, relative to the corpus."""
+    """Path of the audio file, relative to the corpus; empty where there is only text."""
     offset_s: float
     duration_s: float
     source_lang: str
@@ -132,11 +132,12 @@ def _fault(error: Exception) -> str:
 
 def _segment(record: dict[str, Any]) -> Segment:
     record = dict(record)
+    audio = str(record.pop("audio", ""))
     known: dict[str, Any] = {
         "id": str(record.pop("id")),
-        "audio": str(record.pop("audio")),
+        "audio": audio,
         "offset_s": float(record.pop("offset_s", 0.0)),
-        "duration_s": float(record.pop("duration_s")),
+        "duration_s": float(record.pop("duration_s") if audio else record.pop("duration_s", 0.0)),
         "source_lang": str(record.pop("source_lang")),
         "source_text": str(record.pop("source_text", "")),
         "references": dict(record.pop("references")),
@@ -174,6 +175,10 @@ def check_segments(
     for index, segment in enumerate(segments):
         place = where[index] if where else segment.id
         faults += [f"{place}: {fault}" for fault in _text_faults(segment, seen, texts, place)]
+        if not segment.audio:
+            if not segment.source_text.strip():
+                faults.append(f"{place}: neither audio nor source text")
+            continue
         if segment.audio not in lengths:
             lengths[segment.audio] = _length(root / segment.audio)
         faults += [
@@ -195,9 +200,10 @@ def _text_faults(
     for lang, text in segment.references.items():
         if not text.strip():
             faults.append(f"the {lang} text is empty")
-    key = (segment.audio, f"{segment.offset_s:.3f}", "\0".join(segment.references.values()))
+    heard = segment.audio or segment.source_text
+    key = (heard, f"{segment.offset_s:.3f}", "\0".join(segment.references.values()))
     if key in texts:
-        faults.append(f"same audio and text as {texts[key]}")
+        faults.append(f"same {'audio and ' if segment.audio else ''}text as {texts[key]}")
     texts.setdefault(key, place)
     return faults
 

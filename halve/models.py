@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halve.artefact import read_json
 from halve.errors import ArtefactError, FamilyError, InputError, MissingExtraError
-from halve.families import Family, family_for, resolve
+from halve.families import FAMILIES, Family, family_for, resolve
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -88,7 +89,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def family_of(path: Path) -> Family:
-    """The family of a model directory."""
+    """The family of a model directory, or of a package of any target."""
+    package = path / "package.json"
+    if not (path / "config.json").is_file() and package.is_file():
+        name = read_json(package).get("family")
+        if name not in FAMILIES:
+            raise ArtefactError(
+                f"{package} is of family {name!r}", expected=f"one of {', '.join(FAMILIES)}"
+            )
+        return FAMILIES[name]
     return family_for(read_config(path))
 
 
@@ -107,14 +116,15 @@ def load_processor(path: Path) -> Any:
     Raises:
         ArtefactError: its files are missing or damaged.
     """
-    from transformers import AutoProcessor
-
+    family = family_of(path)
     try:
-        return AutoProcessor.from_pretrained(str(path), local_files_only=True)
+        return family.load_processor(path)
     except Exception as error:  # transformers raises many kinds for damaged files
         raise ArtefactError(
             f"{path}: its processor cannot be loaded ({_first_line(error)})",
-            expected="processor, tokenizer and feature extractor files beside config.json",
+            expected="processor, tokenizer and feature extractor files beside config.json"
+            if family.reads == "audio"
+            else "tokenizer files beside config.json",
         ) from None
 
 
@@ -220,7 +230,7 @@ def quantization_config(family: Family, quantization: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     # Full in-memory paths: short names are silently ignored.
-    skip = [family.audio_tower, family.projector, family.head]
+    skip = [part for part in (family.audio_tower, family.projector, family.head) if part]
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

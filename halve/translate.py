@@ -1,4 +1,4 @@
-"""Translating speech: the protocol that every runtime fulfils, and the one on torch.
+"""Translating speech or text: the protocol that every runtime fulfils, and the one on torch.
 
 Decoding is greedy, as the paper's: the same tokens as stock `generate`, with audio encoded on its valid
 frames only and finished rows leaving the batch.
@@ -8,12 +8,19 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from halve.audio import SAMPLE_RATE_HZ, FloatArray
-from halve.languages import LANGUAGES, language, token_limit
+from halve.audio import SAMPLE_RATE_HZ
+from halve.beams import BeamSearch
+from halve.families import Source, SourceText
+from halve.languages import LANGUAGES
 from halve.models import SpeechModel
+from halve.sources import asked, limits_for
+from halve.torch_beams import search
 
 if TYPE_CHECKING:
     import torch
+
+    Taken = torch.Tensor | SourceText
+    """A source as `Family.take_in` gives it."""
 
 LOOP_TOKENS = 48
 """A translation that ends in the same few tokens repeated over this many is stuck."""
@@ -42,17 +49,18 @@ class Translator(Protocol):
 
     def translate(
         self,
-        audio: Sequence[FloatArray],
+        audio: Sequence[Source],
         lang: str,
         *,
         limits: Sequence[int] | None = None,
         batch_size: int = 16,
+        beams: int = 1,
     ) -> list[Translation]:
-        """Translates clips (each of shape (samples,)) in any order, and returns them in the given one."""
+        """Translates clips (each of shape (samples,)), or texts where the family reads, in the given order."""
         ...
 
-    def stream(self, audio: FloatArray, lang: str, *, limit: int | None = None) -> Iterator[str]:
-        """Translates one clip; what is yielded, joined, is the text that `translate` returns."""
+    def stream(self, audio: Source, lang: str, *, limit: int | None = None) -> Iterator[str]:
+        """Translates one clip or text; what is yielded, joined, is the text that `translate` returns."""
         ...
 
     def close(self) -> None:
@@ -75,13 +83,6 @@ def is_looping(tokens: Sequence[int]) -> bool:
         return False
     tail = list(tokens[-LOOP_TOKENS:])
     return any(tail[period:] == tail[:-period] for period in range(1, LOOP_PERIOD + 1))
-
-
-def limits_for(audio: Sequence[FloatArray], limits: Sequence[int] | None) -> list[int]:
-    """Token limits: those given, else by each clip's duration."""
-    if limits is not None:
-        return list(limits)
-    return [token_limit(len(clip) / SAMPLE_RATE_HZ) for clip in audio]
 
 
 class TextStream:
@@ -117,32 +118,33 @@ class TorchTranslator:
         self.max_audio_s = speech.family.max_audio_s
         self._stop_loops = stop_loops
         self._ends = frozenset(speech.family.end_ids(speech.model))
-        self._prompts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._blocked, self._blocked_first = speech.family.suppressed(speech.model)
 
-    def encode_all(self, audio: Sequence[FloatArray]) -> "list[torch.Tensor]":
-        """Projected embeddings of each clip: shape (positions, hidden)."""
+    def encode_all(self, audio: Sequence[Source]) -> "list[Taken]":
+        """What is computed once of each source, whatever the language: see `Family.take_in`."""
         import torch
 
         speech = self.speech
         with torch.inference_mode():
             return [
-                speech.family.project(
-                    speech.model, speech.family.encode(speech.model, speech.processor, clip)
-                )
-                for clip in audio
+                speech.family.take_in(speech.model, speech.processor, source) for source in audio
             ]
 
     def translate(
         self,
-        audio: Sequence[FloatArray],
+        audio: Sequence[Source],
         lang: str,
         *,
         limits: Sequence[int] | None = None,
         batch_size: int = 16,
+        beams: int = 1,
     ) -> list[Translation]:
-        """See `Translator.translate`."""
+        """See `Translator.translate`; with more than one beam, sources are translated one by one."""
         found: dict[int, Translation] = {}
         chosen = limits_for(audio, limits)
+        if beams > 1:
+            pairs = zip(audio, chosen, strict=True)
+            return [self._search(source, lang, limit, beams) for source, limit in pairs]
         for batch in plan_batches([len(clip) for clip in audio], batch_size):
             embeddings = self.encode_all([audio[index] for index in batch])
             rows = self.translate_embeddings(
@@ -151,15 +153,22 @@ class TorchTranslator:
             found.update(zip(batch, rows, strict=True))
         return [found[index] for index in range(len(audio))]
 
+    def _search(self, source: Source, lang: str, limit: int, beams: int) -> Translation:
+        loops = is_looping if self._stop_loops else None
+        found = search(
+            self, self.encode_all([source])[0], lang, BeamSearch(beams, limit, self._ends, loops=loops)
+        )
+        return Translation(self.decode(found.tokens), found.tokens, found.stopped)
+
     def translate_embeddings(
         self,
-        embeddings: "Sequence[torch.Tensor]",
+        embeddings: "Sequence[Taken]",
         lang: str,
         *,
         limits: Sequence[int],
         batch_size: int = 16,
     ) -> list[Translation]:
-        """Translates clips that `encode_all` has encoded."""
+        """Translates sources that `encode_all` has taken in."""
         found: dict[int, Translation] = {}
         for batch in plan_batches([len(rows) for rows in embeddings], batch_size):
             decoding = _Decoding(self, [embeddings[index] for index in batch], lang)
@@ -170,7 +179,7 @@ class TorchTranslator:
         return [found[index] for index in range(len(embeddings))]
 
     def stream(
-        self, audio: FloatArray, lang: str, *, limit: int | None = None
+        self, audio: Source, lang: str, *, limit: int | None = None
     ) -> Generator[str, None, Translation]:
         """See `Translator.stream`; the generator's value is the whole translation."""
         decoding = _Decoding(self, self.encode_all([audio]), lang)
@@ -190,25 +199,30 @@ class TorchTranslator:
         """The text of tokens."""
         return self.speech.family.decode_text(self.speech.processor, tokens)
 
-    def prompt(self, lang: str) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Embeddings of the prompt before and after the audio: shapes (tokens, hidden)."""
+    def inputs(self, taken: "Taken", lang: str) -> "torch.Tensor":
+        """The decoder's inputs for one source, up to the first token it says: (positions, hidden)."""
         import torch
 
-        if lang not in self._prompts:
-            family, model = self.speech.family, self.speech.model
-            ids = family.prompt_ids(self.speech.processor, family.instruction(language(lang)))
-            table = self.speech.part(family.embeddings)
-            with torch.inference_mode():
-                before, after = (
-                    table(torch.tensor(part, device=table.weight.device)) for part in ids
-                )
-            self._prompts[lang] = (before, after)
-            del model
-        return self._prompts[lang]
+        speech = self.speech
+        instruction = asked(speech.family, lang, taken)
+        with torch.inference_mode():
+            return speech.family.embed_prompt(speech.model, speech.processor, instruction, taken)
+
+    def choose(self, hidden: "torch.Tensor", first: bool) -> "torch.Tensor":
+        """The most likely tokens after states (rows, hidden), of those that stock `generate` may say."""
+        chosen: torch.Tensor = self.logits(hidden, first).argmax(-1)
+        return chosen
+
+    def logits(self, hidden: "torch.Tensor", first: bool) -> "torch.Tensor":
+        """Logits (rows, vocabulary) after states; -inf for what stock `generate` may not say."""
+        logits: torch.Tensor = self.speech.part(self.speech.family.head)(hidden)
+        for blocked in (self._blocked, self._blocked_first if first else ()):
+            if blocked:
+                logits[:, list(blocked)] = -float("inf")
+        return logits
 
     def close(self) -> None:
         """Frees the model."""
-        self._prompts.clear()
         del self.speech
 
     def stops(self, tokens: Sequence[int], token: int, limit: int) -> str:
@@ -224,25 +238,23 @@ class _Decoding:
     """Greedy decoding of one left-padded batch."""
 
     def __init__(
-        self, translator: TorchTranslator, embeddings: "Sequence[torch.Tensor]", lang: str
+        self, translator: TorchTranslator, embeddings: "Sequence[Taken]", lang: str
     ) -> None:
         self._translator = translator
         family = translator.speech.family
         self._decoder = translator.speech.part(family.decoder)
-        self._head = translator.speech.part(family.head)
         self._table = translator.speech.part(family.embeddings)
-        self._inputs, self._mask = self._pad(embeddings, *translator.prompt(lang))
+        self._conditions = family.conditions(embeddings)
+        self._cache = family.new_cache()
+        self._inputs, self._mask = self._pad([translator.inputs(row, lang) for row in embeddings])
 
     @staticmethod
-    def _pad(
-        embeddings: "Sequence[torch.Tensor]", before: "torch.Tensor", after: "torch.Tensor"
-    ) -> "tuple[torch.Tensor, torch.Tensor]":
+    def _pad(rows: "Sequence[torch.Tensor]") -> "tuple[torch.Tensor, torch.Tensor]":
         import torch
 
-        rows = [torch.cat([before, clip.to(before.dtype), after]) for clip in embeddings]
         longest = max(len(row) for row in rows)
-        inputs = before.new_zeros(len(rows), longest, before.shape[1])
-        mask = torch.zeros(len(rows), longest, dtype=torch.long, device=before.device)
+        inputs = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
+        mask = torch.zeros(len(rows), longest, dtype=torch.long, device=inputs.device)
         for index, row in enumerate(rows):
             inputs[index, longest - len(row) :] = row
             mask[index, longest - len(row) :] = 1
@@ -258,13 +270,12 @@ class _Decoding:
     def steps(self, limits: Sequence[int]) -> Iterator[list[list[int]]]:
         """Yields all rows' tokens so far after each step."""
         import torch
-        from transformers import DynamicCache
 
         tokens: list[list[int]] = [[] for _ in limits]
         self.reasons = [""] * len(limits)
         active = list(range(len(limits)))
-        cache = DynamicCache()
-        inputs, mask = self._inputs, self._mask
+        cache, conditions = self._cache, self._conditions
+        inputs, mask, first = self._inputs, self._mask, True
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         while active:
             with torch.inference_mode():
@@ -274,8 +285,10 @@ class _Decoding:
                     position_ids=positions,
                     past_key_values=cache,
                     use_cache=True,
+                    **conditions,
                 ).last_hidden_state[:, -1]
-                chosen = self._head(hidden).argmax(-1)
+                chosen = self._translator.choose(hidden, first)
+            first = False
             keep = self._take(active, chosen.tolist(), tokens, limits)
             yield tokens
             if not keep:
@@ -284,6 +297,7 @@ class _Decoding:
             if len(keep) < len(active):
                 active = [active[row] for row in keep]
                 cache.batch_select_indices(rows)
+                conditions = {name: value[rows] for name, value in conditions.items()}
             with torch.inference_mode():
                 inputs = self._table(chosen[rows])[:, None]
             positions = positions[rows, -1:] + 1

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 POSITIONS_PER_SECOND = 25
 """Decoder positions that a second of audio takes."""
+LETTERS_PER_SECOND = 15
+"""How a text without audio is counted: as long as it takes to say."""
 PROMPT_POSITIONS = 40
 TOKENS_PER_SECOND = 4
 """Tokens of a translation a second of speech."""
@@ -199,15 +201,21 @@ def _imported(path: Path) -> Speech:
     counts: dict[str, int] = {}
     for segment in segments:
         counts[segment.split] = counts.get(segment.split, 0) + 1
-    stored = sum((path / name).stat().st_size for name in {s.audio for s in segments})
-    return Speech(counts, sum(s.duration_s for s in segments) / len(segments), stored)
+    files = {s.audio for s in segments if s.audio}
+    stored = sum((path / name).stat().st_size for name in files)
+    length_s = sum(s.duration_s or len(s.source_text) / LETTERS_PER_SECOND for s in segments)
+    return Speech(counts, length_s / len(segments), stored)
 
 
 def _in_source(section: CorpusConfig, source: str) -> Speech:
     from halve.importers import read_source
 
     rows = read_source(section, source).rows
-    lengths = [row.duration_s for row in rows if row.duration_s is not None]
+    lengths = [
+        len(row.source_text) / LETTERS_PER_SECOND if row.audio is None else row.duration_s or 0.0
+        for row in rows
+        if row.audio is None or row.duration_s is not None
+    ]
     mean_s = sum(lengths) / len(lengths) if lengths else ASSUMED_SEGMENT_S
     counts: dict[str, int] = {}
     for row in rows:

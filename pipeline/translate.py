@@ -1,11 +1,14 @@
 """`halve translate`: one line a segment, in the order asked for."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from halve.audio import FloatArray, probe, read_audio
+from halve.families import SourceText
 from halve.errors import CorpusError, InputError
+from halve.importers.base import read_lines
 from halve.importers.iwslt import FILE_ORDER, AudioIndex, in_file_order, read_segments_yaml
 from halve.progress import Progress
 
@@ -53,6 +56,61 @@ def pieces_of_segments(segments: Path, input_dir: Path | None) -> list[Piece]:
         for entry in entries
     ]
     return _checked(found)
+
+
+def lines_of_files(files: Sequence[Path], source_lang: str) -> list[tuple[str, SourceText]]:
+    """The lines of text files, standard input where none is named (or one is -), each with its place.
+
+    Raises:
+        CorpusError: a file cannot be read, or is not UTF-8.
+        InputError: there is no line at all.
+    """
+    found: list[tuple[str, SourceText]] = []
+    for file in files or [Path("-")]:
+        if str(file) == "-":
+            lines = sys.stdin.read().splitlines()
+        elif file.is_file():
+            lines = read_lines(file)
+        else:
+            raise CorpusError(f"{file} does not exist", expected="a text file, one text a line")
+        found += [
+            (f"{file}:{number}", SourceText(line, source_lang))
+            for number, line in enumerate(lines, start=1)
+        ]
+    if not found:
+        raise InputError("Nothing to translate", mend="name text files, or give lines on stdin")
+    return found
+
+
+def translate_lines(
+    model: str,
+    lang: str | None,
+    lines: Sequence[tuple[str, SourceText]],
+    batch_size: int,
+    threads: int | None,
+    progress: Progress,
+) -> Iterator[Line]:
+    """Translates texts in their order with a model that reads; an empty line stays empty.
+
+    Raises:
+        InputError: a language that the model does not speak.
+    """
+    from export.runtime import open_translator
+
+    translator = open_translator(model, threads=threads)
+    try:
+        target = _language(lang, translator.languages)
+        with progress.task("Translating", len(lines)) as advance:
+            for start in range(0, len(lines), 4 * batch_size):
+                batch = lines[start : start + 4 * batch_size]
+                texts = [source for _, source in batch if source.text.strip()]
+                found = iter(translator.translate(texts, target, batch_size=batch_size))
+                for name, source in batch:
+                    text = next(found).text if source.text.strip() else ""
+                    yield Line(name, " ".join(text.split()), 0.0)
+                advance(len(batch))
+    finally:
+        translator.close()
 
 
 def _checked(pieces: list[Piece]) -> list[Piece]:

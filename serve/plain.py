@@ -3,17 +3,14 @@
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from halve import environment
-from halve.languages import LANGUAGES, language
-from halve.translate import Translation, limits_for
+from halve.families import Source
+from halve.languages import LANGUAGES
+from halve.sources import asked, limits_for
+from halve.translate import Translation
 
 if TYPE_CHECKING:
     from halve.models import SpeechModel
-
-FloatArray = NDArray[np.float32]
 
 
 class PlainTranslator:
@@ -30,7 +27,7 @@ class PlainTranslator:
 
     def translate(
         self,
-        audio: Sequence[FloatArray],
+        audio: Sequence[Source],
         lang: str,
         *,
         limits: Sequence[int] | None = None,
@@ -40,26 +37,25 @@ class PlainTranslator:
         chosen = limits_for(audio, limits)
         return [self._one(clip, lang, limit) for clip, limit in zip(audio, chosen, strict=True)]
 
-    def _one(self, clip: FloatArray, lang: str, limit: int) -> Translation:
+    def _one(self, clip: Source, lang: str, limit: int) -> Translation:
         import torch
 
         speech = self._speech
-        instruction = speech.family.instruction(language(lang))
+        instruction = asked(speech.family, lang, clip)
         dtype = next(speech.model.parameters()).dtype
         inputs = speech.family.stock_inputs(speech.processor, clip, instruction, dtype)
         inputs = {key: value.to(speech.model.device) for key, value in inputs.items()}
         with torch.inference_mode():
-            rows = speech.model.generate(
-                **inputs, max_new_tokens=limit, do_sample=False, num_beams=1
+            tokens = speech.family.stock_generate(
+                speech.model, inputs, max_new_tokens=limit, do_sample=False, num_beams=1
             )
-        tokens = rows[0, inputs["input_ids"].shape[1] :].tolist()
         ended = bool(tokens) and tokens[-1] in self._ends
         tokens = tokens[:-1] if ended else tokens
         text = speech.family.decode_text(speech.processor, tokens)
         return Translation(text, tokens, "end" if ended else "limit")
 
     def stream(
-        self, audio: FloatArray, lang: str, *, limit: int | None = None
+        self, audio: Source, lang: str, *, limit: int | None = None
     ) -> Generator[str, None, Translation]:
         """Everything at the end: stock code as it is."""
         found = self.translate([audio], lang, limits=None if limit is None else [limit])[0]

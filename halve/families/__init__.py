@@ -6,8 +6,15 @@ from typing import Any
 from halve.errors import FamilyError
 from halve.families.base import TRANSCRIBE, Counts, Family, Source, SourceText, resolve
 from halve.families.qwen2_audio import Qwen2Audio
+from halve.families.text import Text
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Qwen2Audio(),)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Qwen2Audio(),
+        Text(),
+    )
+}
 
 
 def family_for(config: Mapping[str, Any]) -> Family:

@@ -1,7 +1,8 @@
 """What halve must know of a model family. Everything that names an architecture is in this folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,12 +28,17 @@ class Counts:
     embeddings: int
     head: int
     per_layer: int
+    """Of one decoder layer; their mean where they differ."""
     decoder_layers: int
+    all_layers: int | None = None
+    """Of all decoder layers, where they differ."""
+    buffers: int = 0
+    """Numbers that lie among the stored tensors and are no parameters."""
 
     @property
     def decoder(self) -> int:
         """Parameters of all decoder layers."""
-        return self.per_layer * self.decoder_layers
+        return self.per_layer * self.decoder_layers if self.all_layers is None else self.all_layers
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Family(ABC):
     audio_tower: str = ""
     """Empty where there is none; likewise the projector."""
     projector: str = ""
+    unquantised: tuple[str, ...] = ()
+    """Further parts with linear layers that are none of the decoder layers'."""
 
     disk_layers: str
     """Prefix of a decoder layer's keys, before the layer's number."""
@@ -112,7 +120,8 @@ class Family(ABC):
         """The kept layers, sorted.
 
         Raises:
-            FamilyError: numbers that the model does not have, twice the same, or none.
+            FamilyError: numbers that the model does not have, twice the same, none, or without one
+                that must stay.
         """
         total = self.num_layers(config)
         unique = sorted(set(kept))
@@ -121,7 +130,25 @@ class Family(ABC):
                 f"Layers {list(kept)} cannot be kept",
                 expected=f"different numbers from 0 to {total - 1}, at least one",
             )
+        stay = self.must_stay(config)
+        gone = [f"layer {n} cannot go: {why}" for n, why in sorted(stay.items()) if n not in unique]
+        if gone:
+            raise FamilyError(
+                "; ".join(gone),
+                expected=f"layers {', '.join(map(str, sorted(stay)))} of this model kept",
+                mend="remove others; `halve importance` proposes none of these",
+            )
         return unique
+
+    def must_stay(self, config: Mapping[str, Any]) -> Mapping[int, str]:
+        """The layers that cannot be removed, and why."""
+        return {}
+
+    def some_kept(self, config: Mapping[str, Any], count: int) -> list[int]:
+        """Some `count` layers that may be kept together, for estimates: those that must, then the first."""
+        stay = set(self.must_stay(config))
+        free = [layer for layer in range(self.num_layers(config)) if layer not in stay]
+        return sorted([*stay, *free[: max(0, count - len(stay))]])
 
     @abstractmethod
     def kept_config(self, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
@@ -135,6 +162,37 @@ class Family(ABC):
         if int(number) not in kept:
             return None
         return f"{self.disk_layers}{sorted(kept).index(int(number))}.{rest}"
+
+    def is_surplus(self, config: Mapping[str, Any], key: str) -> bool:
+        """Whether stock code ignores this on-disk tensor: pruning leaves it behind."""
+        return False
+
+    def kept_tensor(
+        self, config: Mapping[str, Any], key: str, tensor: "torch.Tensor", kept: Sequence[int]
+    ) -> "torch.Tensor":
+        """An on-disk tensor after pruning: changed where it holds something of every decoder layer."""
+        return tensor
+
+    @contextmanager
+    def sliced(self, model: Any, kept: Sequence[int]) -> Iterator[None]:
+        """While open, the model fits its `kept` decoder layers (its own numbers); the layers are swapped by others.
+
+        Here: the layer count and the list of layer types that stock code reads.
+        """
+        config = resolve(model, self.decoder).config
+        before = {
+            key: getattr(config, key)
+            for key in ("num_hidden_layers", "layer_types")
+            if getattr(config, key, None) is not None
+        }
+        try:
+            config.num_hidden_layers = len(kept)
+            if "layer_types" in before:
+                config.layer_types = [before["layer_types"][layer] for layer in kept]
+            yield
+        finally:
+            for key, value in before.items():
+                setattr(config, key, value)
 
     def kept_generation(self, generation: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
         """The generation_config.json after pruning: changed where it names decoder layers."""
@@ -173,13 +231,45 @@ class Family(ABC):
         """The decoder's inputs for one segment, up to the first token it says: (positions, hidden)."""
         import torch
 
-        table = resolve(model, self.embeddings)
+        device = resolve(model, self.embeddings).weight.device
         before, after = (
-            table(torch.tensor(ids, dtype=torch.long, device=table.weight.device))
+            self.embed(model, torch.tensor(ids, dtype=torch.long, device=device))
             for ids in self.prompt_ids(processor, instruction)
         )
         assert isinstance(taken, torch.Tensor)
         return torch.cat([before, taken.to(before.dtype), after])
+
+    def embed(self, model: Any, ids: "torch.Tensor") -> "torch.Tensor":
+        """Tokens (...) as decoder inputs (..., width).
+
+        The width is the hidden size, or more where the decoder takes more of a token than its embedding:
+        `decoder_inputs` and `enter` take them apart again.
+        """
+        inputs: torch.Tensor = resolve(model, self.embeddings)(ids)
+        return inputs
+
+    def decoder_inputs(self, model: Any, inputs: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        """Decoder inputs (rows, tokens, width) as the arguments of the stock decoder."""
+        return {"inputs_embeds": inputs}
+
+    def attention_masks(
+        self, model: Any, mask: "torch.Tensor | None", positions: "torch.Tensor"
+    ) -> Any:
+        """A mask of who sees whom as the stock decoder takes it: one for each kind of layer it has.
+
+        Stock code cuts a plain mask to a layer's window by itself, one with four dimensions it takes as it is.
+
+        Args:
+            mask: (rows, 1, tokens, tokens), bool.
+            positions: (rows, tokens).
+        """
+        config = resolve(model, self.decoder).config
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if mask is None or window is None or "sliding_attention" not in kinds:
+            return mask
+        distance = positions[:, None, :, None] - positions[:, None, None, :]
+        return {"full_attention": mask, "sliding_attention": mask & (distance < window)}
 
     def conditions(self, taken: "Sequence[torch.Tensor | SourceText]") -> "dict[str, torch.Tensor]":
         """What the decoder is given beside a batch's inputs at every step, by argument; rows come first."""
@@ -200,21 +290,57 @@ class Family(ABC):
         """Tokens that stock `generate` never says, and those that it does not begin with."""
         return (), ()
 
-    def layer_inputs(
-        self, decoder: Any, hidden: "torch.Tensor", places: "torch.Tensor"
-    ) -> Callable[[Any], dict[str, Any]]:
-        """What stock code hands a decoder layer beside its states: a function of the layer.
+    def rotary(self, decoder: Any, hidden: "torch.Tensor", places: "torch.Tensor") -> Any:
+        """What tells decoder layers the tokens' positions, or that for each kind of layer.
 
         Args:
             hidden: inputs of the first layer, (rows, tokens, hidden).
             places: position of each token, (rows, tokens).
         """
-        rotary = decoder.rotary_emb(hidden, places)
-        return lambda layer: {"position_embeddings": rotary}
+        return decoder.rotary_emb(hidden, places)
+
+    def rotary_of(self, layer: Any, rotary: Any) -> Any:
+        """The part of `rotary` that stock code hands this layer."""
+        return rotary
+
+    def enter(
+        self, decoder: Any, inputs: "torch.Tensor", places: "torch.Tensor"
+    ) -> "tuple[torch.Tensor, Any]":
+        """Decoder inputs (tokens, width) as the first layer's states (tokens, hidden), and what goes along
+        beside them through all layers.
+
+        Args:
+            places: position of each token, (tokens,).
+        """
+        return inputs, self.rotary(decoder, inputs[None], places[None])
+
+    def layer_inputs(self, layer: Any, beside: Any, shared: dict[str, Any]) -> dict[str, Any]:
+        """What stock code hands this layer beside its states.
+
+        Args:
+            beside: as `enter` gave it.
+            shared: a place where layers leave something for later ones, empty before the first.
+        """
+        return {"position_embeddings": self.rotary_of(layer, beside)}
+
+    def cache_width(self, model: Any) -> int:
+        """How many numbers a token leaves in the keys and values of all decoder layers."""
+        layers = resolve(model, self.layers)
+        config = layers[0].self_attn.config
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * int(config.num_key_value_heads) * int(dim) * len(layers)
 
     @abstractmethod
     def prompt_ids(self, processor: Any, instruction: str) -> tuple[list[int], list[int]]:
         """Token ids of the prompt before and after the audio's positions."""
+
+    def prompt_template(self, processor: Any, instruction: str) -> tuple[str, str]:
+        """A text family's prompt before and after the source text."""
+        raise FamilyError(f"{self.name} models do not read texts", expected="audio")
+
+    def source_ids(self, processor: Any, instruction: str, source: SourceText) -> list[int]:
+        """A text family's prompt with a text in it, as token ids."""
+        raise FamilyError(f"{self.name} models do not read texts", expected="audio")
 
     def end_ids(self, model: Any) -> tuple[int, ...]:
         """Tokens that end a translation."""

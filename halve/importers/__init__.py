@@ -17,6 +17,7 @@ from halve.families import FAMILIES
 from halve.importers.acl6060 import import_acl6060
 from halve.importers.base import CorpusConfig, Importer, Row, Rows, Sound
 from halve.importers.iwslt import import_iwslt
+from halve.importers.parallel import import_text
 from halve.importers.splits import divide
 from halve.importers.tables import import_halve, import_hf, import_tsv
 from halve.progress import SILENT, Advance, Progress
@@ -28,6 +29,7 @@ IMPORTERS: dict[str, Importer] = {
     "acl6060": import_acl6060,
     "hf": import_hf,
     "tsv": import_tsv,
+    "text": import_text,
     "halve": import_halve,
 }
 
@@ -91,6 +93,9 @@ def _max_audio_s(config: CorpusConfig) -> float:
 
 def _segment(row: Row, partial: Path, config: CorpusConfig, advance: Advance) -> Segment:
     """The row with an absolute audio path; its length read from the file where the source tells none."""
+    if row.audio is None:
+        advance()
+        return _text_segment(row, config)
     if isinstance(row.audio, Sound):
         path = partial / "audio" / _safe(row.audio.name)
         path.parent.mkdir(exist_ok=True)
@@ -114,6 +119,22 @@ def _segment(row: Row, partial: Path, config: CorpusConfig, advance: Advance) ->
         references=row.references,
         split=row.split or "train",
         # Groups are checked once the splits are known; until then each segment is its own.
+        group=row.where,
+        extra=row.extra,
+    )
+
+
+def _text_segment(row: Row, config: CorpusConfig) -> Segment:
+    """A segment without audio."""
+    return Segment(
+        id=row.id,
+        audio="",
+        offset_s=0.0,
+        duration_s=0.0,
+        source_lang=config.source_lang,
+        source_text=row.source_text,
+        references=row.references,
+        split=row.split or "train",
         group=row.where,
         extra=row.extra,
     )
@@ -182,14 +203,17 @@ def _take_audio(segments: Sequence[Segment], source: Path, partial: Path) -> lis
     root = (source if source.is_dir() else source.parent).absolute()
     names: dict[str, str] = {}
     for segment in segments:
-        if segment.audio not in names:
+        if segment.audio and segment.audio not in names:
             names[segment.audio] = _name(Path(segment.audio), root, partial, set(names.values()))
             _link(Path(segment.audio), partial / names[segment.audio])
     kept = {partial / name for name in names.values()}
     for path in sorted((partial / "audio").rglob("*")):
         if path.is_file() and path not in kept:  # bytes of a segment that was left out
             path.unlink()
-    return [replace(segment, audio=names[segment.audio]) for segment in segments]
+    return [
+        replace(segment, audio=names[segment.audio] if segment.audio else "")
+        for segment in segments
+    ]
 
 
 def _name(path: Path, root: Path, partial: Path, taken: set[str]) -> str:

@@ -15,7 +15,7 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 class CorpusConfig(Config):
     """How a corpus is imported."""
 
-    format: Literal["iwslt", "acl6060", "hf", "tsv", "halve"]
+    format: Literal["iwslt", "acl6060", "hf", "tsv", "text", "halve"]
     """Layout of the source: see docs/own-data.md."""
     split: Literal["given", "group", "segment", "paper"] | None = None
     """given: as the source says; group: by talk, page or speaker; segment: by segment, each its own
@@ -62,7 +62,8 @@ class Row:
     where: str
     """file:line, for messages."""
     id: str
-    audio: Path | Sound
+    audio: Path | Sound | None
+    """None: a text without audio."""
     source_text: str
     references: dict[str, str]
     offset_s: float = 0.0

@@ -33,7 +33,11 @@ def divide(rows: Sequence[Row], config: CorpusConfig) -> list[Row]:
 
 def _own_group(row: Row) -> str:
     # Segments of one recording belong together; audio from a data set is one segment each.
-    return row.id if row.duration_s is None else str(getattr(row.audio, "name", row.audio))
+    return (
+        row.id
+        if row.audio is None or row.duration_s is None
+        else str(getattr(row.audio, "name", row.audio))
+    )
 
 
 def _alone(row: Row) -> Row:

@@ -24,7 +24,8 @@ _TEXT_COLUMNS = ("text", "source_text", "transcript", "sentence")
 
 def import_tsv(source: str, config: CorpusConfig) -> Rows:
     """A table with a header line: audio, the translations (de, text_de or translation_de) and, where there
-    are any, id, offset, duration, text, split, group. Audio paths are relative to the table.
+    are any, id, offset, duration, text, split, group. Audio paths are relative to the table. A table of
+    plain text has no audio column, and the source's text instead.
 
     Raises:
         CorpusError: no table, or one without the columns that a corpus needs.
@@ -35,11 +36,12 @@ def import_tsv(source: str, config: CorpusConfig) -> Rows:
     rows = list(csv.reader(io.StringIO("\n".join(lines)), delimiter="\t", quoting=csv.QUOTE_NONE))
     header = [name.strip().lower() for name in rows[0]] if rows else []
     columns = _language_columns(header, config)
-    if "audio" not in header or not columns:
+    has_source = any(name in header for name in _TEXT_COLUMNS) or config.source_lang in columns
+    if not columns or ("audio" not in header and not has_source):
         raise CorpusError(
             f"{path}:1: the header is {', '.join(header) or 'empty'}",
-            expected="tab-separated columns: audio, one per target language (de or text_de), and "
-            "optionally id, offset, duration, text, split, group",
+            expected="tab-separated columns: audio (or, for plain text, the source's text), one per target "
+            "language (de or text_de), and optionally id, offset, duration, text, split, group",
             mend="add a header line with these names",
         )
     found = Rows()
@@ -52,7 +54,7 @@ def import_tsv(source: str, config: CorpusConfig) -> Rows:
             continue
         record = dict(zip(header, (cell.strip() for cell in cells), strict=True))
         try:
-            found.rows.append(_table_row(where, path.parent, record, columns))
+            found.rows.append(_table_row(where, path.parent, record, columns, config))
         except ValueError as error:
             found.faults.append(f"{where}: {error}")
     return found
@@ -86,20 +88,31 @@ def _language_columns(header: list[str], config: CorpusConfig) -> dict[str, str]
     return {**columns, **({config.source_lang: source} if source and columns else {})}
 
 
-def _table_row(where: str, root: Path, record: Mapping[str, str], columns: dict[str, str]) -> Row:
+def _table_row(
+    where: str,
+    root: Path,
+    record: Mapping[str, str],
+    columns: dict[str, str],
+    config: CorpusConfig,
+) -> Row:
     number = where.rsplit(":", 1)[1]
-    if not record["audio"]:
+    if "audio" in record and not record["audio"]:
         raise ValueError("the audio column is empty")
     split = record.get("split") or None
     if split is not None and split_name(split) is None:
         raise ValueError(f"split {split!r} is none of train, select (dev, valid) and test")
     source = next(
-        (lang for lang, name in columns.items() if lang == "en" or name in _TEXT_COLUMNS), None
+        (
+            lang
+            for lang, name in columns.items()
+            if lang == config.source_lang or name in _TEXT_COLUMNS
+        ),
+        None,
     )
     return Row(
         where=where,
         id=record.get("id") or f"{int(number) - 1:06d}",
-        audio=root / record["audio"],
+        audio=root / record["audio"] if "audio" in record else None,
         source_text=record[columns[source]] if source else "",
         references={lang: record[name] for lang, name in columns.items() if lang != source},
         offset_s=_seconds(record, "offset") or 0.0,
@@ -217,7 +230,7 @@ def import_halve(source: str, config: CorpusConfig) -> Rows:
         Row(
             where=f"{manifest}:{number}",
             id=segment.id,
-            audio=corpus.path / segment.audio,
+            audio=corpus.path / segment.audio if segment.audio else None,
             source_text=segment.source_text,
             references={
                 lang: segment.references[lang] for lang in targets if lang in segment.references

@@ -20,9 +20,8 @@ from tests import tiny
 
 def logits(speech) -> torch.Tensor:
     translator = TorchTranslator(speech)
-    before, after = translator.prompt("de")
     with torch.inference_mode():
-        inputs = torch.cat([before, translator.encode_all([tiny.tone(1.0, 1)])[0], after])[None]
+        inputs = translator.inputs(translator.encode_all([tiny.tone(1.0, 1)])[0], "de")[None]
         hidden = speech.part(speech.family.decoder)(inputs_embeds=inputs).last_hidden_state
         return speech.part(speech.family.head)(hidden).float()
 

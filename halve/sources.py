@@ -1,0 +1,77 @@
+"""What a model is given for a segment of a corpus, and how much it may say about it."""
+
+import math
+from collections.abc import Sequence
+
+from halve.audio import SAMPLE_RATE_HZ
+from halve.corpus import Corpus, Segment
+from halve.errors import CorpusError
+from halve.families import Family, Source, SourceText
+from halve.languages import ENGLISH, LANGUAGES, Language, language, token_limit
+
+TOKENS_BEFORE_TEXT = 24
+TOKENS_PER_BYTE = 0.8
+"""Of the source in UTF-8: a speaker's 15 letters and 12 tokens a second, as for speech."""
+
+
+def read_source(reads: str, corpus: Corpus, segment: Segment) -> Source:
+    """The segment's audio, or for a model that reads, its source text.
+
+    Args:
+        reads: audio or text, as the model's family says.
+
+    Raises:
+        CorpusError: the segment has none.
+    """
+    if reads == "text":
+        text = segment.source_text.strip()
+        if not text:
+            raise CorpusError(
+                f"Segment {segment.id} of {corpus.path} has no source text",
+                expected="a transcript for every segment: a text model reads it",
+                mend="import the corpus with its transcripts, or with --faulty drop",
+            )
+        return SourceText(text, segment.source_lang)
+    if not segment.audio:
+        raise CorpusError(
+            f"Segment {segment.id} of {corpus.path} has no audio",
+            expected="a corpus of speech: this model listens",
+            mend="name a corpus with audio, or a text model",
+        )
+    return corpus.audio(segment)
+
+
+def source_language(source: object) -> Language:
+    """The language that a source is in: English for audio, whose prompt is the paper's."""
+    if isinstance(source, SourceText) and source.lang in LANGUAGES:
+        return language(source.lang)
+    return ENGLISH
+
+
+def asked(family: Family, lang: str, source: object) -> str:
+    """The instruction to translate a source, or what the family took in of it, into `lang`."""
+    return family.instruction(language(lang), source_language(source))
+
+
+def text_limit(text: str) -> int:
+    """The most tokens that the translation of a text may take: only a runaway loop meets this."""
+    return TOKENS_BEFORE_TEXT + math.ceil(TOKENS_PER_BYTE * len(text.strip().encode()))
+
+
+def segment_limit(reads: str, segment: Segment) -> int:
+    """The most tokens that a segment's translation may take."""
+    if reads == "text":
+        return text_limit(segment.source_text)
+    return token_limit(segment.duration_s)
+
+
+def limits_for(sources: Sequence[Source], limits: Sequence[int] | None) -> list[int]:
+    """Token limits: those given, else by each source's length."""
+    if limits is not None:
+        return list(limits)
+    return [
+        text_limit(source.text)
+        if isinstance(source, SourceText)
+        else token_limit(len(source) / SAMPLE_RATE_HZ)
+        for source in sources
+    ]

@@ -1,23 +1,20 @@
 """`halve bench serve`: a server under load, beside the plain transformers loop in the same server."""
 
 import asyncio
-import contextlib
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.batching import decode_rates
 from benchmarks.config import ServeBenchConfig
-from benchmarks.latency import percentiles, pinned_environment
+from benchmarks.latency import percentiles
 from benchmarks.memory import peak_memory_bytes
+from benchmarks.server_process import SERVE, serving
 from benchmarks.ties import differs_at_tie
 from benchmarks.workload import Clip, FloatArray
 from export.runtime import open_translator
@@ -31,8 +28,6 @@ from halve.progress import SILENT, Progress
 from halve.translate import Translation
 
 RESULT = "serve.json"
-SERVE = (sys.executable, "-m", "pipeline.cli", "serve")
-_STOP_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,8 @@ class _Side:
     name: str
     path: Path
     engine: str
+    options: tuple[str, ...] = ()
+    """More of its command line."""
 
 
 @dataclass
@@ -52,6 +49,7 @@ class _Regime:
     texts: list[tuple[str, str]] = field(default_factory=list)
     """Clip and text of each answer."""
     errors: list[str] = field(default_factory=list)
+    tokens: int = 0
     wall_s: float = 0.0
 
     def record(self) -> dict[str, Any]:
@@ -62,6 +60,7 @@ class _Regime:
             "p50_ms": round(shares["p50"], 2),
             "p95_ms": round(shares["p95"], 2),
             "throughput_rps": round(len(self.latencies_ms) / self.wall_s, 4),
+            "tokens_per_s": round(self.tokens / self.wall_s, 1),
             "requests": len(self.latencies_ms),
         }
 
@@ -78,18 +77,21 @@ def run_serve_bench(
 ) -> Artefact:
     """Drives `halve serve` as a process with 1 and with many clients; writes `serve.json`.
 
-    The baseline serves `teacher` (the same model where none is given) with `--engine plain`. Every
+    Three servers, one after another: the model's, the same without batching (`one_at_a_time`), and
+    the baseline: `teacher` (the same model where none is given) with `--engine plain`. Every
     answer is compared with the offline translation of the same file.
 
     Raises:
         HalveError: a server did not start, or answered nothing.
     """
-    sides = [_Side("model", _local(model), "auto")]
+    sides = [_Side("model", _local(model), "auto", ("--batch-size", str(config.clients)))]
+    sides.append(_Side("one_at_a_time", _local(model), "auto", ("--batch-size", "1")))
     sides.append(_Side("baseline", _local(teacher or model), "plain"))
-    parents = {"corpus": corpus} | {side.name: side.path for side in sides}
+    parents = {"corpus": corpus, "model": sides[0].path, "baseline": sides[-1].path}
     with writing(out, "results", config.model_dump(), config.seed, parents) as draft:
         with tempfile.TemporaryDirectory() as folder:
             files = _write_clips(config, corpus, Path(folder))
+            rates = _decode_rates(config, sides[0].path, files, progress)
             found = {side.name: _measure(config, side, files, command, progress) for side in sides}
         result = {
             "bench": "serve",
@@ -100,8 +102,9 @@ def run_serve_bench(
             "segments": len(files),
             "machine": environment.machine(),
             "versions": environment.versions(),
-            **found["model"],
-            "baseline": found["baseline"],
+            **found.pop("model"),
+            **found,
+            "decode_tokens_per_s": rates,
         }
         result["times_faster"] = _ratios(result, config)
         draft.extra.update(bench="serve", lang=config.lang)
@@ -114,14 +117,31 @@ def _local(path: str | Path) -> Path:
 
 
 def _ratios(result: Mapping[str, Any], config: ServeBenchConfig) -> dict[str, float]:
+    """How many times better than the plain teacher, and than the same server without batches."""
     one, many = "clients_1", f"clients_{config.clients}"
-    baseline = result["baseline"]
-    return {
-        "p50_at_1_client": round(baseline[one]["p50_ms"] / result[one]["p50_ms"], 2),
-        f"throughput_at_{config.clients}_clients": round(
-            result[many]["throughput_rps"] / baseline[many]["throughput_rps"], 2
-        ),
+    baseline, alone = result["baseline"], result["one_at_a_time"]
+    found = {
+        "p50_at_1_client": baseline[one]["p50_ms"] / result[one]["p50_ms"],
+        f"throughput_at_{config.clients}_clients": result[many]["throughput_rps"]
+        / baseline[many]["throughput_rps"],
+        "batching_throughput_at_1_client": result[one]["throughput_rps"]
+        / alone[one]["throughput_rps"],
+        f"batching_throughput_at_{config.clients}_clients": result[many]["throughput_rps"]
+        / alone[many]["throughput_rps"],
     }
+    return {key: round(value, 2) for key, value in found.items()}
+
+
+def _decode_rates(
+    config: ServeBenchConfig, path: Path, files: Mapping[str, Path], progress: Progress
+) -> dict[str, float] | None:
+    progress.message(f"decoding alone and {config.clients} together")
+    translator = open_translator(path, threads=config.threads)
+    clips = [read_audio(file) for file in files.values()]
+    try:
+        return decode_rates(translator, clips, config.lang, config.clients)
+    finally:
+        translator.close()
 
 
 def _write_clips(config: ServeBenchConfig, corpus_path: Path, folder: Path) -> dict[str, Path]:
@@ -144,11 +164,14 @@ def _measure(
 ) -> dict[str, Any]:
     """Both regimes of one server, then its texts against the offline ones."""
     regimes: dict[str, _Regime] = {}
-    with serving(config, side.path, side.engine, command) as (url, pid):
+    options = ("--engine", side.engine, *side.options)
+    with serving(
+        [side.path], options, threads=config.threads, startup_s=config.startup_s, command=command
+    ) as server:
         for clients in (1, config.clients):
             progress.message(f"serve {side.name} ({side.engine}): {clients} client(s)")
-            regimes[f"clients_{clients}"] = asyncio.run(_drive(config, url, files, clients))
-        peak_bytes = peak_memory_bytes(pid)
+            regimes[f"clients_{clients}"] = asyncio.run(_drive(config, server.url, files, clients))
+        peak_bytes = peak_memory_bytes(server.pid)
     wrong, ties = _compare(config, side.path, files, list(regimes.values()), progress)
     errors = [error for regime in regimes.values() for error in regime.errors]
     return {
@@ -161,67 +184,6 @@ def _measure(
         "compared_texts": sum(len(regime.texts) for regime in regimes.values()),
         "peak_memory_bytes": peak_bytes,
     }
-
-
-@contextlib.contextmanager
-def serving(
-    config: ServeBenchConfig, path: Path, engine: str, command: Sequence[str] = SERVE
-) -> Iterator[tuple[str, int]]:
-    """Runs a server while the block lasts; gives its address and process id once it is ready.
-
-    Raises:
-        HalveError: it ended, or was not ready in time.
-    """
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}"
-    arguments = ["--model", str(path), "--host", "127.0.0.1", "--port", str(port)]
-    arguments += ["--engine", engine]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [*command, *arguments],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=pinned_environment(config.threads),
-        )
-        try:
-            if not _wait_until_ready(process, url, config.startup_s):
-                log.seek(0)
-                said = log.read().decode("utf8", errors="replace").strip().splitlines()
-                raise HalveError(
-                    f"halve serve did not become ready ({said[-1] if said else 'it said nothing'})",
-                    expected=f"an answer of {url}/ready within {config.startup_s:.0f} s",
-                    mend=f"try `halve serve --model {path} --engine {engine}`",
-                )
-            yield url, process.pid
-        finally:
-            _stop(process)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, most_s: float) -> bool:
-    end = time.monotonic() + most_s
-    with httpx.Client(timeout=5.0, trust_env=False) as client:
-        while time.monotonic() < end and process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if client.get(f"{url}/ready").status_code == 200:
-                    return True
-            time.sleep(0.1)
-    return False
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 async def _drive(
@@ -276,6 +238,7 @@ async def _ask(
         return
     regime.latencies_ms.append(1000 * (time.perf_counter() - started))
     regime.texts.append((name, text))
+    regime.tokens += int(answer.headers["x-halve-tokens"])
 
 
 def _compare(

@@ -92,27 +92,33 @@ async def complete(request: Request) -> Response:
     ticket = Ticket(request.state.arrival_s)
     async with AsyncExitStack() as held:
         async with service.time_limit(ticket.arrival_s):
-            chat = await _read(request, service)
-            job = await _prepare(request, service, held, chat, ticket)
+            job, wants_stream, with_usage = await _accept(request, service, held, ticket)
         reply = _Reply(job.model.id)
-        if chat.stream:
-            with_usage = chat.stream_options is not None and chat.stream_options.include_usage
+        if wants_stream:
             return await start_stream(request, service, job, reply.events(with_usage), held)
         transcript = await while_connected(request, run_limited(service, job))
     headers = formats.headers(transcript, time.monotonic() - ticket.arrival_s)
     return JSONResponse(reply.whole(transcript), headers=headers)
 
 
-async def _read(request: Request, service: Service) -> ChatRequest:
+async def _accept(
+    request: Request, service: Service, held: AsyncExitStack, ticket: Ticket
+) -> tuple[Job, bool, bool]:
+    """The job that the body asks for, whether to stream it, and whether to count its tokens.
+
+    Nothing of the body, which may be large, is kept.
+    """
     most = min(service.settings.max_upload_bytes * 4 // 3, MOST_BODY_BYTES)
-    body = await read_body(request.stream(), most)
-    try:
-        # Megabytes of JSON take a while: not in the event loop.
-        chat = await asyncio.to_thread(ChatRequest.model_validate_json, body)
-    except ValidationError as error:
-        raise faults(error) from None
-    check_temperature(chat.temperature)
-    return chat
+    async with read_body(request.stream(), most, service.body_room) as body:
+        try:
+            # Megabytes of JSON take a while: not in the event loop.
+            chat = await asyncio.to_thread(ChatRequest.model_validate_json, body)
+        except ValidationError as error:
+            raise faults(error) from None
+        check_temperature(chat.temperature)
+        job = await _prepare(request, service, held, chat, ticket)
+    options = chat.stream_options
+    return job, chat.stream, options is not None and options.include_usage
 
 
 async def _prepare(

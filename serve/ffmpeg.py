@@ -10,6 +10,7 @@ import resource
 import select
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -24,12 +25,21 @@ DEMUXERS = {"mp4": "mov", "webm": "matroska", "aac": "aac"}
 that refer to further files out of reach."""
 CHUNK_BYTES = 4 * SAMPLE_RATE_HZ
 POLL_S = 0.2
+STALL_S = 20.0
+"""A process that gives no sample for so long is taken for stuck: it would keep a reader busy."""
 MEMORY_BYTES = 2 * 1024**3
 
 
 def find() -> str | None:
-    """Where ffmpeg is, if it is installed."""
-    return shutil.which("ffmpeg")
+    """Where ffmpeg is, if it is installed: the system's, else that of the package imageio-ffmpeg."""
+    if found := shutil.which("ffmpeg"):
+        return found
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        return str(get_ffmpeg_exe())
+    except (ImportError, RuntimeError):
+        return None
 
 
 def command(program: str, container: str, max_audio_s: float) -> list[str]:
@@ -68,8 +78,7 @@ def blocks(
         env={"PATH": os.defpath},
     )
     try:
-        with contextlib.suppress(OSError, AttributeError):
-            resource.prlimit(process.pid, resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        _confine(process.pid)
         yield from _samples(process, check)
         if process.wait() != 0:
             raise bad_audio("The audio file is damaged and cannot be decoded.")
@@ -80,15 +89,27 @@ def blocks(
             process.stdout.close()
 
 
+def _confine(pid: int) -> None:
+    """Bounds a process's memory, and lets it write no file."""
+    limits = {resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_FSIZE: 0}
+    for limit, most in limits.items():
+        with contextlib.suppress(OSError, AttributeError):
+            resource.prlimit(pid, limit, (most, most))
+
+
 def _samples(
     process: "subprocess.Popen[bytes]", check: Callable[[], None]
 ) -> Iterator[NDArray[np.float32]]:
     assert process.stdout is not None
     descriptor, rest = process.stdout.fileno(), b""
+    until_s = time.monotonic() + STALL_S
     while True:
         check()
         if not select.select([descriptor], [], [], POLL_S)[0]:
+            if time.monotonic() > until_s:
+                raise bad_audio("The audio file cannot be decoded in reasonable time.")
             continue
+        until_s = time.monotonic() + STALL_S
         data = os.read(descriptor, CHUNK_BYTES)
         if not data:
             return

@@ -1,10 +1,12 @@
 """The models that a server knows: loaded when first asked for, evicted by least use."""
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,7 +28,11 @@ GIGABYTE = 1_000_000_000
 WEIGHTS = (".safetensors", ".onnx", ".data", ".gguf", ".bin", ".npy")
 OVERHEAD = 1.2
 """A loaded model takes about this much more than its weights."""
+CACHE_POSITIONS = 512
+"""Positions of prompt, audio and text that a batch makes room for at first."""
 UNLOAD_WAIT_S = 60.0
+PATIENCE_S = 5.0
+"""A model that waits so long for room takes that of a busy one, as soon as its requests are done."""
 
 OpenTranslator = Callable[[str, ServeSettings], Translator]
 
@@ -48,6 +54,8 @@ class Model:
     loading: "asyncio.Task[None] | None" = None
     users: int = 0
     """Requests that hold it now: it is not evicted under them."""
+    is_leaving: bool = False
+    """Takes no new requests until it has made room for another model."""
     used_s: float = 0.0
 
     def choose_language(self, asked: str | None) -> str:
@@ -93,7 +101,7 @@ def find_models(settings: ServeSettings) -> dict[str, Model]:
             name = f"{path.resolve().parent.name}-{name}"
         if name in models:
             raise InputError(f"The model {given} is given twice", mend="give each model once")
-        models[name] = _describe(name, given)
+        models[name] = _describe(name, given, settings.batch_size)
     if settings.memory_gb is not None:
         for model in models.values():
             if model.size_bytes > settings.memory_gb * GIGABYTE:
@@ -105,7 +113,7 @@ def find_models(settings: ServeSettings) -> dict[str, Model]:
     return models
 
 
-def _describe(name: str, given: str) -> Model:
+def _describe(name: str, given: str, batch_size: int) -> Model:
     path = Path(given)
     if not path.is_dir():
         return Model(name, given, 0, None, created_s=int(time.time()))
@@ -113,7 +121,7 @@ def _describe(name: str, given: str) -> Model:
     return Model(
         name,
         given,
-        _size_bytes(path),
+        _size_bytes(path) + _cache_bytes(path, batch_size),
         languages[0] if languages else None,
         languages=languages or None,
         created_s=int(path.stat().st_mtime),
@@ -149,6 +157,16 @@ def _size_bytes(path: Path) -> int:
     is_half = str(config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16")
     is_half = is_half and not (path / "package.json").is_file()
     return int(stored * OVERHEAD * (2 if is_half else 1))
+
+
+def _cache_bytes(path: Path, batch_size: int) -> int:
+    """Keys and values of a full batch, which an ONNX package reserves in 32 bits."""
+    facts = _read_json(path / "package.json").get("onnx")
+    geometry = facts.get("decoder", {}) if isinstance(facts, dict) else {}
+    sizes = [geometry.get(key, 0) for key in ("layers", "kv_heads", "head_dim")]
+    if not all(isinstance(size, int) for size in sizes):
+        return 0
+    return int(2 * 4 * batch_size * CACHE_POSITIONS * math.prod(sizes))
 
 
 class Registry:
@@ -204,6 +222,8 @@ class Registry:
             ApiError: unknown (404), or it cannot be loaded (503).
         """
         model = self.find(model_id)
+        while model.is_leaving:
+            await self._change(PATIENCE_S)
         model.users += 1
         try:
             if model.engine is None:
@@ -220,8 +240,17 @@ class Registry:
         finally:
             model.users -= 1
             model.used_s = time.monotonic()
-            async with self._room:
-                self._room.notify_all()
+            await self._changed()
+
+    async def _changed(self) -> None:
+        async with self._room:
+            self._room.notify_all()
+
+    async def _change(self, most_s: float) -> None:
+        """Waits until something may have changed, or so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s), self._room:
+                await self._room.wait()
 
     async def _load(self, model: Model) -> None:
         try:
@@ -257,17 +286,29 @@ class Registry:
     async def _make_room(self, wanted: Model) -> None:
         if self._settings.memory_gb is None:
             return
-        budget = self._settings.memory_gb * GIGABYTE
-        while True:
-            loaded = [m for m in self.models.values() if m.engine is not None]
-            if sum(m.size_bytes for m in loaded) + wanted.size_bytes <= budget or not loaded:
-                return
-            idle = [m for m in loaded if not m.users]
-            if idle:
-                await self._evict(min(idle, key=lambda m: m.used_s))
-            else:
-                async with self._room:
-                    await self._room.wait()
+        patient_until_s = time.monotonic() + PATIENCE_S
+        try:
+            while not self._fits(wanted):
+                loaded = [m for m in self.models.values() if m.engine is not None]
+                idle = [m for m in loaded if not m.users]
+                if idle:
+                    await self._evict(min(idle, key=lambda m: m.used_s))
+                    continue
+                left_s = patient_until_s - time.monotonic()
+                if left_s <= 0:
+                    # All are in use without a break: one takes no more until it is evicted.
+                    leaving = min(loaded, key=lambda m: (not m.is_leaving, m.used_s))
+                    leaving.is_leaving, left_s = True, PATIENCE_S
+                await self._change(left_s)
+        finally:
+            for model in self.models.values():
+                model.is_leaving = False
+            await self._changed()
+
+    def _fits(self, wanted: Model) -> bool:
+        taken = sum(m.size_bytes for m in self.models.values() if m.engine is not None)
+        budget = (self._settings.memory_gb or 0) * GIGABYTE
+        return not taken or taken + wanted.size_bytes <= budget
 
     async def _evict(self, model: Model) -> None:
         engine, model.engine = model.engine, None

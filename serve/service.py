@@ -10,18 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from halve.errors import InputError
+from halve.models import family_of
 from halve.translate import Translator
 from serve.engine import Engine
 from serve.errors import busy, draining, too_slow
 from serve.metrics import Metrics
 from serve.registry import Model, OpenTranslator, Registry
 from serve.settings import ServeSettings
+from serve.upload import BodyRoom
 
 log = logging.getLogger("halve.serve")
 
 READERS = 4
 """Threads that decode uploads."""
 DRAIN_POLL_S = 0.05
+BODIES_BYTES = 192 * 1024 * 1024
+"""Chat bodies are held in memory: this much of them at once."""
 
 
 class Service:
@@ -38,6 +43,7 @@ class Service:
         self.is_draining = False
         self.running = 0
         """Requests for work now in the server, uploads included."""
+        self.body_room = BodyRoom(BODIES_BYTES)
         self._directory: Path | None = None
         self._started = False
         self._stopped = True
@@ -125,7 +131,17 @@ class Service:
 
 
 def open_model(path: str, settings: ServeSettings) -> Translator:
-    """Opens a model with the runtime that the settings ask for; runs in the engine's thread."""
+    """Opens a model with the runtime that the settings ask for; runs in the engine's thread.
+
+    Raises:
+        InputError: a model that reads texts: the server's interface is for audio.
+    """
+    if Path(path).is_dir() and family_of(Path(path)).reads == "text":
+        raise InputError(
+            f"{path} is a text model, and the server takes audio",
+            expected="a model that listens",
+            mend="translate texts with `halve translate --model DIR --lang CODE FILE`",
+        )
     if settings.engine == "plain":
         from serve.plain import open_plain
 

@@ -9,6 +9,7 @@ import base64
 import binascii
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +18,7 @@ import python_multipart as multipart
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from serve.errors import ApiError, bad_field, too_large, unavailable
+from serve.errors import ApiError, bad_field, busy, too_large, unavailable
 
 FIELD_BYTES = 64 * 1024
 MOST_PARTS = 32
@@ -164,19 +165,50 @@ async def read_form(
     return reader.form
 
 
-async def read_body(stream: AsyncIterator[bytes], max_bytes: int) -> bytes:
-    """Reads a whole body.
+class BodyRoom:
+    """Memory that bodies held whole may take together."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self.taken_bytes = 0
+
+    def take(self, size_bytes: int) -> None:
+        """Counts more bytes.
+
+        Raises:
+            ApiError: there is no room for them now (429).
+        """
+        if self.taken_bytes + size_bytes > self._most:
+            raise busy("The server holds as many large chat requests as it may; try again later.")
+        self.taken_bytes += size_bytes
+
+    def give_back(self, size_bytes: int) -> None:
+        """The bytes are gone."""
+        self.taken_bytes -= size_bytes
+
+
+@asynccontextmanager
+async def read_body(
+    stream: AsyncIterator[bytes], max_bytes: int, room: BodyRoom
+) -> AsyncIterator[bytes]:
+    """Reads a whole body, which may take its room until the block ends.
 
     Raises:
-        ApiError: too large.
+        ApiError: too large, or no room for it now.
     """
     parts, size = [], 0
-    async for chunk in stream:
-        size += len(chunk)
-        if size > max_bytes:
-            raise too_large(max_bytes)
-        parts.append(chunk)
-    return b"".join(parts)
+    try:
+        async for chunk in stream:
+            room.take(len(chunk))
+            size += len(chunk)
+            if size > max_bytes:
+                raise too_large(max_bytes)
+            parts.append(chunk)
+        body = b"".join(parts)
+        parts.clear()
+        yield body
+    finally:
+        room.give_back(size)
 
 
 def store_base64(data: str, directory: Path) -> BinaryIO:

@@ -1,0 +1,48 @@
+"""Beam search with a model on torch."""
+
+from typing import TYPE_CHECKING, Any
+
+from halve.beams import BeamSearch, FloatArray, Hypothesis
+
+if TYPE_CHECKING:
+    import torch
+
+    from halve.translate import Taken, TorchTranslator
+
+
+def search(
+    translator: "TorchTranslator", taken: "Taken", lang: str, beam_search: BeamSearch
+) -> Hypothesis:
+    """The best translation of one source that `encode_all` has taken in."""
+    return beam_search.run(*_drive(translator, taken, lang))
+
+
+def _drive(translator: "TorchTranslator", taken: "Taken", lang: str) -> Any:
+    """The logits after the prompt, and what computes those after more tokens."""
+    import torch
+
+    speech = translator.speech
+    family = speech.family
+    decoder, table = speech.part(family.decoder), speech.part(family.embeddings)
+    cache = family.new_cache()
+
+    def forward(inputs: "torch.Tensor", first: bool) -> FloatArray:
+        rows = len(inputs)
+        conditions = {
+            name: value.expand(rows, *value.shape[1:])
+            for name, value in family.conditions([taken]).items()
+        }
+        with torch.inference_mode():
+            states = decoder(
+                inputs_embeds=inputs, past_key_values=cache, use_cache=True, **conditions
+            ).last_hidden_state[:, -1]
+            found: FloatArray = translator.logits(states, first).float().cpu().numpy()
+        return found
+
+    def step(tokens: list[int], parents: list[int]) -> FloatArray:
+        with torch.inference_mode():
+            cache.batch_select_indices(torch.tensor(parents, device=table.weight.device))
+            inputs = table(torch.tensor(tokens, device=table.weight.device))[:, None]
+        return forward(inputs, first=False)
+
+    return forward(translator.inputs(taken, lang)[None], first=True)[0], step

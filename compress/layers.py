@@ -150,6 +150,11 @@ def _has_parts(module: Any) -> bool:
         all(type(part) is nn.Linear for part in linear)
         and all(hasattr(norm, "variance_epsilon") for norm in norms)
         and all(hasattr(attention, name) for name in ("layer_idx", "head_dim", "scaling"))
+        # A window that only the config knows of shows on long rows alone: the probe's are short.
+        and (
+            hasattr(attention, "sliding_window")
+            or getattr(attention.config, "sliding_window", None) is None
+        )
         and hasattr(mlp, "act_fn")
     )
 

@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 PATTERN = ["sliding_attention"] * 2 + ["full_attention"]
 TEXT: dict[str, Any] = {
     "vocab_size": 512,
-    "vocab_size_per_layer_input": 500,
+    "vocab_size_per_layer_input": 512,
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 9,

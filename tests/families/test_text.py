@@ -224,7 +224,7 @@ def test_packages(text_models: dict[str, Path], text_corpus: Path, tmp_path: Pat
             config = PackageConfig(target=target, precision=precision, langs=("de",), max_drop=100)
             made = run_package(config, student, text_corpus, out)
             assert made.extra["parity_passed"]
-            translator = open_translator(out)
+            translator = open_translator(out, dtype="float32")
             found = translator.translate(texts, "de", limits=[12, 12])
             if precision == "fp32":
                 assert [row.tokens for row in found] == [row.tokens for row in wanted]
@@ -246,7 +246,7 @@ def test_importance_quality_and_translate(
     segments = read_corpus(text_corpus).split("select", "de", 3)
     assert plan["max_new_tokens"] == {each.id: text_limit(each.source_text) for each in segments}
     run_prune(PruneConfig(), llama, tmp_path / "importance" / "plan.json", tmp_path / "pruned")
-    quality = QualityConfig(lang="de", resamples=50)
+    quality = QualityConfig(lang="de", resamples=100)
     run_quality(quality, llama, [tmp_path / "pruned"], text_corpus, tmp_path / "quality")
     result = json.loads((tmp_path / "quality" / "quality.json").read_text())
     assert set(result["teacher"]["controls"]) == {"shuffled_text"}

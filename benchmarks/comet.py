@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks.comet_worker
+from benchmarks import comet_environment
 from halve.progress import SILENT, Progress
 
 WORKER = Path(benchmarks.comet_worker.__file__)
@@ -52,9 +53,11 @@ def measure(
 
     Args:
         checkpoint: COMET directory or model.ckpt.
-        python: interpreter of the environment that has unbabel-comet.
+        python: interpreter of the environment that has unbabel-comet; the one that
+            `halve doctor --install-comet` made where None.
         systems: hypotheses by system name, each as long as `sources` and `references`.
     """
+    python = python or _installed()
     reason = _missing(checkpoint, python, sources)
     if reason:
         return Comet(reason=reason)
@@ -82,13 +85,18 @@ def measure(
     return comet
 
 
+def _installed() -> str | None:
+    found = comet_environment.installed()
+    return str(found) if found else None
+
+
 def _missing(checkpoint: str | None, python: str | None, sources: Sequence[str]) -> str:
     if not checkpoint:
         return "no checkpoint was given (comet_checkpoint)"
     if not Path(checkpoint).exists():
         return f"the checkpoint {checkpoint} does not exist"
     if not python:
-        return "no Python of an environment with unbabel-comet was given (comet_python)"
+        return "unbabel-comet has no environment here (`halve doctor --install-comet` makes one)"
     if not Path(python).is_file():
         return f"the interpreter {python} does not exist"
     if not all(sources):

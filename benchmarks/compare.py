@@ -21,7 +21,8 @@ def compare(
     """Compares the models that both results have, on the segments that both scored.
 
     Models are paired by name; where no student's name is shared, the students are paired in order.
-    The interval and p value come from the paired bootstrap of `halve.metrics.retention`.
+    The interval and p value come from the paired bootstrap of `halve.metrics.retention`, a second p
+    value from approximate randomisation; significant is what both call so.
 
     Returns:
         segments: how many were compared; changed: settings that differ {key: [first, second]};
@@ -106,7 +107,9 @@ def _compare_models(
             "low": numbers["difference_low"],
             "high": numbers["difference_high"],
             "p_value": numbers["p_value"],
-            "significant": texts_a != texts_b and numbers["p_value"] < _SIGNIFICANT,
+            "p_randomised": numbers["p_randomised"],
+            "significant": texts_a != texts_b
+            and max(numbers["p_value"], numbers["p_randomised"]) < _SIGNIFICANT,
         }
     return {
         "first": a["name"],

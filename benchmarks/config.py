@@ -27,7 +27,7 @@ class QualityConfig(Config):
     comet_checkpoint: str | None = None
     """A COMET model directory (hparams.yaml and checkpoints/model.ckpt) or its model.ckpt."""
     comet_python: str | None = None
-    """Python of the isolated environment that has unbabel-comet."""
+    """Python of an environment that has unbabel-comet; the one of `halve doctor --install-comet` if not given."""
     comet_batch_size: int = Field(default=8, ge=1)
     """Segments that COMET scores together."""
     threads: int | None = Field(default=None, ge=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compare, plots, tables
+from benchmarks.clips import Clips
 from benchmarks.gather import DATA, Gathered, Source, gather
 from benchmarks.tables import Section
 from halve.artefact import Artefact, read, write_json, writing
@@ -22,11 +23,20 @@ _COPIED_BYTES = 20_000_000
 _COPIED_SUFFIXES = (".json", ".jsonl", ".txt")
 
 
-def run_report(results: Sequence[str | Path], out: Path, progress: Progress = SILENT) -> Artefact:
+def run_report(
+    results: Sequence[str | Path],
+    out: Path,
+    progress: Progress = SILENT,
+    *,
+    corpus: Path | None = None,
+) -> Artefact:
     """Makes report.json, report.md and report.html of results, artefacts, runs or earlier reports.
 
     Small files of what is reported are copied under `data/`, so that a report can be compared with
     another after its sources are gone. Quality results of one language are compared pair by pair.
+
+    Args:
+        corpus: lets the page play the worst segments.
 
     Raises:
         InputError: nothing was given.
@@ -37,10 +47,12 @@ def run_report(results: Sequence[str | Path], out: Path, progress: Progress = SI
         raise InputError("No results given", expected="directories written by `halve bench`")
     sources, gathered = gather(results)
     parents = {source.label: source.path for source in sources}
+    parents |= {"corpus": corpus} if corpus else {}
+    clips = Clips(corpus) if corpus else None
     with writing(out, "report", {"results": [s.label for s in sources]}, 0, parents) as draft:
         comparisons = _compare(gathered, progress)
         worst = _regressions(gathered)
-        sections = _sections(gathered, comparisons, worst)
+        sections = _sections(gathered, comparisons, worst, clips)
         record = {
             "sources": [_described(source) for source in sources],
             **_data(gathered),
@@ -48,10 +60,17 @@ def run_report(results: Sequence[str | Path], out: Path, progress: Progress = SI
             "segments": worst,
         }
         write_json(draft.path / "report.json", record)
-        _write_pages(draft.path, f"halve report: {', '.join(s.label for s in sources)}", sections)
+        _write_pages(draft.path, _title(sources), sections)
         for source in sources:
             _copy(source, draft.path / DATA)
     return read(out)
+
+
+def _title(sources: Sequence[Source]) -> str:
+    """Names the runs, or the results where they belong to none."""
+    names = list(dict.fromkeys(source.run or source.label for source in sources))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"halve report: {', '.join(names[:3])}{more}"
 
 
 def _described(source: Source) -> dict[str, Any]:
@@ -104,8 +123,10 @@ def _sections(
     gathered: Gathered,
     comparisons: Sequence[Mapping[str, Any]],
     worst: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+    clips: Clips | None,
 ) -> list[Section]:
-    sections = [_quality_section(s, f.result, worst[s.label]) for s, f in gathered.quality]
+    sections = [_quality_section(s, f.result, worst[s.label], clips) for s, f in gathered.quality]
+    sections += _tradeoffs(gathered)
     if comparisons:
         found = [tables.comparison_table(c["first"], c["second"], c) for c in comparisons]
         sections.append(Section("Comparison", tables=found))
@@ -126,6 +147,7 @@ def _quality_section(
     source: Source,
     result: Mapping[str, Any],
     worst: Mapping[str, Sequence[Mapping[str, Any]]],
+    clips: Clips | None,
 ) -> Section:
     name = language(result["lang"]).name
     metric = language(result["lang"]).selection_metric
@@ -137,33 +159,52 @@ def _quality_section(
     section.tables.append(tables.behaviour_table(result))
     if result["students"]:
         section.tables.append(tables.retention_table(result))
-        plot = plots.size_plot(_points(result, metric), title)
+        points = _points(result, metric)
+        plot = plots.tradeoff_plot(points, "stored size in MB (whole directory)", title)
         caption = f"Stored size against {title} on {result['segments']} segments"
         section.plots.append((f"{caption}, bars: retention's 95 % interval", plot))
     section.tables.append(tables.signatures_table(result))
     section.details = [
-        tables.regressions_table(rows, student, title, _WORST_SHOWN)
+        tables.regressions_table(rows, student, title, _WORST_SHOWN, clips)
         for student, rows in worst.items()
     ]
     return section
 
 
-def _points(result: Mapping[str, Any], metric: str) -> list[plots.Point]:
+def _points(
+    result: Mapping[str, Any], metric: str, costs: Mapping[str, float] | None = None
+) -> list[plots.Point]:
+    """The models as points; `costs` by name, megabytes where None; those without a cost are left out."""
     teacher = result["teacher"]
     whole = teacher["scores"][metric]["score"]
-    points = [plots.Point(f"{teacher['name']} (teacher)", teacher["stored_bytes"], whole)]
-    for student in result["students"]:
-        kept = student["retention"][metric]
-        points.append(
-            plots.Point(
-                student["name"],
-                student["stored_bytes"],
-                student["scores"][metric]["score"],
-                whole * kept["low"] / 100,
-                whole * kept["high"] / 100,
-            )
-        )
+    points = []
+    for model in [teacher, *result["students"]]:
+        cost = model["stored_bytes"] / 1e6 if costs is None else costs.get(model["name"])
+        if cost is None:
+            continue
+        kept = model.get("retention", {}).get(metric)
+        interval = (whole * kept["low"] / 100, whole * kept["high"] / 100) if kept else (None, None)
+        label = model["name"] if kept else f"{model['name']} (teacher)"
+        points.append(plots.Point(label, cost, model["scores"][metric]["score"], *interval))
     return points
+
+
+def _tradeoffs(gathered: Gathered) -> list[Section]:
+    """Latency against quality, for models that both a latency and a quality bench have measured."""
+    sections = []
+    for timed, latency in gathered.of_bench("latency"):
+        costs = {Path(entry["path"]).name: entry["tpot_ms"]["p50"] for entry in latency["models"]}
+        for scored, files in gathered.quality:
+            metric = language(files.result["lang"]).selection_metric
+            points = _points(files.result, metric, costs)
+            if len(points) < 2:
+                continue
+            title = tables.METRIC_TITLES[metric]
+            plot = plots.tradeoff_plot(points, "ms a token (median, short clip)", title)
+            caption = f"Time per output token against {title}, bars: retention's 95 % interval"
+            name = f"Latency and quality: {timed.label}, {scored.label}"
+            sections.append(Section(name, plots=[(caption, plot)]))
+    return sections
 
 
 def _latency_section(source: Source, result: Mapping[str, Any]) -> Section:
@@ -192,7 +233,9 @@ def _search_section(
     )
     if rows:
         caption = "Score by removed layer and round"
-        section.plots.append((caption, plots.importance_plot(rows, plan["removed"])))
+        section.plots.append(
+            (caption, plots.importance_plot(rows, plan["removed"], plan.get("baseline")))
+        )
     return section
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from halve.artefact import read_json
 from halve.errors import ArtefactError
 from halve.metrics import METRICS, retention, score, score_from_statistics, segment_statistics
 
 RESULT = "quality.json"
-CONTROLS = ("shuffled_audio", "silence")
+CONTROLS = ("shuffled_audio", "silence", "shuffled_text")
 _DIGITS = 6
 
 
@@ -80,8 +81,17 @@ def mean_retention(
             "difference_low": difference_low,
             "difference_high": difference_high,
             "p_value": min(1.0, 2 * side),
+            "p_randomised": _randomisation_p(of_student - of_teacher, resamples, seed),
         }
     )
+
+
+def _randomisation_p(differences: NDArray[np.float64], trials: int, seed: int) -> float:
+    """Approximate randomisation for a mean of segment scores: swapping a pair turns its sign."""
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (trials, len(differences)))
+    observed = abs(differences.mean())
+    as_great = int((abs((signs * differences).mean(axis=1)) >= observed - 1e-12).sum())
+    return (as_great + 1) / (trials + 1)
 
 
 def segment_scores(

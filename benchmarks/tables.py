@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scoring
+from benchmarks.clips import Clips
 from benchmarks.gather import Source
 from halve.languages import language
 from halve.metrics import LOWER_IS_BETTER, METRICS
@@ -24,6 +25,8 @@ class Table:
     header: list[str]
     rows: list[list[str]]
     note: str = ""
+    clips: list[str] = field(default_factory=list)
+    """Sound of each row as a data URI, for HTML; none where empty."""
 
 
 @dataclass
@@ -104,7 +107,7 @@ def retention_table(result: Mapping[str, Any]) -> Table:
             student["name"],
             METRIC_TITLES[metric],
             *_kept(student["retention"][metric]),
-            f"{student['retention'][metric]['p_value']:.3f}",
+            _p_values(student["retention"][metric]),
         ]
         for student in result["students"]
         for metric in metrics
@@ -112,10 +115,16 @@ def retention_table(result: Mapping[str, Any]) -> Table:
     lower = ", ".join(METRIC_TITLES[m] for m in METRICS if m in LOWER_IS_BETTER)
     return Table(
         "Retention in every metric",
-        ["student", "metric", "% of the teacher's (95 %)", "points", "p"],
+        ["student", "metric", "% of the teacher's (95 %)", "points", "p: bootstrap, randomisation"],
         rows,
         note=f"Lower is better for {lower}: there, over 100 % is a loss.",
     )
+
+
+def _p_values(retention: Mapping[str, float]) -> str:
+    """Both tests' p values; results of before version 0.2 have only the first."""
+    keys = [key for key in ("p_value", "p_randomised") if key in retention]
+    return ", ".join(f"{retention[key]:.3f}" for key in keys)
 
 
 def controls_table(result: Mapping[str, Any]) -> Table | None:
@@ -184,9 +193,9 @@ def regressions(files: scoring.ResultFiles, name: str) -> list[dict[str, Any]]:
 
 
 def regressions_table(
-    rows: Sequence[Mapping[str, Any]], name: str, metric: str, most: int
+    rows: Sequence[Mapping[str, Any]], name: str, metric: str, most: int, clips: Clips | None
 ) -> Table:
-    """The worst segments of a student."""
+    """The worst segments of a student, to read and, with `clips`, to listen to."""
     shown = rows[:most]
     header = ["segment", "source", "reference", "teacher", name]
     header += [f"teacher's {metric}", f"its {metric}", "difference"]
@@ -200,7 +209,8 @@ def regressions_table(
         for row in shown
     ]
     title = f"{name}: the {len(shown)} worst of {len(rows)} segments against the teacher"
-    return Table(title, header, cells, note="All are in report.json.")
+    sounds = clips.sources([str(row["id"]) for row in shown]) if clips else []
+    return Table(title, header, cells, note="All are in report.json.", clips=sounds)
 
 
 def latency_table(result: Mapping[str, Any], clip: str) -> Table:
@@ -296,8 +306,9 @@ def removed_table(
     for number, layer in zip(sorted(by_round), plan["removed"], strict=False):
         candidates = by_round[number]
         best = candidates.get(layer)
-        score = f"{best['score']:.2f}" if best else ""
-        cells.append([str(len(cells) + 1), str(layer), score, str(len(candidates))])
+        score = _candidate_score(best) if best else ""
+        early = sum("settled" in row for row in candidates.values())
+        cells.append([str(len(cells) + 1), str(layer), score, str(len(candidates)), str(early)])
     used = len(plan.get("max_new_tokens", {}))
     total = source.artefact.extra.get("segments_in_split")
     subset = segments_text(used, total, "select")
@@ -306,10 +317,36 @@ def removed_table(
     metric = METRIC_TITLES.get(str(rows[0]["metric"]), str(rows[0]["metric"])) if rows else "score"
     return Table(
         f"{source.label}: {len(plan['removed'])} of {plan['num_layers']} decoder layers removed, {subset}",
-        ["round", "layer removed", f"{metric} without it", "candidates"],
+        ["round", "layer removed", f"{metric} without it", "candidates", "settled early"],
         cells,
-        note=f"Signature: {rows[0]['signature']}" if rows else "",
+        note=_search_note(source, rows, plan) if rows else "",
     )
+
+
+def _candidate_score(row: Mapping[str, Any]) -> str:
+    # Distances and losses are small numbers: two decimals would make them equal.
+    return f"{row['score']:.4g}" if row.get("better") == "lower" else f"{row['score']:.2f}"
+
+
+def _search_note(source: Source, rows: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> str:
+    """Signature, direction, baseline, and what an early stop is worth."""
+    parts = [f"Signature: {rows[0]['signature']}."]
+    parts.append(f"Method: {plan.get('method', 'not recorded')}.")
+    if plan.get("baseline") is not None:
+        parts.append(f"With every layer: {plan['baseline']:.2f}.")
+    if any(row.get("better") == "lower" for row in rows):
+        parts.append("The lowest goes first.")
+    settled = {row["settled"] for row in rows if "settled" in row}
+    if "bound" in settled:
+        parts.append("Settled early: even a perfect rest would not have made it the winner.")
+    if "race" in settled:
+        sure = source.artefact.extra
+        parts.append(
+            "Settled early: the leader beat it in nearly every resample, in the least sure case in "
+            f"{100 * sure.get('least_confidence', 0):.2f} %; all of them right at once: at least "
+            f"{100 * sure.get('joint_confidence', 0):.1f} %, as far as the bootstrap can tell."
+        )
+    return " ".join(parts)
 
 
 def packages_table(packages: Sequence[tuple[Source, Mapping[str, Any]]]) -> Table:
@@ -351,7 +388,7 @@ def comparison_table(first: str, second: str, found: Mapping[str, Any]) -> Table
             else f"{pair['first']} → {pair['second']}",
             METRIC_TITLES[metric],
             f"{numbers['difference']:+.2f} [{numbers['low']:+.2f}, {numbers['high']:+.2f}]",
-            f"{numbers['p_value']:.3f}",
+            f"{numbers['p_value']:.3f}, {numbers['p_randomised']:.3f}",
             "yes" if numbers["significant"] else "no",
         ]
         for pair in found["models"]
@@ -371,7 +408,13 @@ def comparison_table(first: str, second: str, found: Mapping[str, Any]) -> Table
     note = found["note"] or f"Paired bootstrap on {found['segments']} shared segments."
     return Table(
         f"{first} → {second}",
-        ["model", "metric", "difference (95 %)", "p", "significant at 5 %"],
+        [
+            "model",
+            "metric",
+            "difference (95 %)",
+            "p: bootstrap, randomisation",
+            "significant at 5 %",
+        ],
         rows,
         note=f"{note} What else changed: {changed or 'nothing'}.",
     )

@@ -283,10 +283,16 @@ def report(
     results: Annotated[
         list[Path], typer.Argument(help="Results, artefacts, whole runs or reports.")
     ],
+    corpus: Annotated[
+        Path | None,
+        typer.Option("--corpus", metavar="DIR", help="Lets the page play the worst segments."),
+    ] = None,
     out: Out = None,
 ) -> Result:
     """Makes a report in Markdown, HTML and JSON; compares where several are given."""
-    return shell.do(steps.report(results, shell.place(out, "report", Config(), *results)))
+    given = [*results, *([corpus] if corpus else [])]
+    place = shell.place(out, "report", Config(), *given)
+    return shell.do(steps.report(results, place, corpus))
 
 
 @command(app, "inspect")
@@ -314,8 +320,17 @@ def plan(
 @command(app, "translate")
 def translate(
     model: Model,
-    files: Annotated[list[Path] | None, typer.Argument(help="Audio files, one line each.")] = None,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Audio files, one line each. For a text model: text files, one text a line; - or nothing: "
+            "standard input."
+        ),
+    ] = None,
     lang: Annotated[str | None, typer.Option("--lang", help="Target language.")] = None,
+    source_lang: Annotated[
+        str, typer.Option("--source-lang", help="The language of the texts, for a text model.")
+    ] = "en",
     segments: Annotated[
         Path | None,
         typer.Option(
@@ -329,19 +344,24 @@ def translate(
     batch_size: Annotated[int, typer.Option(min=1, help="Segments translated together.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
 ) -> Result:
-    """Translates audio: one line a file or segment, UTF-8, in the order given."""
+    """Translates audio, one line a file or segment, or text, one line a line; UTF-8, in the order given."""
+    from halve.models import family_of, resolve_model
     from pipeline import translate as translating
 
     if segments is not None and files:
         raise InputError("Files and --segments exclude each other")
-    pieces = (
-        translating.pieces_of_files(files or [])
-        if segments is None
-        else translating.pieces_of_segments(segments, input_dir)
-    )
     target = language(lang).code if lang else None
-    progress = console.progress()
-    lines = list(translating.translate(model, target, pieces, batch_size, threads, progress))
+    how = (batch_size, threads, console.progress())
+    if segments is None and family_of(resolve_model(model)).reads == "text":
+        texts = translating.lines_of_files(files or [], language(source_lang).code)
+        lines = list(translating.translate_lines(model, target, texts, *how))
+    else:
+        pieces = (
+            translating.pieces_of_files(files or [])
+            if segments is None
+            else translating.pieces_of_segments(segments, input_dir)
+        )
+        lines = list(translating.translate(model, target, pieces, *how))
     return Result("\n".join(line.text for line in lines), [vars(line) for line in lines])
 
 
@@ -366,8 +386,17 @@ def clean(
 
 
 @command(app, "doctor")
-def doctor() -> Result:
+def doctor(
+    install_comet: Annotated[
+        bool,
+        typer.Option("--install-comet", help="First make the environment that COMET runs in."),
+    ] = False,
+) -> Result:
     """Says what this machine can run and what is missing."""
+    if install_comet:
+        from benchmarks.comet_environment import install
+
+        install(progress=console.progress())
     from pipeline.doctor import examine
 
     return examine()

@@ -71,6 +71,14 @@ def _disk() -> Check:
     return Check("disk", state, found, "2 GB run the demo; 7B models take 60 GB")
 
 
+def _comet() -> Check:
+    from benchmarks import comet_environment
+
+    found = comet_environment.installed()
+    how = str(found) if found else "halve doctor --install-comet"
+    return Check("comet", "yes" if found else "no", how, "COMET scores, given a checkpoint")
+
+
 def _demo() -> Check:
     place = Path("demo/teacher/config.json")
     found = "here" if place.is_file() else "not in this directory"
@@ -92,6 +100,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     lambda: _package("fastapi", "serve", "the server"),
     lambda: _package("uvicorn", "serve", "the server"),
     lambda: _package("matplotlib", "bench", "plots in reports"),
+    _comet,
     lambda: _program("ffmpeg", "serving audio that libsndfile does not read (m4a, webm)"),
     lambda: _program("espeak-ng", "making the whole demo corpus again"),
     lambda: _program("flite", "making the whole demo corpus again"),

@@ -144,7 +144,7 @@ def bench(run: Run) -> Iterator[Step]:
 def report(run: Run) -> Iterator[Step]:
     """Writes it all down."""
     if run.results:
-        yield steps.report(run.results, run.out / "report")
+        yield steps.report(run.results, run.out / "report", run.corpus)
 
 
 STAGES: tuple[Callable[[Run], Iterator[Step]], ...] = (

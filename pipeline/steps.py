@@ -189,15 +189,16 @@ def serve_bench(
     return Step("bench", "results", out, config, inputs, work)
 
 
-def report(results: Sequence[Path], out: Path) -> Step:
-    """Makes a report."""
+def report(results: Sequence[Path], out: Path, speech: Path | None = None) -> Step:
+    """Makes a report; with a corpus its page plays the worst segments."""
 
     def work(progress: Progress) -> Artefact:
         from benchmarks.report import run_report
 
-        return run_report(list(results), out, progress)
+        return run_report(list(results), out, progress, corpus=speech)
 
-    return Step("report", "report", out, Config(), tuple(results), work)
+    inputs = (*results, *([speech] if speech else []))
+    return Step("report", "report", out, Config(), inputs, work)
 
 
 def up_to_date(step: Step) -> bool:

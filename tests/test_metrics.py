@@ -69,3 +69,21 @@ def test_bad_calls_are_refused() -> None:
         metrics.score("rouge", HYPOTHESES, REFERENCES, "de")
     with pytest.raises(InputError, match="hypotheses for"):
         metrics.score("bleu", HYPOTHESES[:2], REFERENCES, "de")
+
+
+def test_randomisation_agrees_with_the_bootstrap() -> None:
+    references = [
+        f"der {noun} steht im Haus und wartet" for noun in ["Hund", "Mann", "Baum", "Stuhl"]
+    ] * 8
+    worse = [text.replace("steht", "liegt") if i % 3 else text for i, text in enumerate(references)]
+    clear = metrics.retention("chrf++", references, worse, references, "de", resamples=200)
+    assert clear.p_randomised == pytest.approx(1 / 201)
+    # Each side has the same faults elsewhere: nothing to choose between them.
+    mirrored = [
+        text.replace("steht", "liegt") if i % 2 else text for i, text in enumerate(references)
+    ]
+    other = [text if i % 2 else text.replace("steht", "liegt") for i, text in enumerate(references)]
+    even = metrics.retention("chrf++", mirrored, other, references, "de", resamples=200)
+    assert even.p_randomised > 0.5
+    same = metrics.retention("chrf++", worse, worse, references, "de", resamples=100)
+    assert same.p_randomised == 1

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import comet, scoring
+from benchmarks import comet, comet_environment, scoring
+from halve.errors import HalveError
 
 SYSTEMS = {"teacher": ["eins", "zwei"], "student": ["eins", "drei"]}
 SOURCES, REFERENCES = ["one", "two"], ["eins", "zwei"]
@@ -20,6 +21,12 @@ for row in lines[1:]:
 print(json.dumps({"done": True, "name": "wmt22-comet-da", "comet_version": "2.2.7",
                   "checkpoint_sha256": "0123456789abcdef", "segments": len(lines) - 1}))
 """
+
+
+@pytest.fixture(autouse=True)
+def no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed on this machine is not what these tests are about."""
+    monkeypatch.setenv("HALVE_COMET", str(tmp_path / "no-comet"))
 
 
 @pytest.fixture
@@ -53,7 +60,7 @@ def test_scores_come_back_by_system(checkpoint: str, tmp_path: Path) -> None:
     [
         (None, sys.executable, "no checkpoint was given"),
         ("/nowhere/model", sys.executable, "does not exist"),
-        ("checkpoint", None, "no Python of an environment"),
+        ("checkpoint", None, "halve doctor --install-comet"),
         ("checkpoint", "/nowhere/python", "interpreter /nowhere/python does not exist"),
     ],
 )
@@ -87,3 +94,19 @@ def test_retention_of_means() -> None:
     assert kept["difference"] == pytest.approx(-0.05)
     same = scoring.mean_retention([0.8, 0.9], [0.8, 0.9], resamples=100, seed=0)
     assert (same["percent"], same["p_value"]) == (100.0, 1.0)
+
+
+def test_an_environment_is_not_made_over_other_files(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(HalveError, match="holds something that is no environment"):
+        comet_environment.install(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_finished_environment_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "comet"
+    monkeypatch.setenv("HALVE_COMET", str(folder))
+    assert comet_environment.installed() is None
+    (folder / "bin").mkdir(parents=True)
+    (folder / ".complete").touch()
+    assert comet_environment.installed() == comet_environment.install() == folder / "bin" / "python"

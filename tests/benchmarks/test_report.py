@@ -1,5 +1,7 @@
 """Reports: every number is there, subsets are marked, two runs are compared."""
 
+import base64
+import io
 import json
 import shutil
 from html.parser import HTMLParser
@@ -11,6 +13,8 @@ import pytest
 from benchmarks import compare, plots, scoring, tables
 from benchmarks.report import run_report
 from halve import artefact
+from halve.audio import SAMPLE_RATE_HZ, decode_audio
+from halve.corpus import read_corpus
 from halve.errors import ArtefactError, InputError
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -187,6 +191,50 @@ def test_hostile_text_is_escaped(quality_result: Path, tmp_path: Path) -> None:
     assert "&lt;script&gt;" in html
 
 
+class _Sounds(HTMLParser):
+    """Collects what audio elements play."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "audio":
+            self.sources.append(dict(attrs)["src"] or "")
+
+
+def test_the_page_plays_the_segments(
+    quality_result: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    run_report([quality_result], tmp_path / "report", corpus=tiny_corpus)
+    page = _Sounds()
+    page.feed((tmp_path / "report" / "report.html").read_text(encoding="utf8"))
+    files = scoring.read_result(quality_result)
+    assert len(page.sources) == len(files.ids) * len(files.result["students"])
+    corpus = read_corpus(tiny_corpus)
+    lengths = {round(segment.duration_s, 2) for segment in corpus.segments}
+    for source in page.sources:
+        data = base64.b64decode(source.partition("base64,")[2])
+        samples = decode_audio(io.BytesIO(data))
+        assert round(len(samples) / SAMPLE_RATE_HZ, 2) in lengths
+
+
+def test_latency_is_drawn_against_quality(
+    quality_result: Path, latency: Path, tmp_path: Path
+) -> None:
+    timed = tmp_path / "latency"
+    result = json.loads((latency / "latency.json").read_text())
+    scored = json.loads((quality_result / "quality.json").read_text())
+    names = [model["name"] for model in [scored["teacher"], *scored["students"]]]
+    entry = result["models"][0]
+    result["models"] = [entry | {"path": f"runs/{name}"} for name in names]
+    with artefact.writing(timed, "results", {}, 0, {}) as draft:
+        artefact.write_json(draft.path / "latency.json", result)
+    run_report([quality_result, timed], tmp_path / "report")
+    markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf8")
+    assert "Time per output token against chrF++" in markdown
+
+
 def _other_run(quality_result: Path, out: Path, hypotheses: list[str]) -> Path:
     """The same result with other hypotheses of the student."""
     with artefact.writing(out, "results", {}, 0, {}) as draft:
@@ -207,7 +255,11 @@ def test_two_runs_are_compared(quality_result: Path, report: Path, tmp_path: Pat
     assert teacher["texts_changed"] == 0
     assert not any(metric["significant"] for metric in teacher["metrics"].values())
     assert student["texts_changed"] == 4
-    assert student["metrics"]["chrf"]["significant"]
+    chrf = student["metrics"]["chrf"]
+    assert chrf["p_value"] < 0.05
+    # Four segments can be swapped in 16 ways: the second test cannot call that significant.
+    assert chrf["p_randomised"] > 0.05
+    assert not chrf["significant"]
     assert student["metrics"]["chrf"]["difference"] > 50
     assert "significant at 5 %" in (tmp_path / "report" / "report.md").read_text()
 

@@ -1,7 +1,7 @@
 """Layer pruning: a smaller model from a plan, shard by shard, without ever loading the model."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,13 @@ from halve import artefact, shards
 from halve.artefact import Artefact
 from halve.audio import SAMPLE_RATE_HZ
 from halve.errors import ArtefactError, InputError, ParityError
-from halve.families import Family, family_for
-from halve.families.base import TRANSCRIBE
+from halve.families import Family, SourceText, family_for
+from halve.families.base import kept_slices
+from halve.languages import language
 from halve.models import SpeechModel, load_model, read_config, resolve_model
 from halve.progress import SILENT, Progress
+from halve.shard_writer import MAX_SHARD_BYTES, Part, raw, unchanged, write_shards
+from halve.shards import Stored
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +58,7 @@ def run_prune(
     teacher = read_config(model)
     family = family_for(teacher)
     chosen = choose_plan(config, model, plan, family, teacher)
+    family.check_kept(teacher, chosen.kept)
     parents = {"model": model}
     if config.layers is None and plan is not None:
         parents["plan"] = Path(plan)
@@ -65,6 +69,7 @@ def run_prune(
         if config.verify != "none":
             check_structure(model, draft.path, family, chosen.kept)
         if config.verify == "full":
+            check_contents(model, draft.path, family, chosen.kept)
             progress.message("Comparing logits with the sliced teacher")
             draft.extra["max_logit_difference"] = compare_logits(model, draft.path, chosen.kept)
         draft.extra.update(
@@ -163,27 +168,65 @@ def _check_model(file: Path, plan: Plan, family: Family, config: Mapping[str, An
         )
 
 
-def write_pruned(model: Path, target: Path, family: Family, kept: Sequence[int]) -> None:
-    """Writes config, weights and side files of the model with only the kept layers."""
+def write_pruned(
+    model: Path,
+    target: Path,
+    family: Family,
+    kept: Sequence[int],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes config, weights and side files of the model with only the kept layers.
+
+    The kept tensors' bytes go over as they are, piece by piece, without being decoded; but of a tensor
+    that holds all layers side by side only the kept ones' slices do.
+    """
     for stale in target.glob("*.safetensors*"):
         stale.unlink()  # of a killed run
-    shards.copy_shards(model, target, lambda key: family.kept_key(key, kept))
+    write_shards(target, kept_parts(model, family, kept), max_shard_bytes)
     shards.write_config(target, family.kept_config(read_config(model), list(kept)))
     shards.copy_side_files(model, target)
 
 
+def kept_parts(model: Path, family: Family, kept: Sequence[int]) -> list[Part]:
+    """What is left of a model's tensors, in the order of its files."""
+    config = read_config(model)
+    return [
+        _kept_part(stored, new, family, family.num_layers(config), kept)
+        for stored in shards.iter_stored(model)
+        if not family.is_surplus(config, stored.key)
+        and (new := family.kept_key(stored.key, kept)) is not None
+    ]
+
+
+def _kept_part(
+    stored: Stored, key: str, family: Family, num_layers: int, kept: Sequence[int]
+) -> Part:
+    """A tensor as it is, or the kept layers' slices of one that holds all of them."""
+    axis = family.stacked_axis(stored.key)
+    if axis is None:
+        return unchanged(stored, key)
+    shape = list(stored.shape)
+    shape[axis] = shape[axis] // num_layers * len(kept)
+    size_bytes = stored.size_bytes // num_layers * len(kept)
+
+    def pieces() -> Iterator[memoryview]:
+        if axis == 0:
+            yield raw(kept_slices(stored.tensor(), axis, num_layers, kept))
+            return
+        for _, rows in stored.rows():
+            yield raw(kept_slices(rows, axis, num_layers, kept))
+
+    return Part(key, stored.kind, tuple(shape), size_bytes, pieces)
+
+
 def check_structure(model: Path, pruned: Path, family: Family, kept: Sequence[int]) -> None:
-    """Checks every tensor on disk against config and teacher: names, shapes, types, contents.
+    """Checks every tensor's name, shape and type on disk against config and teacher.
 
     Raises:
         ArtefactError: what was written is not what should be there.
     """
-    before, after = shards.tensor_shapes(model), shards.tensor_shapes(pruned)
-    wanted = {
-        new: shape
-        for key, shape in before.items()
-        if (new := family.kept_key(key, kept)) is not None
-    }
+    after = shards.tensor_shapes(pruned)
+    wanted = {part.key: (part.shape, part.kind) for part in kept_parts(model, family, kept)}
     faults = [f"{key}: missing" for key in sorted(wanted.keys() - after.keys())]
     faults += [f"{key}: not expected" for key in sorted(after.keys() - wanted.keys())]
     faults += [
@@ -196,9 +239,38 @@ def check_structure(model: Path, pruned: Path, family: Family, kept: Sequence[in
     stored = sum(_numel(shape) for shape, _ in after.values())
     if counted.decoder_layers != len(kept):
         faults.append(f"config.json has {counted.decoder_layers} layers instead of {len(kept)}")
-    if stored != counted.total and config.get("quantization_config") is None:
-        faults.append(f"{stored} parameters stored, the config says {counted.total}")
-    faults += _content_faults(model, pruned, family, kept)
+    expected = counted.total + counted.buffers
+    if stored != expected and config.get("quantization_config") is None:
+        faults.append(f"{stored} parameters stored, the config says {expected}")
+    _refuse(pruned, faults)
+
+
+def check_contents(model: Path, pruned: Path, family: Family, kept: Sequence[int]) -> None:
+    """Reads both models again and compares the bytes of all tensors.
+
+    Raises:
+        ArtefactError: a tensor is not the teacher's.
+    """
+    wanted = {part.key: part for part in kept_parts(model, family, kept)}
+    faults = [
+        f"{stored.key}: its contents differ from the teacher's"
+        for stored in shards.iter_stored(pruned)
+        if stored.key in wanted and not _same_bytes(stored, wanted[stored.key])
+    ]
+    _refuse(pruned, faults)
+
+
+def _same_bytes(one: Stored, other: Part) -> bool:
+    if one.size_bytes != other.size_bytes:
+        return False
+    digests = [hashlib.sha256(), hashlib.sha256()]
+    for digest, pieces in zip(digests, (one.pieces(), other.pieces()), strict=True):
+        for piece in pieces:
+            digest.update(piece)
+    return digests[0].digest() == digests[1].digest()
+
+
+def _refuse(pruned: Path, faults: Sequence[str]) -> None:
     if faults:
         raise ArtefactError(f"{pruned} was not pruned as planned: {'; '.join(faults[:5])}")
 
@@ -210,36 +282,11 @@ def _numel(shape: Sequence[int]) -> int:
     return total
 
 
-def _content_faults(model: Path, pruned: Path, family: Family, kept: Sequence[int]) -> list[str]:
-    """Compares the bytes of all tensors, one at a time."""
-    wanted = {
-        new: digest
-        for key, digest in _digests(model, lambda key: family.kept_key(key, kept) is not None)
-        if (new := family.kept_key(key, kept)) is not None
-    }
-    found = dict(_digests(pruned, lambda key: True))
-    return [
-        f"{key}: its contents differ from the teacher's"
-        for key in sorted(wanted.keys() & found.keys())
-        if wanted[key] != found[key]
-    ]
-
-
-def _digests(model: Path, chosen: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
-    """The sha256 of each chosen tensor's bytes."""
-    import torch
-
-    for key, tensor in shards.iter_tensors(model):
-        if chosen(key):
-            flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-            yield key, hashlib.sha256(flat.numpy().data).hexdigest()
-
-
 def compare_logits(model: Path, pruned: Path, kept: Sequence[int]) -> float:
     """The largest difference between the pruned model's logits and those of the teacher sliced in memory.
 
     Both are loaded with the stock class, one after the other, in their stored precision, and hear a
-    second of noise.
+    second of noise, or read a sentence.
 
     Raises:
         ParityError: they differ by more than LOGIT_TOLERANCE of the largest logit.
@@ -263,12 +310,15 @@ def compare_logits(model: Path, pruned: Path, kept: Sequence[int]) -> float:
 
 
 def _probe(speech: SpeechModel) -> "torch.Tensor":
-    """Logits (tokens, vocabulary) of a prompt with a second of noise."""
+    """Logits (tokens, vocabulary) of a prompt with a second of noise, or a sentence."""
     import torch
 
     noise = np.random.default_rng(0).normal(0, 0.1, SAMPLE_RATE_HZ).astype(np.float32)
+    family = speech.family
+    source = SourceText("A second of noise.") if family.reads == "text" else noise
     dtype = next(speech.model.parameters()).dtype
-    inputs = speech.family.stock_inputs(speech.processor, noise, TRANSCRIBE, dtype)
+    instruction = family.instruction(language("de"))
+    inputs = family.stock_inputs(speech.processor, source, instruction, dtype)
     with torch.inference_mode():
         output = speech.model(**{key: value.to(speech.device) for key, value in inputs.items()})
     logits: torch.Tensor = output.logits[0].float().cpu()

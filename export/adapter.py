@@ -2,15 +2,19 @@
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.errors import ArtefactError
 from halve.families import Family
+from halve.shards import Stored, read_header
 
 if TYPE_CHECKING:
     import torch
+
+    Rows = Iterator[torch.Tensor]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -28,20 +32,26 @@ def is_adapter(path: Path) -> bool:
 
 @dataclass
 class Adapter:
-    """A LoRA adapter: pairs of low-rank factors by the key, on disk, of the weight they change."""
+    """A LoRA adapter: pairs of low-rank factors, left on disk, by the key of the weight they change."""
 
-    factors: dict[str, tuple["torch.Tensor", "torch.Tensor"]]
+    factors: dict[str, tuple[Stored, Stored]]
     scaling: float
 
-    def added(self, key: str, tensor: "torch.Tensor") -> "torch.Tensor":
-        """weight + scaling * B @ A in float32 where the adapter changes it, else the tensor itself."""
+    def added(self, key: str, pieces: "Iterable[tuple[int, torch.Tensor]]") -> "Rows":
+        """Rows of weight + scaling * B @ A in float32; the rows themselves where it changes nothing.
+
+        Args:
+            pieces: the number of the first row, and rows (some, in) of the weight (out, in).
+        """
         import torch
 
         if key not in self.factors:
-            return tensor
-        down, up = (factor.to(torch.float32) for factor in self.factors[key])
-        merged: torch.Tensor = tensor.to(torch.float32) + self.scaling * (up @ down)
-        return merged
+            yield from (rows for _, rows in pieces)
+            return
+        down, up = (factor.tensor().float() for factor in self.factors[key])
+        for first, rows in pieces:
+            chosen = up[first : first + len(rows)]
+            yield torch.addmm(rows.float(), chosen, down, alpha=self.scaling)
 
 
 def read_adapter(
@@ -55,15 +65,11 @@ def read_adapter(
     Raises:
         ArtefactError: damaged, of a kind that cannot be merged so, or made for another model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = _read_config(path)
-    try:
-        tensors = load_file(str(path / WEIGHTS))
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path / WEIGHTS} is missing or damaged ({error})") from None
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    if not (path / WEIGHTS).is_file():
+        raise ArtefactError(f"{path / WEIGHTS} is missing", mend="tune again, or copy it again")
+    tensors = read_header(path / WEIGHTS)
+    pairs: dict[str, dict[str, Stored]] = {}
     for name, tensor in tensors.items():
         module, separator, which = name.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
         if not separator or which not in ("A.weight", "B.weight"):
@@ -94,7 +100,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check(
     path: Path,
-    factors: dict[str, tuple["torch.Tensor", "torch.Tensor"]],
+    factors: dict[str, tuple[Stored, Stored]],
     pairs: dict[str, Any],
     shapes: dict[str, tuple[tuple[int, ...], str]],
 ) -> None:

@@ -1,28 +1,36 @@
-"""Checkpoints for stock transformers, written shard by shard."""
+"""Checkpoints for stock transformers, written piece by piece: the model is never held."""
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export import nf4
+from halve.errors import ArtefactError
 from halve.families import Family, family_for
 from halve.models import quantization_config, read_config
-from halve.shards import ShardWriter, copy_shards, copy_side_files, iter_tensors, write_config
+from halve.shard_writer import Part, raw, unchanged, write_shards
+from halve.shards import (
+    TORCH_TYPES,
+    Stored,
+    copy_side_files,
+    element_bytes,
+    iter_stored,
+    write_config,
+)
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_KINDS = {name: kind for kind, name in TORCH_TYPES.items()}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 
-Transform = Callable[[str, "torch.Tensor"], "torch.Tensor"]
-
-
-def cast(tensor: "torch.Tensor", dtype: str) -> "torch.Tensor":
-    """A floating-point tensor in another type; any other as it is."""
-    import torch
-
-    return tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+Rows = Callable[[], "Iterator[torch.Tensor]"]
+"""Makes a tensor's new values: its rows in order, some at a time."""
+Change = Callable[[Stored], Rows | None]
+"""What becomes of a tensor's values; None where they stay."""
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -42,39 +50,63 @@ def write_plain(
     target: Path,
     dtype: str,
     max_shard_bytes: int,
-    transform: Transform | None = None,
+    change: Change = lambda stored: None,
 ) -> None:
     """Copies a model directory with its weights in another type.
 
-    Args:
-        transform: changes a tensor, given by its key on disk, before it is cast.
+    Raises:
+        ArtefactError: weights missing, damaged, or stored in 4 bits.
     """
-
-    def changed(key: str, tensor: "torch.Tensor") -> "torch.Tensor":
-        return cast(tensor if transform is None else transform(key, tensor), dtype)
-
-    copy_shards(source, target, lambda key: key, changed, max_shard_bytes)
+    config = _plain_config(source)
+    parts = [_part(stored, _KINDS[dtype], change(stored)) for stored in iter_stored(source)]
+    write_shards(target, parts, max_shard_bytes)
     copy_side_files(source, target)
-    write_config(target, with_dtype(read_config(source), dtype))
+    write_config(target, with_dtype(config, dtype))
+
+
+def _plain_config(source: Path) -> dict[str, Any]:
+    config = read_config(source)
+    if config.get("quantization_config") is not None:
+        raise ArtefactError(
+            f"{source} is stored quantised: what was rounded off is lost",
+            expected="a model in bfloat16, float16 or float32",
+            mend="name the model that it was made from",
+        )
+    return config
+
+
+def _part(stored: Stored, kind: str, changed: Rows | None) -> Part:
+    """A tensor in type `kind`, its values changed; as it is where neither asks for anything."""
+    import torch
+
+    if stored.kind not in _FLOATS or (stored.kind == kind and changed is None):
+        return unchanged(stored)
+    dtype = getattr(torch, TORCH_TYPES[kind])
+
+    def pieces() -> Iterator[memoryview]:
+        for rows in changed() if changed is not None else (rows for _, rows in stored.rows()):
+            yield raw(rows.to(dtype))
+
+    size = math.prod(stored.shape) * element_bytes(kind)
+    return Part(stored.key, kind, stored.shape, size, pieces)
 
 
 def write_nf4(source: Path, target: Path, max_shard_bytes: int) -> None:
     """Copies a model directory with the decoder's linear layers in NF4, the rest in bfloat16.
 
     Raises:
+        ArtefactError: weights missing, damaged, or stored in 4 bits already.
         FamilyError: a layer's input features are no multiple of 64.
     """
-    config = read_config(source)
+    config = _plain_config(source)
     family = family_for(config)
-    writer = ShardWriter(target, max_shard_bytes)
-    for key, stored in iter_tensors(source):
-        tensor = cast(stored, "bfloat16")
-        if nf4.is_quantised(family, key, tensor):
-            for name, part in nf4.stored_tensors(key, tensor).items():
-                writer.add(name, part)
+    parts: list[Part] = []
+    for stored in iter_stored(source):
+        if nf4.is_quantised(family, stored):
+            parts += nf4.parts_of(stored)
         else:
-            writer.add(key, tensor)
-    writer.close()
+            parts.append(_part(stored, "BF16", None))
+    write_shards(target, parts, max_shard_bytes)
     copy_side_files(source, target)
     new = with_dtype(config, "bfloat16")
     new["quantization_config"] = _quantization_facts(family)

@@ -1,14 +1,14 @@
 """Merges an adapter into its base model: the student, an ordinary Hugging Face directory."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export import nf4
 from export.adapter import Adapter, is_adapter, read_adapter
 from export.card import write_card
-from export.checkpoint import write_nf4, write_plain
+from export.checkpoint import Change, Rows, write_nf4, write_plain
 from export.config import MergeConfig
 from export.scoring import SelectSet, open_select_sets
 from halve import artefact
@@ -17,7 +17,7 @@ from halve.errors import ArtefactError, InputError
 from halve.families import Family, family_for
 from halve.models import load_model, read_config
 from halve.progress import SILENT, Progress
-from halve.shards import tensor_shapes
+from halve.shards import Stored, tensor_shapes
 from halve.translate import TorchTranslator
 
 if TYPE_CHECKING:
@@ -72,19 +72,27 @@ def run_merge(
 
 def _merge(config: MergeConfig, model: Path, adapter: Path, onto: str, folder: Path) -> None:
     family = family_for(read_config(model))
-    transform = _transform(onto, family, read_adapter(adapter, family, tensor_shapes(model)))
-    write_plain(model, folder, config.dtype, config.max_shard_bytes, transform)
+    change = _change(onto, family, read_adapter(adapter, family, tensor_shapes(model)))
+    write_plain(model, folder, config.dtype, config.max_shard_bytes, change)
 
 
-def _transform(
-    onto: str, family: Family, adapter: Adapter
-) -> "Callable[[str, torch.Tensor], torch.Tensor]":
-    def onto_dequantised(key: str, tensor: "torch.Tensor") -> "torch.Tensor":
-        if nf4.is_quantised(family, key, tensor):
-            tensor = nf4.rounded(key, tensor.float())
-        return adapter.added(key, tensor)
+def _change(onto: str, family: Family, adapter: Adapter) -> Change:
+    """What merging does to a tensor; nothing where neither the adapter nor 4-bit rounding changes it."""
 
-    return onto_dequantised if onto == "dequantized" else adapter.added
+    def change(stored: Stored) -> Rows | None:
+        rounded = onto == "dequantized" and nf4.is_quantised(family, stored)
+        if not rounded and stored.key not in adapter.factors:
+            return None
+        return lambda: adapter.added(stored.key, _rounded(stored) if rounded else stored.rows())
+
+    return change
+
+
+def _rounded(stored: Stored) -> "Iterator[tuple[int, torch.Tensor]]":
+    """A weight as NF4 rounds it, a thousand rows at a time. Its scales' mean needs the whole weight."""
+    whole = nf4.rounded(stored)
+    for first in range(0, len(whole), 1024):
+        yield first, whole[first : first + 1024]
 
 
 def _merge_better(

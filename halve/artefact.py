@@ -18,6 +18,7 @@ from typing import Any
 
 from halve import environment
 from halve.errors import ArtefactError
+from halve.hashing import file_sha256, sha256_of
 
 SCHEMA_VERSION = 1
 RECORD = "artefact.json"
@@ -148,12 +149,6 @@ def read_json(path: Path) -> Any:
     return _parse(path, path.read_bytes(), "the file")
 
 
-def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _files(path: Path) -> list[str]:
     names = (entry.relative_to(path) for entry in path.rglob("*") if entry.is_file())
     return sorted(
@@ -207,14 +202,19 @@ def verify(path: str | Path) -> list[str]:
     present = set(_files(artefact.path))
     faults = [f"{name}: missing" for name in artefact.files if name not in present]
     faults += [f"{name}: not in the record" for name in sorted(present - set(artefact.files))]
-    for name, record in artefact.files.items():
-        if name not in present:
-            continue
-        size = (artefact.path / name).stat().st_size
-        if size != record.size_bytes:
-            faults.append(f"{name}: {size} bytes, the record says {record.size_bytes}")
-        elif file_sha256(artefact.path / name) != record.sha256:
-            faults.append(f"{name}: its sha256 differs from the record (damaged or edited)")
+    whole = []
+    for name in sorted(present & set(artefact.files)):
+        size, wanted = (artefact.path / name).stat().st_size, artefact.files[name].size_bytes
+        if size == wanted:
+            whole.append(name)
+        else:
+            faults.append(f"{name}: {size} bytes, the record says {wanted}")
+    hashes = sha256_of((artefact.path / name for name in whole), fresh=True)
+    faults += [
+        f"{name}: its sha256 differs from the record (damaged or edited)"
+        for name, found in zip(whole, hashes, strict=True)
+        if found != artefact.files[name].sha256
+    ]
     return faults
 
 
@@ -232,8 +232,9 @@ def identity(path: str | Path) -> str:
     if not path.is_dir():
         raise ArtefactError(f"{path} does not exist")
     digest = hashlib.sha256()
-    for name in _files(path):
-        digest.update(f"{name}\0{file_sha256(path / name)}\n".encode())
+    names = _files(path)
+    for name, found in zip(names, sha256_of(path / name for name in names), strict=True):
+        digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()
 
 
@@ -316,9 +317,11 @@ def writing(
 
 
 def _records(path: Path) -> dict[str, dict[str, Any]]:
+    names = _files(path)
+    hashes = sha256_of(path / name for name in names)
     return {
-        name: {"bytes": (path / name).stat().st_size, "sha256": file_sha256(path / name)}
-        for name in _files(path)
+        name: {"bytes": (path / name).stat().st_size, "sha256": found}
+        for name, found in zip(names, hashes, strict=True)
     }
 
 

@@ -1,8 +1,11 @@
-"""Safetensors checkpoints tensor by tensor: never more than one output shard in memory."""
+"""Safetensors checkpoints read tensor by tensor, and piece by piece: no file is ever mapped or held."""
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +16,101 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_SHARD_BYTES = 1_000_000_000
+PIECE_BYTES = 8_000_000
+"""Weights are read, changed, hashed and written in pieces of about so many bytes."""
+TORCH_TYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+"""Names of types in a file's header, and torch's names for them."""
 
+GENERATION = "generation_config.json"
+
+_SAMPLING = {
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty",
+}  # fmt: skip
+"""Settings that greedy decoding does not read; transformers warns of them beside do_sample: false."""
+_LONGEST_HEADER = 100_000_000
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".data")
 _NOT_CARRIED = {
     "config.json",
     "artefact.json",
     "timings.jsonl",
+    "partial.json",
+    "package.json",
+    "merge.json",
     "README.md",
     "history.jsonl",
     INDEX,
 }
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file."""
+
+    key: str
+    file: Path
+    kind: str
+    """Its type as the header names it: BF16, F32, …"""
+    shape: tuple[int, ...]
+    begin: int
+    """Its first byte in the file."""
+    size_bytes: int
+
+    def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[memoryview]:
+        """Its bytes as they are.
+
+        Raises:
+            ArtefactError: the file ends too early.
+        """
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.begin)
+            for done in range(0, self.size_bytes, piece_bytes):
+                yield self._read(file, min(piece_bytes, self.size_bytes - done))
+
+    def rows(self, piece_bytes: int = PIECE_BYTES) -> "Iterator[tuple[int, torch.Tensor]]":
+        """The tensor in pieces along its first dimension: the first row's number, and the rows."""
+        import torch
+
+        dtype = getattr(torch, self._torch_type())
+        if not self.shape or not self.size_bytes:
+            yield 0, self.tensor()
+            return
+        row_bytes = self.size_bytes // self.shape[0]
+        step = max(1, piece_bytes // row_bytes)
+        for number, piece in enumerate(self.pieces(step * row_bytes)):
+            rows = torch.frombuffer(piece, dtype=dtype)
+            yield number * step, rows.reshape(-1, *self.shape[1:])
+
+    def tensor(self) -> "torch.Tensor":
+        """The whole tensor, in memory of its own."""
+        import torch
+
+        dtype = getattr(torch, self._torch_type())
+        if not self.size_bytes:
+            return torch.empty(self.shape, dtype=dtype)
+        (piece,) = self.pieces(self.size_bytes)
+        return torch.frombuffer(piece, dtype=dtype).reshape(self.shape)
+
+    def _torch_type(self) -> str:
+        if self.kind not in TORCH_TYPES:
+            raise ArtefactError(
+                f"{self.file}: {self.key} is of type {self.kind}",
+                expected=f"one of {', '.join(TORCH_TYPES)}",
+            )
+        return TORCH_TYPES[self.kind]
+
+    def _read(self, file: Any, size: int) -> memoryview:
+        buffer = memoryview(bytearray(size))
+        done = 0
+        while done < size:
+            found = file.readinto(buffer[done:])
+            if not found:
+                raise _damaged(self.file, "it ends too early")
+            done += found
+        return buffer
 
 
 def read_index(model: Path) -> dict[str, str]:
@@ -32,8 +119,6 @@ def read_index(model: Path) -> dict[str, str]:
     Raises:
         ArtefactError: no safetensors weights, or a shard missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     if (model / INDEX).is_file():
         try:
             index: dict[str, str] = json.loads((model / INDEX).read_text(encoding="utf8"))[
@@ -49,126 +134,108 @@ def read_index(model: Path) -> dict[str, str]:
         return index
     if not (model / SINGLE).is_file():
         raise ArtefactError(f"{model} has no safetensors weights", expected=f"{SINGLE} or {INDEX}")
+    return dict.fromkeys(read_header(model / SINGLE), SINGLE)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of one file, in the order of their bytes.
+
+    Format: 8 bytes of length, a JSON header, the tensors' bytes without gaps
+    (huggingface.co/docs/safetensors).
+
+    Raises:
+        ArtefactError: it is no whole safetensors file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise _damaged(path, "its header is cut off")
+        text = file.read(length)
     try:
-        with safe_open(str(model / SINGLE), framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE)
-    except SafetensorError as error:
-        raise _damaged(model / SINGLE, error) from None
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = [_stored(path, key, entry, 8 + length) for key, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"its header cannot be read: {error}") from None
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.size_bytes))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.begin != end:
+            raise _damaged(path, f"{tensor.key} is not where its header says")
+        end += tensor.size_bytes
+    if end != size:
+        raise _damaged(path, f"{size} bytes, its header says {end}")
+    return {tensor.key: tensor for tensor in tensors}
 
 
-def _damaged(path: Path, error: BaseException) -> ArtefactError:
+def _stored(path: Path, key: str, entry: dict[str, Any], base: int) -> Stored:
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    kind = str(entry["dtype"])
+    if kind in TORCH_TYPES and math.prod(shape) * element_bytes(kind) != end - begin:
+        raise ValueError(f"{key} has {end - begin} bytes for {shape} of {kind}")
+    return Stored(key, path, kind, shape, base + begin, end - begin)
+
+
+def element_bytes(kind: str) -> int:
+    """Bytes of one number of a type, by the header's name for it."""
+    bits = "8" if kind == "BOOL" else kind.lstrip("BFIU")
+    return int(bits) // 8
+
+
+def _damaged(path: Path, why: str) -> ArtefactError:
     return ArtefactError(
-        f"{path} is damaged ({error})",
+        f"{path} is damaged ({why})",
         expected="a whole safetensors file",
         mend="copy or make it again",
     )
 
 
-def iter_tensors(model: Path) -> "Iterator[tuple[str, torch.Tensor]]":
-    """All tensors, a file at a time, in the order of their names within it."""
-    from safetensors import SafetensorError, safe_open
+def iter_stored(model: Path) -> Iterator[Stored]:
+    """All tensors, a file at a time, in the order of their bytes: reading them all is one pass.
 
-    by_file: dict[str, list[str]] = {}
-    for key, name in read_index(model).items():
-        by_file.setdefault(name, []).append(key)
-    for name in sorted(by_file):
-        try:
-            with safe_open(str(model / name), framework="pt") as file:
-                for key in sorted(by_file[name]):
-                    yield key, file.get_tensor(key)
-        except SafetensorError as error:
-            raise _damaged(model / name, error) from None
+    Raises:
+        ArtefactError: weights missing or damaged, or a file that lacks what the index promises.
+    """
+    index = read_index(model)
+    for name in sorted(set(index.values())):
+        found = read_header(model / name)
+        lacking = sorted(key for key, file in index.items() if file == name and key not in found)
+        if lacking:
+            raise _damaged(model / name, f"{', '.join(lacking[:3])} should be in it")
+        yield from (tensor for key, tensor in found.items() if index.get(key) == name)
 
 
 def tensor_shapes(model: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and stored type of each tensor, from the files' headers alone."""
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    index = read_index(model)
-    for name in sorted(set(index.values())):
-        try:
-            with safe_open(str(model / name), framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    shapes[key] = (tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
-            raise _damaged(model / name, error) from None
-    return shapes
-
-
-class ShardWriter:
-    """Writes tensors into shards of bounded size, then the index; one file when one is enough."""
-
-    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self._folder = folder
-        self._limit = max_shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[dict[str, int]] = []
-
-    def add(self, key: str, tensor: "torch.Tensor") -> None:
-        """Takes one tensor; writes a shard when it is full."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._limit:
-            self._flush()
-        self._pending[key] = tensor.contiguous()
-        self._pending_bytes += size
-
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        number = len(self._shards) + 1
-        save_file(self._pending, str(self._folder / f"shard-{number}"), metadata={"format": "pt"})
-        self._shards.append({key: t.numel() * t.element_size() for key, t in self._pending.items()})
-        self._pending, self._pending_bytes = {}, 0
-
-    def close(self) -> list[Path]:
-        """Writes what is left and the index; returns the files of weights."""
-        if self._pending:
-            self._flush()
-        if len(self._shards) == 1:
-            return [(self._folder / "shard-1").rename(self._folder / SINGLE)]
-        weight_map: dict[str, str] = {}
-        files = []
-        for number, keys in enumerate(self._shards, start=1):
-            name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            files.append((self._folder / f"shard-{number}").rename(self._folder / name))
-            weight_map.update(dict.fromkeys(keys, name))
-        total = sum(size for keys in self._shards for size in keys.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf8")
-        return files
-
-
-def copy_shards(
-    source: Path,
-    target: Path,
-    rename: Callable[[str], str | None],
-    transform: "Callable[[str, torch.Tensor], torch.Tensor] | None" = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> list[Path]:
-    """Copies a checkpoint's tensors under new names; those renamed to None stay behind.
-
-    Args:
-        transform: called with the old name and the tensor; returns the tensor to write.
-    """
-    writer = ShardWriter(target, max_shard_bytes)
-    for key, tensor in iter_tensors(source):
-        new = rename(key)
-        if new is not None:
-            writer.add(new, tensor if transform is None else transform(key, tensor))
-    return writer.close()
+    return {tensor.key: (tensor.shape, tensor.kind) for tensor in iter_stored(model)}
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copies what a model directory has beside weights and config: tokenizer, processor, generation config."""
+    """Copies what a model directory has beside weights, config and records: tokenizer and processor,
+    and its generation config, made greedy."""
     copied = []
     for entry in sorted(source.iterdir()):
         if entry.is_file() and entry.name not in _NOT_CARRIED and entry.suffix not in _WEIGHTS:
             shutil.copyfile(entry, target / entry.name)
             copied.append(entry.name)
+    if GENERATION in copied:
+        _make_greedy(target / GENERATION)
     return copied
+
+
+def _make_greedy(path: Path) -> None:
+    """Translations are measured and compared as greedy decoding makes them: no sampling, one beam."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf8"))
+        greedy = {key: value for key, value in settings.items() if key not in _SAMPLING}
+    except (ValueError, AttributeError) as error:
+        raise ArtefactError(f"{path.name} is damaged ({error})") from None
+    greedy |= {"do_sample": False, "num_beams": 1}
+    if greedy != settings:
+        path.write_text(json.dumps(greedy, indent=2, sort_keys=True) + "\n", encoding="utf8")
 
 
 def write_config(target: Path, config: dict[str, Any]) -> None:

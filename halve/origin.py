@@ -1,0 +1,49 @@
+"""Where a model comes from and under which licence: handed on from teacher to student to package."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halve import artefact
+
+CARD = "README.md"
+CARRIED = ("base_model", "license", "license_name", "license_link", "language", "datasets")
+
+
+def read_head(folder: Path) -> dict[str, Any]:
+    """The YAML head of a directory's model card; empty where there is none that can be read."""
+    card = folder / CARD
+    if not card.is_file():
+        return {}
+    parts = card.read_text(encoding="utf8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        head = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return head if isinstance(head, dict) else {}
+
+
+def origin(model: Path) -> dict[str, Any]:
+    """What the cards of everything made of `model` must say of it: the keys of `CARRIED`.
+
+    Of an artefact, what its record holds; of any other model, what its card says. A model whose card
+    names no base is the base itself, by its hub id where it lies in the hub's cache.
+    """
+    if (model / artefact.RECORD).is_file():
+        recorded = artefact.read(model).extra.get("origin")
+        if recorded:
+            return dict(recorded)
+    found = {key: value for key, value in read_head(model).items() if key in CARRIED and value}
+    return {"base_model": _name(model), **found}
+
+
+def _name(model: Path) -> str:
+    """models--OWNER--NAME/snapshots/REVISION is OWNER/NAME; any other directory goes by its name."""
+    place = model.absolute()
+    cache = place.parent.parent.name
+    if place.parent.name == "snapshots" and cache.startswith("models--"):
+        return cache.removeprefix("models--").replace("--", "/")
+    return place.resolve().name

@@ -89,7 +89,7 @@ def translate_lines(
     batch_size: int,
     threads: int | None,
     progress: Progress,
-) -> Iterator[Line]:
+) -> "Iterator[Line]":
     """Translates texts in their order with a model that reads; an empty line stays empty.
 
     Raises:

@@ -30,14 +30,13 @@ def sequence_loss(
             a model that reads, whose texts stand in the prompts.
     """
     family, model = speech.family, speech.model
-    table = speech.part(family.embeddings)
-    embeds = table(batch.ids)
+    embeds = family.embed(model, batch.ids)
     if family.reads == "audio":
         audio = family.project(model, states)
         embeds = embeds.masked_scatter(batch.is_audio[..., None], audio.to(embeds.dtype))
     hidden = speech.part(family.decoder)(
-        inputs_embeds=embeds,
-        attention_mask=batch.mask,
+        **family.decoder_inputs(model, embeds),
+        attention_mask=family.attention_masks(model, batch.mask, batch.positions),
         # Without a mask, stock code would look for packed rows in the position ids.
         position_ids=None if batch.mask is None else batch.positions,
         use_cache=False,

@@ -24,27 +24,17 @@ def only_layers(model: Any, family: Family, kept: Sequence[int]) -> Iterator[Any
     """
     path, _, name = family.layers.rpartition(".")
     parent, layers = resolve(model, path), resolve(model, family.layers)
-    config = resolve(model, family.decoder).config
-    before = {
-        key: getattr(config, key)
-        for key in ("num_hidden_layers", "layer_types")
-        if getattr(config, key, None) is not None
-    }
     chosen = [layers[layer] for layer in kept]
-    try:
-        setattr(parent, name, type(layers)(chosen))
-        for index, layer in enumerate(chosen):
-            layer.self_attn.layer_idx = index
-        if "layer_types" in before:
-            config.layer_types = [before["layer_types"][layer] for layer in kept]
-        config.num_hidden_layers = len(chosen)
-        yield model
-    finally:
-        for key, value in before.items():
-            setattr(config, key, value)
-        for index, layer in enumerate(layers):
-            layer.self_attn.layer_idx = index
-        setattr(parent, name, layers)
+    with family.sliced(model, kept):
+        try:
+            setattr(parent, name, type(layers)(chosen))
+            for index, layer in enumerate(chosen):
+                layer.self_attn.layer_idx = index
+            yield model
+        finally:
+            for index, layer in enumerate(layers):
+                layer.self_attn.layer_idx = index
+            setattr(parent, name, layers)
 
 
 def greedy_config(speech: SpeechModel, limit: int) -> Any:

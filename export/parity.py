@@ -136,11 +136,11 @@ def top_two_gap(
     speech = translator.speech
     taken = translator.encode_all([audio])
     with torch.inference_mode():
-        table = speech.part(speech.family.embeddings)
         prompt = translator.inputs(taken[0], lang)
-        said = table(torch.tensor(list(tokens), dtype=torch.long, device=prompt.device))
+        ids = torch.tensor(list(tokens), dtype=torch.long, device=prompt.device)
+        inputs = torch.cat([prompt, speech.family.embed(speech.model, ids)])[None]
         hidden = speech.part(speech.family.decoder)(
-            inputs_embeds=torch.cat([prompt, said])[None], **speech.family.conditions(taken)
+            **speech.family.decoder_inputs(speech.model, inputs), **speech.family.conditions(taken)
         ).last_hidden_state
         best = speech.family.logits(speech.model, hidden[0, -1]).topk(2).values
     gap = float(best[0] - best[1])

@@ -230,7 +230,8 @@ def quantization_config(family: Family, quantization: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     # Full in-memory paths: short names are silently ignored.
-    skip = [part for part in (family.audio_tower, family.projector, family.head) if part]
+    parts = (family.audio_tower, family.projector, family.head, *family.unquantised)
+    skip = [part for part in parts if part]
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

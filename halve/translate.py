@@ -156,7 +156,10 @@ class TorchTranslator:
     def _search(self, source: Source, lang: str, limit: int, beams: int) -> Translation:
         loops = is_looping if self._stop_loops else None
         found = search(
-            self, self.encode_all([source])[0], lang, BeamSearch(beams, limit, self._ends, loops=loops)
+            self,
+            self.encode_all([source])[0],
+            lang,
+            BeamSearch(beams, limit, self._ends, loops=loops),
         )
         return Translation(self.decode(found.tokens), found.tokens, found.stopped)
 
@@ -215,7 +218,7 @@ class TorchTranslator:
 
     def logits(self, hidden: "torch.Tensor", first: bool) -> "torch.Tensor":
         """Logits (rows, vocabulary) after states; -inf for what stock `generate` may not say."""
-        logits: torch.Tensor = self.speech.part(self.speech.family.head)(hidden)
+        logits = self.speech.family.logits(self.speech.model, hidden)
         for blocked in (self._blocked, self._blocked_first if first else ()):
             if blocked:
                 logits[:, list(blocked)] = -float("inf")
@@ -243,7 +246,7 @@ class _Decoding:
         self._translator = translator
         family = translator.speech.family
         self._decoder = translator.speech.part(family.decoder)
-        self._table = translator.speech.part(family.embeddings)
+        self._family, self._model = family, translator.speech.model
         self._conditions = family.conditions(embeddings)
         self._cache = family.new_cache()
         self._inputs, self._mask = self._pad([translator.inputs(row, lang) for row in embeddings])
@@ -280,7 +283,7 @@ class _Decoding:
         while active:
             with torch.inference_mode():
                 hidden = self._decoder(
-                    inputs_embeds=inputs,
+                    **self._family.decoder_inputs(self._model, inputs),
                     attention_mask=mask,
                     position_ids=positions,
                     past_key_values=cache,
@@ -299,7 +302,7 @@ class _Decoding:
                 cache.batch_select_indices(rows)
                 conditions = {name: value[rows] for name, value in conditions.items()}
             with torch.inference_mode():
-                inputs = self._table(chosen[rows])[:, None]
+                inputs = self._family.embed(self._model, chosen[rows])[:, None]
             positions = positions[rows, -1:] + 1
             mask = torch.cat([mask[rows], mask.new_ones(len(keep), 1)], dim=1)
 

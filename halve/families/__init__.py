@@ -5,6 +5,7 @@ from typing import Any
 
 from halve.errors import FamilyError
 from halve.families.base import TRANSCRIBE, Counts, Family, Source, SourceText, resolve
+from halve.families.gemma4 import Gemma4
 from halve.families.qwen2_audio import Qwen2Audio
 from halve.families.text import Text
 
@@ -13,6 +14,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Qwen2Audio(),
         Text(),
+        Gemma4(),
     )
 }
 

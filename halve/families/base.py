@@ -167,11 +167,9 @@ class Family(ABC):
         """Whether stock code ignores this on-disk tensor: pruning leaves it behind."""
         return False
 
-    def kept_tensor(
-        self, config: Mapping[str, Any], key: str, tensor: "torch.Tensor", kept: Sequence[int]
-    ) -> "torch.Tensor":
-        """An on-disk tensor after pruning: changed where it holds something of every decoder layer."""
-        return tensor
+    def stacked_axis(self, key: str) -> int | None:
+        """The dimension along which an on-disk tensor holds something of every decoder layer, side by side."""
+        return None
 
     @contextmanager
     def sliced(self, model: Any, kept: Sequence[int]) -> Iterator[None]:
@@ -380,6 +378,15 @@ class Family(ABC):
         """The text of generated tokens."""
         text: str = processor.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip()
+
+
+def kept_slices(
+    tensor: "torch.Tensor", axis: int, num_layers: int, kept: Sequence[int]
+) -> "torch.Tensor":
+    """The kept layers' part of a tensor that holds all layers side by side along `axis`."""
+    apart = tensor.unflatten(axis, (num_layers, -1))
+    chosen = apart[sorted(kept)] if axis == 0 else apart[:, sorted(kept)]
+    return chosen.flatten(axis, axis + 1)
 
 
 def resolve(model: Any, path: str) -> Any:

@@ -89,7 +89,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [" ".join(tiny.WORDS), " ".join(tiny.GERMAN), "Translate the English speech into German:"]
+    texts = [
+        " ".join(tiny.WORDS),
+        " ".join(tiny.GERMAN),
+        "Translate the English speech into German:",
+    ]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -84,6 +84,9 @@ def _made(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     if facts.get("bits"):
         bits = ", ".join(f"{part} {count}" for part, count in facts["bits"].items())
         lines.append(f"- Bits of each weight (32: unchanged): {bits}")
+    if facts.get("bits_per_weight"):
+        shown = ", ".join(f"{part} {bits:.2f}" for part, bits in facts["bits_per_weight"].items())
+        lines.append(f"- Bits a weight with scales, as stored: {shown}")
     lines.append(f"- Decoder layers: {family_for(config).num_layers(config)}")
     return [*lines, ""]
 

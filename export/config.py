@@ -35,7 +35,7 @@ class PackageConfig(Config):
     target: Literal["checkpoint", "onnx", "gguf"] = "onnx"
     """checkpoint: for stock transformers; onnx: for onnxruntime on the CPU."""
     precision: Literal["bf16", "nf4", "fp32", "fp16", "int8", "int4"] = "int8"
-    """bf16 or nf4 of a checkpoint; fp32, int8 or int4 of an ONNX package."""
+    """bf16, fp16, fp32 or nf4 of a checkpoint; fp32, fp16 (for GPUs), int8 or int4 of an ONNX package."""
     langs: tuple[str, ...] = ()
     """Languages that the package translates into; those of the corpus where empty."""
     parity_segments: int | None = None
@@ -53,8 +53,15 @@ class PackageConfig(Config):
     trim_vocab: bool = False
     """ONNX: keeps only the tokens that the corpus's translations into `langs` need (`train` and
     `select`), and every single byte or character."""
-    encoder_bits: Literal[4, 8, 32] = 8
-    """Bits of the audio encoder's linear layers in an int8 or int4 package."""
+    encoder_bits: Literal[4, 8, 32] | None = None
+    """Bits of the audio encoder's linear layers in an int8 or int4 package. Where None, those of
+    `precision` if the weights are calibrated, else 8."""
+    quantise: Literal["auto", "rtn", "search", "k-quant", "gptq"] = "auto"
+    """ONNX: how weights become 4-bit codes. rtn: to nearest, the scale holds a block's extreme; search: with
+    the scale of least squared error; k-quant: that, and a zero point a block; gptq: calibrated on `train`,
+    each weight's error made up for by the others. auto: gptq where a corpus is named, else search."""
+    calibration_segments: int = 128
+    """gptq reads so many segments of `train`, spread evenly over it and over the languages."""
     batch_size: int = 8
     """Segments translated at once in the parity check."""
     seed: int = 0

@@ -5,7 +5,7 @@ cache's inputs and outputs are bound to the same buffers, so that a step writes 
 none. Rows of a batch may be of different lengths: each has its own in `last_positions`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,10 @@ def geometry_of(config: Any) -> Geometry:
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     for name, found, expected in (
         ("rotary embeddings", rope.get("rope_type", "default"), "default"),
-        ("activation", config.hidden_act, "silu"),
+        ("activation", _activation(config), "silu"),
         ("attention", "/".join(sorted(layer_types)), "full_attention"),
+        ("attention window", _window(config), None),
+        ("norms", "RMS" if hasattr(config, "rms_norm_eps") else "layer norm", "RMS"),
     ):
         if found != expected:
             raise _unsupported(f"{name} of type {found!r}", repr(expected))
@@ -59,6 +61,19 @@ def geometry_of(config: Any) -> Geometry:
         max_positions=int(config.max_position_embeddings),
         rotary_frequencies=tuple(float(value) for value in frequencies),
     )
+
+
+def _activation(config: Any) -> str:
+    """Gemma calls it by another name."""
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def _window(config: Any) -> int | None:
+    """The window of a model whose layers all have one (Mistral)."""
+    if getattr(config, "layer_types", None):
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
 
 
 def _unsupported(found: str, expected: str) -> FamilyError:
@@ -89,31 +104,43 @@ class DecoderWriter:
 
     Inputs: inputs_embeds (batch, steps, hidden), last_positions (batch,) int32, total_positions ()
     int32, cosines and sines (positions, head_dim / 2), past_key.N and past_value.N (batch, kv heads,
-    capacity, head_dim). Outputs: logits (batch, vocabulary) of the last step, key.N, value.N.
+    capacity, head_dim). Outputs: logits (batch, vocabulary) of the last step, key.N, value.N. Keys and
+    values are of the type that the graph computes in, all else is float32.
     """
 
     def __init__(
         self,
-        folder: Path,
+        graph: GraphWriter,
         geometry: Geometry,
         biased: bool,
         bits: int,
         head_bits: int,
         block_size: int,
     ) -> None:
-        self._graph = GraphWriter(folder, "decoder")
+        self._graph = graph
         self._geometry = geometry
         self._biased = biased
         self._bits, self._head_bits, self._block_size = bits, head_bits, block_size
 
-    def write(self, layers: str, norm_key: str, head: FloatArray, read: Read) -> list[Path]:
-        """Writes the graph; `layers` is the prefix of the layers' keys on disk, before their number."""
+    def write(
+        self, layers: str, norm_key: str, head: FloatArray, read: Read, head_key: str = ""
+    ) -> list[Path]:
+        """Writes the graph.
+
+        Args:
+            layers: the prefix of the layers' keys on disk, before their number.
+            head: (vocabulary, hidden).
+            head_key: its key on disk, where it is to be calibrated.
+        """
         graph, geometry = self._graph, self._geometry
         hidden = graph.input("inputs_embeds", ["batch", "steps", geometry.hidden])
+        hidden = graph.narrow(hidden)
         graph.input("last_positions", ["batch"], TensorProto.INT32)
         graph.input("total_positions", [], TensorProto.INT32)
-        for name in ("cosines", "sines"):
-            graph.input(name, ["positions", geometry.head_dim // 2])
+        self._rotary = [
+            graph.narrow(graph.input(name, ["positions", geometry.head_dim // 2]))
+            for name in ("cosines", "sines")
+        ]
         norm = graph.weight("layers.0.norm", read(f"{layers}0.input_layernorm.weight"))
         epsilon = geometry.norm_epsilon
         normed = graph.node(
@@ -125,8 +152,15 @@ class DecoderWriter:
             prefix = f"{layers}{layer}."
             normed, hidden = self._layer(layer, prefix, normed, hidden, read, read(following))
         flat = graph.node("Squeeze", [normed, graph.integers([1])])
-        logits = graph.linear("head", flat, head, bits=self._head_bits, block_size=self._block_size)
-        graph.nodes("Identity", [logits], ["logits"])
+        logits = graph.linear(
+            "head",
+            flat,
+            head,
+            bits=self._head_bits,
+            block_size=self._block_size,
+            keys=[head_key] if head_key else [],
+        )
+        graph.wide(logits, "logits")
         graph.output("logits", ["batch", geometry.vocabulary])
         return graph.save()
 
@@ -140,49 +174,50 @@ class DecoderWriter:
             last = self._graph.integers([-1])
             attended = self._graph.node("Gather", [attended, last], axis=1)
             hidden = self._graph.node("Gather", [hidden, last], axis=1)
-        out = self._linear(
-            f"layers.{layer}.output", attended, read(f"{prefix}self_attn.o_proj.weight")
-        )
+        out = self._linear(f"layers.{layer}.output", attended, [f"{prefix}self_attn.o_proj"], read)
         norm = read(f"{prefix}post_attention_layernorm.weight")
         normed, hidden = self._add_and_norm(f"layers.{layer}.mlp_norm", hidden, out, norm)
         down = self._mlp(layer, prefix, normed, read)
         return self._add_and_norm(f"layers.{layer}.next_norm", hidden, down, next_norm)
 
-    def _linear(self, name: str, x: str, weight: FloatArray, bias: FloatArray | None = None) -> str:
+    def _linear(
+        self, name: str, x: str, keys: Sequence[str], read: Read, biased: bool = False
+    ) -> str:
+        """One layer out of layers of the checkpoint that read the same."""
+        weight = np.concatenate([read(f"{key}.weight") for key in keys])
+        bias = np.concatenate([read(f"{key}.bias") for key in keys]) if biased else None
         return self._graph.linear(
-            name, x, weight, bias, bits=self._bits, block_size=self._block_size
+            name, x, weight, bias, bits=self._bits, block_size=self._block_size, keys=keys
         )
 
     def _attention(self, layer: int, prefix: str, normed: str, read: Read) -> str:
         graph, geometry = self._graph, self._geometry
         parts = [f"{prefix}self_attn.{part}_proj" for part in "qkv"]
-        weight = np.concatenate([read(f"{part}.weight") for part in parts])
-        bias = np.concatenate([read(f"{part}.bias") for part in parts]) if self._biased else None
-        packed = self._linear(f"layers.{layer}.qkv", normed, weight, bias)
+        packed = self._linear(f"layers.{layer}.qkv", normed, parts, read, self._biased)
         shape: list[str | int] = ["batch", geometry.kv_heads, "capacity", geometry.head_dim]
-        key = graph.input(f"past_key.{layer}", shape)
-        value = graph.input(f"past_value.{layer}", shape)
+        key = graph.input(f"past_key.{layer}", shape, graph.float_type)
+        value = graph.input(f"past_value.{layer}", shape, graph.float_type)
         attended, _, _ = graph.nodes(
             "GroupQueryAttention",
-            [packed, "", "", key, value, "last_positions", "total_positions", "cosines", "sines"],
+            [packed, "", "", key, value, "last_positions", "total_positions", *self._rotary],
             [None, f"key.{layer}", f"value.{layer}"],
             FUSED,
             num_heads=geometry.heads,
             kv_num_heads=geometry.kv_heads,
             do_rotary=1,
         )
-        graph.output(f"key.{layer}", shape)
-        graph.output(f"value.{layer}", shape)
+        graph.output(f"key.{layer}", shape, graph.float_type)
+        graph.output(f"value.{layer}", shape, graph.float_type)
         return attended
 
     def _mlp(self, layer: int, prefix: str, normed: str, read: Read) -> str:
         graph = self._graph
-        parts = [read(f"{prefix}mlp.{part}_proj.weight") for part in ("gate", "up")]
-        both = self._linear(f"layers.{layer}.gate_up", normed, np.concatenate(parts))
+        parts = [f"{prefix}mlp.{part}_proj" for part in ("gate", "up")]
+        both = self._linear(f"layers.{layer}.gate_up", normed, parts, read)
         gate, up = graph.nodes("Split", [both], [None, None], axis=-1, num_outputs=2)
         # x * sigmoid(alpha * x) with alpha 1 is SiLU.
         gated = graph.node("Mul", [graph.node("QuickGelu", [gate], FUSED, alpha=1.0), up])
-        return self._linear(f"layers.{layer}.down", gated, read(f"{prefix}mlp.down_proj.weight"))
+        return self._linear(f"layers.{layer}.down", gated, [f"{prefix}mlp.down_proj"], read)
 
     def _add_and_norm(
         self, name: str, hidden: str, addend: str, norm: FloatArray

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from export.geometry import Geometry, rotary_table
 from export.vocabulary import TokenIds
+from halve.beams import BeamSearch
 from halve.errors import InputError
 from halve.translate import is_looping
 
@@ -72,12 +73,19 @@ class Decoder:
         self._ends = frozenset(end_ids)
         self._stop_loops = stop_loops
         self._kept = kept
+        half = any(each.type == "tensor(float16)" for each in session.get_inputs())
+        self.cache_type = np.float16 if half else np.float32
 
     def choose(self, logits: FloatArray) -> list[int]:
         """The most likely token of each row of logits, (rows, vocabulary)."""
         places = logits.argmax(axis=1)
         chosen: list[int] = (places if self._kept is None else self._kept[places]).tolist()
         return chosen
+
+    def beam_search(self, beams: int, limit: int) -> BeamSearch:
+        """A search over this decoder's tokens."""
+        loops = is_looping if self._stop_loops else None
+        return BeamSearch(beams, limit, self._ends, self._kept, loops)
 
     def take(self, row: Row, token: int) -> None:
         """Notes the token a row says next, and whether it stops there."""
@@ -122,15 +130,7 @@ class DecodeBatch:
         """
         if not self.free:
             raise InputError(f"All {self._slots} slots are taken", expected="one free slot")
-        need, most = len(inputs) + limit, self._decoder.geometry.max_positions
-        if need > most:
-            raise InputError(
-                f"{len(inputs)} positions of prompt and audio and {limit} new tokens",
-                expected=f"at most {most} positions together",
-                mend="cut the audio, or lower the token limit",
-            )
-        if need > self._capacity:
-            self._allocate(need)
+        self._reserve(len(inputs), limit)
         row = Row(limit, length=len(inputs))
         self._decoder.take(row, self._prefill(inputs))
         if not row.stopped:
@@ -139,16 +139,11 @@ class DecodeBatch:
 
     def step(self) -> list[Row]:
         """One token for every row; returns the rows that stopped, which have left."""
-        count = len(self.rows)
-        if not count:
+        if not self.rows:
             return []
         tokens = [row.tokens[-1] for row in self.rows]
-        self._embeddings[:count, 0] = self._decoder.embed(tokens)
-        lengths = [row.length for row in self.rows]
-        self._last[:count] = lengths
-        self._total[...] = max(lengths) + 1
-        self._decoder.session.run_with_iobinding(self._binding(count))
-        chosen = self._decoder.choose(self._logits[:count])
+        logits = self._run(tokens, [row.length for row in self.rows])
+        chosen = self._decoder.choose(logits)
         for row, token in zip(self.rows, chosen, strict=True):
             row.length += 1
             self._decoder.take(row, token)
@@ -156,6 +151,15 @@ class DecodeBatch:
         for row in stopped:
             self.remove(row)
         return stopped
+
+    def _run(self, tokens: list[int], lengths: list[int]) -> FloatArray:
+        """Reads one token into each of the first slots; the logits that follow, (rows, vocabulary)."""
+        count = len(tokens)
+        self._embeddings[:count, 0] = self._decoder.embed(tokens)
+        self._last[:count] = lengths
+        self._total[...] = max(lengths) + 1
+        self._decoder.session.run_with_iobinding(self._binding(count))
+        return self._logits[:count]
 
     def remove(self, row: Row) -> None:
         """Frees a row's slot (a cancelled row, or one that stopped); the last row moves into it."""
@@ -167,13 +171,51 @@ class DecodeBatch:
         for cache in self._caches:
             cache[slot, :, : last.length] = cache[len(self.rows), :, : last.length]
 
+    def search(self, inputs: FloatArray, limit: int, beams: int) -> Row:
+        """Beam search for one prompt in a batch without rows; each beam takes a slot.
+
+        Raises:
+            InputError: the row cannot fit the model's positions.
+        """
+        decoder = self._decoder
+        if self.rows or beams > self._slots:
+            raise InputError(f"{beams} beams", expected=f"at most {self._slots}, and no other rows")
+        self._reserve(len(inputs), limit)
+        length = len(inputs)
+
+        def step(tokens: list[int], parents: list[int]) -> FloatArray:
+            nonlocal length
+            if parents != list(range(len(parents))):
+                for cache in self._caches:
+                    cache[: len(parents), :, :length] = cache[parents, :, :length]
+            logits = self._run(tokens, [length] * len(tokens))
+            length += 1
+            return logits
+
+        found = decoder.beam_search(beams, limit).run(self.logits_after(inputs), step)
+        return Row(limit, found.tokens, found.stopped, length)
+
+    def _reserve(self, positions: int, limit: int) -> None:
+        """Makes room for a prompt of so many positions and for new tokens."""
+        need, most = positions + limit, self._decoder.geometry.max_positions
+        if need > most:
+            raise InputError(
+                f"{positions} positions of prompt and audio and {limit} new tokens",
+                expected=f"at most {most} positions together",
+                mend="cut the audio, or lower the token limit",
+            )
+        if need > self._capacity:
+            self._allocate(need)
+
     def _allocate(self, capacity: int) -> None:
         """Makes buffers of at least `capacity` positions and keeps the rows' caches."""
         geometry = self._decoder.geometry
         capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         shape = (self._slots, geometry.kv_heads, capacity, geometry.head_dim)
         old = getattr(self, "_caches", [])
-        self._caches = [np.empty(shape, np.float32) for _ in range(2 * geometry.layers)]
+        self._caches = [
+            np.empty(shape, self._decoder.cache_type) for _ in range(2 * geometry.layers)
+        ]
         for before, after in zip(old, self._caches, strict=False):
             for slot, row in enumerate(self.rows):
                 after[slot, :, : row.length] = before[slot, :, : row.length]

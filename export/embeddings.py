@@ -24,16 +24,20 @@ def write_table(folder: Path, table: FloatArray, bits: int, block_size: int) -> 
     fit bfloat16 are stored so, which loses nothing.
 
     Returns:
-        What a package records: bits and files.
+        What a package records: bits, stored bytes and files.
     """
     if bits == 32:
         exact = fits_bfloat16(table)
         np.save(folder / TABLE, to_bfloat16(table) if exact else table, allow_pickle=False)
-        return {"bits": 16 if exact else 32, "hidden": table.shape[1], "files": [TABLE]}
+        return {
+            "bits": 16 if exact else 32,
+            "size_bytes": table.size * (2 if exact else 4),
+            "files": [TABLE],
+        }
     blocks = quantise_blocks(table, bits, table.shape[1] if bits == 8 else block_size)
     np.save(folder / TABLE, blocks.packed(), allow_pickle=False)
     np.save(folder / SCALES, blocks.scales, allow_pickle=False)
-    return {"bits": bits, "hidden": table.shape[1], "files": [TABLE, SCALES]}
+    return {"bits": bits, "size_bytes": blocks.size_bytes, "files": [TABLE, SCALES]}
 
 
 @dataclass

@@ -23,23 +23,29 @@ NORM_EPSILON = 1e-5
 
 
 def write_encoder(
-    folder: Path, config: Any, tower: str, projector: str, read: Read, bits: int, block_size: int
+    graph: GraphWriter,
+    config: Any,
+    tower: str,
+    projector: str,
+    read: Read,
+    bits: int,
+    block_size: int,
 ) -> list[Path]:
     """Writes `encoder.onnx`: features (1, mels, frames), positions (1,) -> embeddings (1, out, hidden).
 
     Args:
         config: the tower's transformers configuration.
         tower, projector: prefixes of their keys on disk.
-        bits: 32, or 8 or 4 for the linear layers' weights.
+        bits: 32, or 8 or 4 for the linear layers' weights; convolutions, positions and the projector
+            are then stored in 8.
 
     Raises:
         FamilyError: the tower is not of this layout.
     """
     _check(config)
-    graph = GraphWriter(folder, "encoder")
-    features = graph.input("features", [1, int(config.num_mel_bins), "frames"])
+    features = graph.narrow(graph.input("features", [1, int(config.num_mel_bins), "frames"]))
     positions = graph.input("positions", [1], TensorProto.INT64)
-    states = _convolutions(graph, features, positions, tower, read)
+    states = _convolutions(graph, features, positions, tower, read, bits)
     for layer in range(int(config.encoder_layers)):
         prefix = f"{tower}layers.{layer}."
         states = _layer(graph, states, prefix, config, read, bits, block_size)
@@ -47,10 +53,14 @@ def write_encoder(
     pooled = graph.node("AveragePool", [pooled], kernel_shape=[2], strides=[2])
     pooled = graph.node("Transpose", [pooled], perm=[0, 2, 1])
     normed = _norm(graph, pooled, f"{tower}layer_norm", read)
-    # The projector feeds the decoder directly: it is small and stays exact.
     weight, bias = read(f"{projector}linear.weight"), read(f"{projector}linear.bias")
-    embeddings = graph.linear("projector", normed, weight, bias)
-    graph.nodes("Identity", [embeddings], ["embeddings"])
+    kernel = weight.T if bits == 32 else weight
+    table = _table(graph, "projector", kernel, bits)
+    if bits != 32:
+        table = graph.node("Transpose", [table], perm=[1, 0])
+    embeddings = graph.node("MatMul", [normed, table])
+    embeddings = graph.node("Add", [embeddings, graph.weight("projector_bias", bias)])
+    graph.wide(embeddings, "embeddings")
     graph.output("embeddings", [1, "audio_positions", weight.shape[0]])
     return graph.save()
 
@@ -65,17 +75,24 @@ def _check(config: Any) -> None:
         )
 
 
-def _convolutions(graph: GraphWriter, features: str, positions: str, tower: str, read: Read) -> str:
+def _table(graph: GraphWriter, name: str, values: FloatArray, bits: int) -> str:
+    """A weight that the graph reads as floats: exact, or in 8 bits on disk."""
+    return graph.weight(name, values) if bits == 32 else graph.weight_in_rows(name, values)
+
+
+def _convolutions(
+    graph: GraphWriter, features: str, positions: str, tower: str, read: Read, bits: int
+) -> str:
     states = features
     for name, stride in (("conv1", 1), ("conv2", 2)):
-        weight = graph.weight(name, read(f"{tower}{name}.weight"))
+        weight = _table(graph, name, read(f"{tower}{name}.weight"), bits)
         bias = graph.weight(f"{name}_bias", read(f"{tower}{name}.bias"))
         states = graph.node("Conv", [states, weight, bias], pads=[1, 1], strides=[stride])
         states = graph.node("Gelu", [states], FUSED)
     states = graph.node("Transpose", [states], perm=[0, 2, 1])
     start = graph.integers([0])
     states = graph.node("Slice", [states, start, positions, graph.integers([1])])
-    table = graph.weight("positions_table", read(f"{tower}embed_positions.weight"))
+    table = _table(graph, "positions_table", read(f"{tower}embed_positions.weight"), bits)
     table = graph.node("Slice", [table, start, positions, graph.integers([0])])
     return graph.node("Add", [states, table])
 
@@ -96,12 +113,23 @@ def _layer(
     block_size: int,
 ) -> str:
     def linear(x: str, name: str) -> str:
-        weight, bias = read(f"{prefix}{name}.weight"), read(f"{prefix}{name}.bias")
-        return graph.linear(f"{prefix}{name}", x, weight, bias, bits=bits, block_size=block_size)
+        key = f"{prefix}{name}"
+        return graph.linear(
+            key,
+            x,
+            read(f"{key}.weight"),
+            read(f"{key}.bias"),
+            bits=bits,
+            block_size=block_size,
+            keys=[key],
+        )
 
     normed = _norm(graph, states, f"{prefix}self_attn_layer_norm", read)
     weight, bias = _packed_attention(prefix, read)
-    packed = graph.linear(f"{prefix}qkv", normed, weight, bias, bits=bits, block_size=block_size)
+    parts = [f"{prefix}self_attn.{part}_proj" for part in "qkv"]
+    packed = graph.linear(
+        f"{prefix}qkv", normed, weight, bias, bits=bits, block_size=block_size, keys=parts
+    )
     query, key, value = graph.nodes("Split", [packed], [None] * 3, axis=-1, num_outputs=3)
     heads = int(config.encoder_attention_heads)
     attended = graph.node("MultiHeadAttention", [query, key, value], FUSED, num_heads=heads)

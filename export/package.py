@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from export.calibrate import Calibrated, Calibration, DataFree, Quantiser, read_samples
 from export.card import write_card
 from export.checkpoint import DTYPES, write_nf4, write_plain
 from export.config import PackageConfig
@@ -19,16 +20,17 @@ from halve.audio import SAMPLE_RATE_HZ
 from halve.corpus import read_corpus
 from halve.errors import FamilyError, InputError, MissingExtraError
 from halve.families import Family, family_for
-from halve.languages import language
-from halve.models import load_processor, read_config, resolve_model
+from halve.languages import Language, language
+from halve.models import load_model, load_processor, read_config, resolve_model
 from halve.progress import SILENT, Progress
+from halve.sources import source_language
 
 PRECISIONS = {
     "checkpoint": ("bf16", "fp16", "fp32", "nf4"),
-    "onnx": ("fp32", "int8", "int4"),
+    "onnx": ("fp32", "fp16", "int8", "int4"),
     "gguf": (),
 }
-_BITS = {"fp32": 32, "int8": 8, "int4": 4}
+_BITS = {"fp32": 32, "fp16": 32, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,11 @@ def run_package(
     _check_precision(config)
     model = resolve_model(model)
     family = family_for(read_config(model))
-    sets = open_select_sets(corpus, config.langs, config.parity_segments) if corpus else []
+    sets = (
+        open_select_sets(corpus, config.langs, config.parity_segments, family.reads)
+        if corpus
+        else []
+    )
     langs = [each.lang for each in sets] or [language(code).code for code in config.langs]
     if not langs:
         raise InputError("No language was named", expected="a corpus, or at least one --lang")
@@ -74,13 +80,15 @@ def run_package(
         job = _Job(config, model, corpus, langs, family, load_processor(model), draft.path)
         progress.message(f"package: write {config.target} in {config.precision}")
         onnx = TARGETS[config.target](job)
-        manifest = _manifest(job, onnx)
+        manifest = _manifest(job, onnx, source_language(sets[0].audio[0] if sets else None))
         write_manifest(draft.path, manifest)
         manifest = replace(manifest, parity=_checked(job, sets, progress))
         write_manifest(draft.path, manifest)
         facts = _card_facts(model, manifest)
         draft.extra |= {
-            key: facts[key] for key in ("removed", "target", "precision") if key in facts
+            key: facts[key]
+            for key in ("removed", "target", "precision", "bits_per_weight")
+            if facts.get(key)
         }
         draft.extra["parity_passed"] = manifest.parity["passed"]
         write_card(draft.path, source=model, kind="package", facts=facts)
@@ -123,17 +131,45 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
     config = job.config
     bits = _BITS[config.precision]
     exact = bits == 32
+    method, quantise = _quantiser(job, bits)
+    encoder_bits = config.encoder_bits or (bits if method == "gptq" else 8)
     chosen = Bits(
         decoder=bits,
         head=bits if exact else config.head_bits or bits,
         embeddings=bits if exact else config.embedding_bits or bits,
-        encoder=bits if exact else config.encoder_bits,
+        encoder=bits if exact else encoder_bits,
         block_size=config.block_size,
+        half=config.precision == "fp16",
     )
-    facts, _ = write_onnx(job.folder, job.student, job.family, job.processor, chosen, _kept(job))
+    facts, _ = write_onnx(
+        job.folder, job.student, job.family, job.processor, chosen, _kept(job), quantise
+    )
+    facts["quantise"] = method
     tokenizer = job.processor.tokenizer.backend_tokenizer.to_str()
     (job.folder / "tokenizer.json").write_text(tokenizer, encoding="utf8")
     return facts
+
+
+def _quantiser(job: _Job, bits: int) -> tuple[str, Quantiser | None]:
+    """The method that weights are quantised with, and what does it.
+
+    Raises:
+        InputError: calibration without a corpus.
+    """
+    method = job.config.quantise
+    if bits == 32:
+        return "none", None
+    if min(bits, job.config.encoder_bits or 8, job.config.head_bits or 8) == 8:
+        return "rtn", DataFree(search=False)
+    if method == "auto":
+        method = "gptq" if job.corpus else "search"
+    if method != "gptq":
+        return method, DataFree(method != "rtn", method == "k-quant")
+    if job.corpus is None:
+        raise InputError("GPTQ needs a corpus to calibrate on", mend="name --corpus")
+    speech = load_model(job.student, dtype="float32")
+    samples = read_samples(job.corpus, job.langs, speech, job.config.calibration_segments)
+    return method, Calibrated(Calibration(speech, samples))
 
 
 def _refuse(job: _Job) -> None:
@@ -182,13 +218,27 @@ def _kept(job: _Job) -> TokenIds | None:
     )
 
 
-def _manifest(job: _Job, onnx: dict[str, Any] | None) -> Manifest:
+def _templates(job: _Job, source: Language) -> dict[str, tuple[str, str]]:
+    """A text model's prompts around the source text, by language."""
+    if job.family.reads != "text":
+        return {}
+    return {
+        code: job.family.prompt_template(
+            job.processor, job.family.instruction(language(code), source)
+        )
+        for code in job.langs
+    }
+
+
+def _manifest(job: _Job, onnx: dict[str, Any] | None, source: Language) -> Manifest:
     config = read_config(job.student)
     counts = job.family.count_parameters(config)
     parameters = counts.total
     if onnx and onnx["trimmed"]:
         rows = int(job.family.text_config(config)["vocab_size"]) - onnx["decoder"]["vocabulary"]
-        parameters -= 2 * rows * onnx["decoder"]["hidden"]
+        # A tied head goes with the embeddings.
+        tables = 2 if counts.head else 1
+        parameters -= tables * rows * onnx["decoder"]["hidden"]
     files = sorted(entry.name for entry in job.folder.iterdir() if entry.is_file())
     return Manifest(
         target=job.config.target,
@@ -203,6 +253,8 @@ def _manifest(job: _Job, onnx: dict[str, Any] | None) -> Manifest:
         logical_parameters=parameters,
         decoder_layers=counts.decoder_layers,
         onnx=onnx,
+        template=_templates(job, source),
+        begins=job.family.reads == "text" and not job.processor.tokenizer.chat_template,
     )
 
 
@@ -229,6 +281,7 @@ def _card_facts(model: Path, manifest: Manifest) -> dict[str, Any]:
         "parity": manifest.parity,
         "logical_parameters": manifest.logical_parameters,
         "bits": manifest.onnx["bits"] if manifest.onnx else None,
+        "bits_per_weight": manifest.onnx["bits_per_weight"] if manifest.onnx else None,
     }
     if (model / artefact.RECORD).is_file():
         extra = artefact.read(model).extra

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.calibrate import Quantiser
 from export.decoder_graph import DecoderWriter, check_layer, geometry_of
 from export.embeddings import write_table
 from export.encoder_graph import write_encoder
 from export.frontend import LogMel
+from export.graph import GraphWriter, Stored
 from export.vocabulary import VOCABULARY, TokenIds
 from halve.errors import ArtefactError, FamilyError
 from halve.families import Family
@@ -32,6 +34,8 @@ class Bits:
     embeddings: int
     encoder: int
     block_size: int = 32
+    half: bool = False
+    """Whether what is not quantised is stored and computed in float16."""
 
 
 class TensorReader:
@@ -75,10 +79,12 @@ def write_onnx(
     processor: Any,
     bits: Bits,
     kept: TokenIds | None = None,
+    quantise: Quantiser | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes all parts of an ONNX package but its tokenizer.
 
     Args:
+        quantise: how linear layers' weights become codes; by the weights alone where None.
         kept: ascending ids of the tokens to keep; all where None.
 
     Returns:
@@ -91,7 +97,8 @@ def write_onnx(
 
     config = AutoConfig.from_pretrained(str(student), local_files_only=True)
     read = TensorReader(student)
-    front_end = _front_end(processor)
+    listens = family.reads == "audio"
+    front_end = _front_end(processor) if listens else None
     geometry = geometry_of(config.get_text_config())
     rows: Any = slice(None)
     if kept is not None:
@@ -99,26 +106,38 @@ def write_onnx(
         np.save(folder / VOCABULARY, kept.astype(np.int32), allow_pickle=False)
     biased = check_layer(read.suffixes(f"{family.disk_layers}0."))
     block = bits.block_size
-    files = write_encoder(
-        folder,
-        config.audio_config,
-        family.disk_audio_tower,
-        family.disk_projector,
-        read,
-        bits.encoder,
-        block,
-    )
-    writer = DecoderWriter(folder, geometry, biased, bits.decoder, bits.head, block)
+    files = []
+    stored: dict[str, Stored] = {}
+    if listens:
+        graph = GraphWriter(folder, "encoder", quantise, bits.half)
+        tower, projector = family.disk_audio_tower, family.disk_projector
+        files += write_encoder(
+            graph, config.audio_config, tower, projector, read, bits.encoder, block
+        )
+        stored["encoder"] = sum(graph.stored.values(), Stored())
+    graph = GraphWriter(folder, "decoder", quantise, bits.half)
+    writer = DecoderWriter(graph, geometry, biased, bits.decoder, bits.head, block)
     norm = family.disk_layers.removesuffix("layers.") + "norm.weight"
-    files += writer.write(family.disk_layers, norm, read(f"{family.disk_head}weight")[rows], read)
-    table = write_table(
-        folder, read(f"{family.disk_embeddings}weight")[rows], bits.embeddings, block
-    )
+    embeddings = f"{family.disk_embeddings}weight"
+    # A tied head is not stored, and not calibrated.
+    own = bool(read.suffixes(family.disk_head))
+    head = f"{family.disk_head}weight" if own else embeddings
+    head_key = family.disk_head.removesuffix(".") if own else ""
+    files += writer.write(family.disk_layers, norm, read(head)[rows], read, head_key)
+    stored["head"] = graph.stored.pop("head")
+    stored["decoder"] = sum(graph.stored.values(), Stored())
+    values = read(embeddings)[rows]
+    table = write_table(folder, values, bits.embeddings, block)
+    stored["embeddings"] = Stored(values.size, table["size_bytes"])
+    stored["all"] = sum(stored.values(), Stored())
     facts = {
-        "front_end": asdict(front_end),
+        "front_end": asdict(front_end) if front_end else None,
         "decoder": asdict(geometry),
         "trimmed": kept is not None,
         "bits": {**asdict(bits), "embeddings": table["bits"]},
+        "bits_per_weight": {
+            part: round(8 * each.size_bytes / each.parameters, 3) for part, each in stored.items()
+        },
     }
     return facts, [*(path.name for path in files), *table["files"]]
 

@@ -86,7 +86,10 @@ class BeamSearch:
         best = best[np.argsort(-flat[best], kind="stable")]
         width = logits.shape[1]
         return [
-            (int(place) // width, self._continued(running[place // width], place % width, flat[place]))
+            (
+                int(place) // width,
+                self._continued(running[place // width], place % width, flat[place]),
+            )
             for place in best
         ]
 

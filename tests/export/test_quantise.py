@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.embeddings import EmbeddingTable, write_table
+from export.calibrate import DataFree
 from export.graph import GraphWriter
 from export.quantise import fits_bfloat16, from_bfloat16, quantise_blocks, to_bfloat16
 
@@ -44,19 +45,20 @@ def test_bfloat16_round_trip() -> None:
     assert not fits_bfloat16(np.array([0.1], np.float32))
 
 
-@pytest.mark.parametrize("bits", [32, 8, 4])
-def test_onnxruntime_multiplies_what_dequantise_says(tmp_path, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "zero_point"), [(32, False), (8, False), (4, False), (4, True)])
+def test_onnxruntime_multiplies_what_dequantise_says(tmp_path, bits: int, zero_point: bool) -> None:
     generator = np.random.default_rng(bits)
     weight = generator.normal(0, 0.1, (48, 80)).astype(np.float32)
     bias = generator.normal(0, 1, 48).astype(np.float32)
     x = generator.normal(0, 1, (3, 80)).astype(np.float32)
-    graph = GraphWriter(tmp_path, "one")
+    graph = GraphWriter(tmp_path, "one", DataFree(zero_point=zero_point))
     out = graph.linear("one", graph.input("x", ["rows", 80]), weight, bias, bits=bits)
     graph.nodes("Identity", [out], ["y"])
     graph.output("y", ["rows", 48])
     graph.save()
     session = onnxruntime.InferenceSession(str(tmp_path / "one.onnx"))
-    stands_for = weight if bits == 32 else quantise_blocks(weight, bits, 32).dequantise()
+    blocks = quantise_blocks(weight, min(bits, 8), 32, zero_point=zero_point)
+    stands_for = weight if bits == 32 else blocks.dequantise()
     expected = x @ stands_for.T + bias
     # Activations are rounded to 8 bits within their own row.
     assert np.abs(session.run(None, {"x": x})[0] - expected).max() < (1e-5 if bits == 32 else 0.03)

@@ -10,6 +10,7 @@ import pytest
 
 from export.runtime import OnnxTranslator, open_translator
 from halve.errors import ArtefactError, InputError
+from halve.languages import language
 from halve.models import load_model
 from halve.translate import TorchTranslator
 
@@ -59,7 +60,19 @@ def test_stream_joins_to_the_translation(
 ) -> None:
     translator = open_translator(packages["fp32"])
     for clip, limit, row in zip(clips, LIMITS, expected, strict=True):
-        assert "".join(translator.stream(clip, "de", limit=limit)) == row.text
+        pieces, whole = _drained(translator.stream(clip, "de", limit=limit))
+        assert "".join(pieces) == row.text
+        assert whole == row
+
+
+def _drained(stream) -> tuple[list, object]:
+    """What a generator yields, and what it returns."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
 
 
 def test_rows_join_and_leave_between_steps(
@@ -97,6 +110,56 @@ def test_loops_are_cut_on_request(packages: dict[str, Path], clips: list) -> Non
     cutting._decoder.take = _always(cutting._decoder, 7)
     row = cutting.translate(clips[:1], "de", limits=[400])[0]
     assert row.stopped == "loop" and set(row.tokens) == {7} and len(row.tokens) < 60
+
+
+def test_streams_record_loops(packages: dict[str, Path], clips: list) -> None:
+    cutting = OnnxTranslator(packages["fp32"], stop_loops=True)
+    cutting._decoder.take = _always(cutting._decoder, 7)
+    _, whole = _drained(cutting.stream(clips[0], "de", limit=400))
+    assert whole.stopped == "loop"
+
+
+@pytest.mark.parametrize("beams", [2, 5])
+def test_beams_are_stock_generate_s(
+    packages: dict[str, Path], student: Path, clips: list, beams: int
+) -> None:
+    torch_translator = TorchTranslator(load_model(student))
+    stock = [
+        _stock_beams(torch_translator, clip, limit, beams)
+        for clip, limit in zip(clips, LIMITS, strict=True)
+    ]
+    onnx = open_translator(packages["fp32"], threads=1)
+    for translator in (torch_translator, onnx):
+        rows = translator.translate(clips, "de", limits=LIMITS, beams=beams)
+        assert [(row.tokens, row.stopped) for row in rows] == stock
+    greedy = onnx.translate(clips, "de", limits=LIMITS)
+    assert [row.tokens for row in greedy] != [tokens for tokens, _ in stock]
+    assert {stopped for _, stopped in stock} == {"end", "limit"}, "both ways to stop are tested"
+
+
+def _stock_beams(translator: TorchTranslator, clip, limit: int, beams: int) -> tuple[list, str]:
+    """Stock generate on the stock processor's inputs, padded to 30 s as it does."""
+    speech = translator.speech
+    instruction = speech.family.instruction(language("de"))
+    inputs = speech.processor(
+        text=speech.family.prompt_text(speech.processor, instruction),
+        audio=clip,
+        sampling_rate=16_000,
+        return_tensors="pt",
+        audio_kwargs={"padding": "max_length"},
+    )
+    whole = speech.model.generate(
+        **inputs,
+        num_beams=beams,
+        max_new_tokens=limit,
+        length_penalty=1.0,
+        early_stopping=False,
+        do_sample=False,
+    )
+    tokens = whole[0, inputs["input_ids"].shape[1] :].tolist()
+    ends = speech.family.end_ids(speech.model)
+    ended = [place for place, token in enumerate(tokens) if token in ends]
+    return (tokens[: ended[0]], "end") if ended else (tokens, "limit")
 
 
 def _always(decoder, token: int):

@@ -5,7 +5,8 @@ Ranks on the corpus's `select` split. The paper's search (Moslem 2025, arXiv 250
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,19 @@ from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
 from halve.families import Family, family_for
-from halve.languages import language, token_limit
-from halve.models import SpeechModel, load_model, read_config, resolve_model
+from halve.languages import language
+from halve.models import SpeechModel, load_model, load_processor, read_config, resolve_model
 from halve.progress import SILENT, Progress
+from halve.sources import read_source, segment_limit
 
 if TYPE_CHECKING:
-    from compress.search import CandidateTranslator, Ledger, Ranking
+    from compress.search import CandidatePool, CandidateTranslator, Ledger, Ranking, Shortlist
     from compress.task import SearchTask
 
+TRANSLATING = ("exact", "reference", "bounded", "racing")
+"""The methods that rank by translations; the others have nothing for workers to do."""
+NOT_IN_THE_RECORD = {"workers", "ray_address"}
+"""Settings that decide nothing of what is found: a killed search may go on with others."""
 DEFAULT_BUDGET = 0.4
 """Share of the device's memory that a search without a stated budget may take for its caches."""
 
@@ -45,19 +51,53 @@ def run_importance(
     heard = read_corpus(corpus)
     segments = heard.split(config.split, config.lang, config.segments)
     parents = {"model": model, "corpus": Path(corpus)}
-    recipe = config.model_dump(mode="json")
+    recipe = config.model_dump(mode="json", exclude=NOT_IN_THE_RECORD)
     with artefact.writing(Path(out), "importance", recipe, config.seed, parents) as draft:
         if config.method in ("random", "middle"):
             from compress.criteria import blind
 
             ranking = blind(config.method, num_layers, config.remove, config.seed)
         else:
-            speech = load_model(model, dtype=config.dtype)
+            if _on_workers(config):
+                # The workers load it; here, texts are made of their tokens.
+                speech = SpeechModel(
+                    None, load_processor(model), family, model, "cpu", config.dtype
+                )
+            else:
+                speech = load_model(model, dtype=config.dtype)
             task = make_task(speech, heard, segments, config.lang, metric)
             ranking = _search(config, speech, task, draft, progress)
         _write(draft, config, family, num_layers, segments, ranking, artefact.identity(model))
-        draft.extra.update(removed=list(ranking.removed), method=config.method)
+        draft.extra.update(
+            removed=list(ranking.removed),
+            method=config.method,
+            segments=len(segments),
+            segments_in_split=len(heard.split(config.split, config.lang)),
+            **_stopped(ranking),
+        )
     return artefact.read(out)
+
+
+def _on_workers(config: ImportanceConfig) -> bool:
+    asked = config.workers > 1 or config.ray_address is not None
+    return asked and config.method in TRANSLATING
+
+
+def _stopped(ranking: "Ranking") -> dict[str, Any]:
+    """How many candidates were stopped early; racing's also how sure it was of each, and of all at once.
+
+    All at once: one minus the sum of the doubts (Bonferroni), which holds however they depend on each
+    other; it takes the bootstrap at its word.
+    """
+    stopped = [candidate for candidate in ranking.candidates if "settled" in candidate.facts]
+    if not stopped:
+        return {}
+    facts: dict[str, Any] = {"stopped_early": len(stopped), "candidates": len(ranking.candidates)}
+    sure = [one.facts["confidence"] for one in stopped if "confidence" in one.facts]
+    if sure:
+        facts["least_confidence"] = round(min(sure), 6)
+        facts["joint_confidence"] = round(max(0.0, 1 - sum(1 - one for one in sure)), 6)
+    return facts
 
 
 def check_config(config: ImportanceConfig, num_layers: int) -> str:
@@ -87,16 +127,16 @@ def check_config(config: ImportanceConfig, num_layers: int) -> str:
 def make_task(
     speech: SpeechModel, corpus: Corpus, segments: Sequence[Segment], lang: str, metric: str
 ) -> "SearchTask":
-    """Reads the segments' audio and settles their token limits."""
+    """Reads the segments' audio, or text for a model that reads, and settles their token limits."""
     from compress.task import SearchTask
 
     return SearchTask(
         lang=lang,
         metric=metric,
         ids=tuple(segment.id for segment in segments),
-        audio=tuple(corpus.audio(segment) for segment in segments),
+        audio=tuple(read_source(speech.family.reads, corpus, segment) for segment in segments),
         references=tuple(corpus.references(segments, lang)),
-        limits=tuple(token_limit(segment.duration_s) for segment in segments),
+        limits=tuple(segment_limit(speech.family.reads, segment) for segment in segments),
         decode=lambda tokens: speech.family.decode_text(speech.processor, tokens),
     )
 
@@ -109,28 +149,64 @@ def _search(
     progress: Progress,
 ) -> "Ranking":
     """Runs the method that the config names."""
-    from compress import criteria
     from compress.search import Ledger
 
-    ledger = Ledger(draft.work / "ledger.jsonl")
     started = time.monotonic()
-    num_layers = len(speech.part(speech.family.layers))
-    if config.method in ("block-influence", "angular"):
-        ranking = criteria.by_similarity(config.method, speech, task, config.remove, progress)
-    elif config.method == "loss":
-        ranking = criteria.by_loss(speech, task, config.remove, ledger, progress)
+    ledger = Ledger(draft.work / "ledger.jsonl")
+    if config.method in TRANSLATING:
+        cheap = Ledger(draft.work / "shortlist.jsonl")
+        shortlist = _shortlist(config, speech, task, cheap, progress)
+        ranking = by_translation(config, speech, task, ledger, progress, shortlist)
     else:
-        ranking = by_translation(config, speech, task, ledger, progress)
+        if config.workers > 1 or config.shortlist is not None:
+            unused = "--workers and --shortlist are not used"
+            progress.warn(f"--method {config.method} translates nothing: {unused}")
+        ranking = _cheap(config.method, speech, task, config.remove, ledger, progress)
     draft.timing(
         "search",
         time.monotonic() - started,
         method=config.method,
-        layers=num_layers,
+        layers=_num_layers(speech),
         segments=len(task.ids),
         threads=environment.threads(),
+        workers=config.workers,
         device=speech.device,
     )
     return ranking
+
+
+def _cheap(
+    method: str,
+    speech: SpeechModel,
+    task: "SearchTask",
+    remove: int,
+    ledger: "Ledger",
+    progress: Progress,
+) -> "Ranking":
+    from compress import criteria
+
+    if method == "loss":
+        return criteria.by_loss(speech, task, remove, ledger, progress)
+    return criteria.by_similarity(method, speech, task, remove, progress)
+
+
+def _shortlist(
+    config: ImportanceConfig,
+    speech: SpeechModel,
+    task: "SearchTask",
+    ledger: "Ledger",
+    progress: Progress,
+) -> "Shortlist | None":
+    """The layers that a cheap criterion would remove first, where the config asks for that."""
+    if config.shortlist is None:
+        return None
+    from compress.search import Shortlist
+
+    if speech.model is None:
+        speech = load_model(speech.path, dtype=speech.dtype)
+    ranking = _cheap(config.shortlist_by, speech, task, 1, ledger, progress)
+    order = sorted(ranking.candidates, key=lambda candidate: (candidate.score, candidate.layer))
+    return Shortlist(tuple(candidate.layer for candidate in order), config.shortlist)
 
 
 def by_translation(
@@ -139,41 +215,81 @@ def by_translation(
     task: "SearchTask",
     ledger: "Ledger",
     progress: Progress = SILENT,
+    shortlist: "Shortlist | None" = None,
 ) -> "Ranking":
-    """Runs one of the methods that translate: reference, exact, bounded or racing."""
-    from compress.exact import ExactTranslator
+    """Runs one of the methods that translate: reference, exact, bounded or racing.
+
+    With workers, `speech` need not hold the model: each worker loads it from its directory.
+
+    Raises:
+        InputError: the budget is too small for one segment; workers that cannot work.
+        MissingExtraError, WorkersDiedError: see `compress.workers`.
+    """
     from compress.racing import bounded, racing, stratify
-    from compress.reference import StockTranslator
     from compress.search import Search, every_candidate, greedy, plan_chunks
 
-    makers: dict[str, Callable[[SpeechModel, SearchTask], Any]] = {"reference": StockTranslator}
     plays = {
         "bounded": bounded,
         "racing": lambda *round_: racing(*round_, confidence=config.confidence, seed=config.seed),
     }
     if not ledger.started:
         progress.message(f"Encoding {len(task.ids)} segments")
-    with makers.get(config.method, ExactTranslator)(speech, task) as translator:
-        budget = budget_bytes(config.memory_gb, speech.device)
+    with _opened(config, speech, task, progress) as (pool, row_bytes, budget):
+        _check_budget(row_bytes, budget, task.ids)
+        cut = stratify if config.method in plays else plan_chunks
         lengths = [len(audio) for audio in task.audio]
-
-        def plan() -> list[list[int]]:
-            most = config.batch_size
-            if config.method in plays:
-                return stratify(_rows(translator), lengths, most, budget)
-            return plan_chunks(_rows(translator), lengths, most, budget)
-
-        chunks = ledger.chunks(plan)
-        num_layers = len(speech.part(speech.family.layers))
-        total = len(chunks) * sum(num_layers - 2 - done for done in range(config.remove))
-        with progress.task("importance", total, done=ledger.pieces()) as advance:
-            search = Search(translator, task, ledger, chunks, advance)
+        chunks = ledger.chunks(lambda: cut(row_bytes, lengths, config.batch_size, budget))
+        num_layers = _num_layers(speech)
+        most = config.shortlist or num_layers
+        tried = sum(min(most, num_layers - 2 - done) for done in range(config.remove))
+        with progress.task("importance", len(chunks) * tried, done=ledger.pieces()) as advance:
+            search = Search(pool, task, ledger, chunks, advance)
             play = plays.get(config.method, every_candidate)
-            return greedy(search, num_layers, config.remove, play)
+            return greedy(search, num_layers, config.remove, play, shortlist)
 
 
-def _rows(translator: "CandidateTranslator") -> list[int]:
-    return translator.row_bytes()
+def _num_layers(speech: SpeechModel) -> int:
+    if speech.model is None:
+        return speech.family.num_layers(speech.config)
+    return len(speech.part(speech.family.layers))
+
+
+@contextmanager
+def _opened(
+    config: ImportanceConfig, speech: SpeechModel, task: "SearchTask", progress: Progress
+) -> "Iterator[tuple[CandidateTranslator | CandidatePool, list[int], int]]":
+    """What translates, each segment's bytes, and the bytes that may be taken at once."""
+    if _on_workers(config):
+        from compress.workers import RayWorkers
+
+        with RayWorkers(
+            speech.path,
+            task,
+            method=config.method,
+            dtype=config.dtype,
+            workers=config.workers,
+            address=config.ray_address,
+            memory_gb=config.memory_gb,
+            progress=progress,
+        ) as pool:
+            yield pool, pool.row_bytes(), pool.budget_bytes()
+        return
+    from compress.search import translator_for
+
+    with translator_for(config.method, speech, task) as translator:
+        yield translator, translator.row_bytes(), budget_bytes(config.memory_gb, speech.device)
+
+
+def _check_budget(row_bytes: Sequence[int], budget: int, ids: Sequence[str]) -> None:
+    """Refuses a budget that a single segment would exceed."""
+    largest = max(range(len(row_bytes)), key=row_bytes.__getitem__)
+    if row_bytes[largest] > budget:
+        raise InputError(
+            f"Segment {ids[largest]} alone takes {row_bytes[largest] / 1e9:.3f} GB, "
+            f"and {budget / 1e9:.3f} GB are allowed",
+            expected="room for the longest segment, in each worker",
+            mend="raise --memory-gb, or use fewer --workers",
+        )
 
 
 def budget_bytes(memory_gb: float | None, device: str) -> int:
@@ -220,6 +336,13 @@ def _write(
         "metric": ranking.metric,
         "signature": ranking.signature,
         "baseline": ranking.baseline,
-        "max_new_tokens": {segment.id: token_limit(segment.duration_s) for segment in segments},
+        **(
+            {"shortlist": {"size": config.shortlist, "by": config.shortlist_by}}
+            if config.shortlist and config.method in TRANSLATING
+            else {}
+        ),
+        "max_new_tokens": {
+            segment.id: segment_limit(family.reads, segment) for segment in segments
+        },
     }
     artefact.write_json(draft.path / "plan.json", plan)

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress import criteria, exact, racing
+from compress import criteria, exact, importance, racing
 from compress.config import ImportanceConfig
 from compress.exact import ExactTranslator
 from compress.importance import run_importance
-from compress.search import Candidate, Ledger, Search, best, every_candidate, greedy
+from compress.search import Candidate, Ledger, Ranking, Search, best, every_candidate, greedy
 from halve import artefact
 from halve.errors import CorpusError, InputError
 from halve.languages import token_limit
@@ -55,6 +55,31 @@ def test_plan_and_scores(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) ->
         limit == token_limit(durations[name]) for name, limit in plan["max_new_tokens"].items()
     )
     assert not (tmp_path / "out" / "work").exists()
+    extra = artefact.read(tmp_path / "out").extra
+    assert (extra["segments"], extra["segments_in_split"]) == (3, 6)
+
+
+def test_a_shortlist_tries_what_a_cheap_criterion_would_remove(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    cheap = ranked("block-influence", tiny_model, tiny_corpus, tmp_path / "a", remove=4, segments=3)
+    plan = ranked(
+        "exact", tiny_model, tiny_corpus, tmp_path / "b", remove=2, segments=3, shortlist=2
+    )
+    rows = artefact.read_jsonl(tmp_path / "b" / "importance.jsonl")
+    tried = [{row["layer"] for row in rows if row["round"] == number} for number in (1, 2)]
+    assert tried[0] == set(cheap["removed"][:2])
+    assert tried[1] == set([layer for layer in cheap["removed"] if layer != plan["removed"][0]][:2])
+    assert plan["shortlist"] == {"size": 2, "by": "block-influence"}
+
+
+def test_memory_that_no_segment_fits_in_is_refused(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        InputError, match=r"Segment s\d+ alone takes .* GB, and 0.000 GB are allowed"
+    ):
+        ranked("exact", tiny_model, tiny_corpus, tmp_path / "out", memory_gb=1e-6)
 
 
 @pytest.mark.parametrize("method", ["block-influence", "angular", "loss", "random", "middle"])
@@ -199,7 +224,13 @@ def test_racing_stops_the_hopeless_and_says_how_sure(tmp_path: Path) -> None:
     assert best(found) == best(full)
     assert len(translator.asked) < len(all_asked.asked)
     stopped = [candidate for candidate in found if candidate.facts.get("settled") == "race"]
-    assert stopped and all(candidate.facts["confidence"] > 0.99 for candidate in stopped)
+    assert stopped and all(0.99 < candidate.facts["confidence"] < 1 for candidate in stopped)
+    ranking = Ranking((2,), tuple(found), "chrf++", "")
+    facts = importance._stopped(ranking)
+    doubts = [1 - candidate.facts["confidence"] for candidate in stopped]
+    assert facts["stopped_early"] == len(stopped)
+    assert facts["least_confidence"] == pytest.approx(1 - max(doubts), abs=1e-6)
+    assert facts["joint_confidence"] == pytest.approx(1 - sum(doubts), abs=1e-6)
 
 
 @settings(max_examples=25, deadline=None)

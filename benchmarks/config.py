@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from benchmarks.peer_names import PeerName
 from halve.config import Config
 
 
@@ -55,6 +56,14 @@ class LatencyConfig(Config):
     """Silence between the joined segments of the long clip."""
     baseline: bool = True
     """Also run the stock transformers loop on the first model."""
+    new_tokens: int | None = Field(default=None, ge=2)
+    """Everything says exactly so many tokens of each clip, past any end; the clip's limit where None."""
+    also_threads: tuple[int, ...] = ()
+    """Further thread counts. Models are compared at `threads` with the better of all of the others'."""
+    peers: tuple[PeerName, ...] = ()
+    """Other runtimes to time on the first unquantised model's weights; they need --new-tokens."""
+    peer_folder: str = "runs/peers"
+    """Where peers keep converted weights, and environments made by benchmarks/peer_environments.sh."""
     seed: int = 0
     """Kept for the record; nothing here is left to chance."""
     timeout_s: float = Field(default=3600.0, gt=0)

@@ -5,25 +5,46 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import size
+from benchmarks.bandwidth import last_cache_bytes
 from benchmarks.config import LatencyConfig
+from benchmarks.peer_names import PeerName
+from benchmarks.speed import add_limits, compare
 from benchmarks.workload import Clip, long_clip, short_clip
 from halve import environment
 from halve.artefact import Artefact, append_jsonl, read, read_jsonl, write_json, writing
 from halve.corpus import read_corpus
-from halve.errors import HalveError
+from halve.errors import HalveError, InputError
 from halve.models import resolve_model
 from halve.progress import SILENT, Progress
 
 RESULT = "latency.json"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _ROOT = Path(__file__).resolve().parent.parent
+_NO_TOKEN = -1
+_BASELINE: PeerName = "transformers-fp32"
+_METRICS = ("ttft_ms", "tpot_ms", "rtf")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One process to time: `kind` is halve, stock, text or bandwidth; `name` a model's path or a peer."""
+
+    kind: str
+    name: str
+    threads: int
+    run: Callable[[], dict[str, Any]]
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.kind, self.name, self.threads
 
 
 def run_latency(
@@ -36,34 +57,124 @@ def run_latency(
     """Times models on a short and a long clip, each in a fresh process with pinned threads.
 
     Writes `latency.json`. The clips are real segments of the corpus. The baseline is the stock
-    transformers loop in fp32 on the first model that stock transformers can load so.
+    transformers loop in fp32 on the first model that stock transformers can load so; peers run the same
+    weights.
 
     Raises:
         ArtefactError: a path is no model.
+        InputError: peers without a number of tokens or an unquantised model.
         HalveError: a model's process failed.
     """
     given = {str(path): _local(path) for path in models}
     sizes = {name: size.measure(path, name) for name, path in given.items()}
     clips = _clips(config, corpus)
+    stock = _stock_model(given) if config.baseline or config.peers else None
+    if config.peers and (stock is None or config.new_tokens is None):
+        raise InputError(
+            "Peers were named without "
+            + ("--new-tokens" if stock else "an unquantised checkpoint"),
+            expected="--new-tokens N and among --models one that stock transformers loads in fp32",
+        )
     parents = {"corpus": corpus} | {f"model {i}": p for i, p in enumerate(given.values())}
     with writing(out, "results", config.model_dump(), config.seed, parents) as draft:
-        stock = _stock_model(given) if config.baseline else None
-        jobs = [("halve", name) for name in given] + ([("stock", stock)] if stock else [])
         store = draft.work / "measured.jsonl"
-        done = {(r["backend"], r["name"]): r["answer"] for r in read_jsonl(store)}
+        done = {tuple(r["key"]): r["answer"] for r in read_jsonl(store)}
         with tempfile.TemporaryDirectory() as folder:
-            files = {clip.name: str(clip.write(Path(folder))) for clip in clips}
+            jobs = list(_jobs(config, given, stock, clips, Path(folder), progress))
             with progress.task("latency", len(jobs), len(done)) as advance:
-                for backend, name in jobs:
-                    if (backend, name) not in done:
-                        answer = _measure(config, backend, given[name], files)
-                        append_jsonl(store, {"backend": backend, "name": name, "answer": answer})
-                        done[backend, name] = answer
-                        advance(1, f"{name} ({backend})")
+                for job in jobs:
+                    if job.key not in done:
+                        done[job.key] = job.run()
+                        append_jsonl(store, {"key": job.key, "answer": done[job.key]})
+                        advance(1, f"{job.name} ({job.kind}, {job.threads} threads)")
         result = _result(config, clips, sizes, done, stock)
         draft.extra.update(bench="latency", lang=config.lang)
         write_json(draft.path / RESULT, result)
     return read(out)
+
+
+def _jobs(
+    config: LatencyConfig,
+    given: Mapping[str, Path],
+    stock: str | None,
+    clips: Sequence[Clip],
+    folder: Path,
+    progress: Progress,
+) -> Iterator[_Job]:
+    from benchmarks.peers import PEERS
+
+    files = {clip.name: str(clip.write(folder)) for clip in clips}
+    counts = tuple(dict.fromkeys((config.threads, *config.also_threads)))
+    names: list[PeerName] = list(config.peers)
+    if stock and config.baseline and _BASELINE not in names:
+        names.insert(0, _BASELINE)
+    text = _text_peers(config, given[stock], clips, names, progress) if stock else None
+    for threads in counts:
+        if config.peers:
+            yield _Job("bandwidth", "", threads, _worker(config, threads, {"backend": "bandwidth"}))
+        for number, (name, path) in enumerate(given.items()):
+            muted = _muted(path, folder / f"model-{number}-{threads}", config.new_tokens)
+            asked = {"backend": "halve", "path": str(muted.resolve()), "clips": files}
+            yield _Job("halve", name, threads, _worker(config, threads, asked))
+        for peer in names if stock else []:
+            if PEERS[peer].whole:
+                request: dict[str, Any] = {
+                    "backend": "stock",
+                    "path": str(given[stock or ""].resolve()),
+                }
+                request |= {"clips": files, "precision": PEERS[peer].precision}
+                request["cut_audio"] = PEERS[peer].cut_audio
+                yield _Job("stock", peer, threads, _worker(config, threads, request))
+            else:
+                yield _Job("text", peer, threads, _text_run(config, text, peer, threads))
+
+
+def _text_peers(
+    config: LatencyConfig,
+    model: Path,
+    clips: Sequence[Clip],
+    names: Sequence[PeerName],
+    progress: Progress,
+) -> Any:
+    from benchmarks.peers import PEERS, TextPeers
+
+    wanted = [name for name in names if not PEERS[name].whole]
+    if not wanted:
+        return None
+    durations_s = {clip.name: clip.duration_s for clip in clips}
+    peers = TextPeers(model, config.lang, durations_s, Path(config.peer_folder))
+    progress.message(f"latency: convert the decoder for {', '.join(wanted)}")
+    peers.prepare(wanted, pinned_environment(None))
+    return peers
+
+
+def _text_run(
+    config: LatencyConfig, peers: Any, name: PeerName, threads: int
+) -> Callable[[], dict[str, Any]]:
+    fields = {"warmup", "repeats", "new_tokens", "timeout_s"}
+    settings = config.model_dump(include=fields) | {"threads": threads}
+    return lambda: dict(peers.measure(name, settings, pinned_environment(threads)))
+
+
+def _worker(
+    config: LatencyConfig, threads: int, request: Mapping[str, Any]
+) -> Callable[[], dict[str, Any]]:
+    return lambda: _measure(config, threads, request)
+
+
+def _muted(path: Path, folder: Path, new_tokens: int | None) -> Path:
+    """The model with no token that ends a translation, as links, where a number of tokens is set."""
+    if new_tokens is None:
+        return path
+    folder.mkdir()
+    for entry in path.iterdir():
+        (folder / entry.name).symlink_to(entry.resolve())
+    for name, key in (("package.json", "end_ids"), ("generation_config.json", "eos_token_id")):
+        if (folder / name).exists():
+            facts = json.loads((folder / name).read_text(encoding="utf8"))
+            (folder / name).unlink()
+            write_json(folder / name, facts | {key: [_NO_TOKEN]})
+    return folder
 
 
 def _local(path: str | Path) -> Path:
@@ -85,26 +196,18 @@ def _stock_model(given: Mapping[str, Path]) -> str | None:
     return next((name for name, path in given.items() if can_load(path)), None)
 
 
-def _measure(
-    config: LatencyConfig, backend: str, path: Path, clips: Mapping[str, str]
-) -> dict[str, Any]:
+def _measure(config: LatencyConfig, threads: int, request: Mapping[str, Any]) -> dict[str, Any]:
     """One model's timings, from a fresh process."""
-    request = {
-        "backend": backend,
-        "path": str(path.resolve()),
-        "lang": config.lang,
-        "threads": config.threads,
-        "warmup": config.warmup,
-        "repeats": config.repeats,
-        "clips": dict(clips),
-    }
+    path = request.get("path", "memory bandwidth")
+    fields = {"lang", "warmup", "repeats", "new_tokens"}
+    full = {**request, "threads": threads, **config.model_dump(include=fields)}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.latency_worker"],
-            input=json.dumps(request).encode(),
+            input=json.dumps(full).encode(),
             capture_output=True,
             check=False,
-            env=pinned_environment(config.threads),
+            env=pinned_environment(threads if "path" in request else 1),
             timeout=config.timeout_s,
         )
     except subprocess.TimeoutExpired:
@@ -136,64 +239,100 @@ def _result(
     config: LatencyConfig,
     clips: Sequence[Clip],
     sizes: Mapping[str, size.Size],
-    done: Mapping[tuple[str, str], dict[str, Any]],
+    done: Mapping[tuple[str, str, int], dict[str, Any]],
     stock: str | None,
 ) -> dict[str, Any]:
-    baseline = _entry(sizes[stock], done["stock", stock], "fp32") if stock else None
-    entries = [_entry(sizes[name], done["halve", name]) for name in sizes]
-    if baseline:
-        for entry in entries:
-            entry["times_faster_than_baseline"] = {
-                clip: {
-                    metric: round(baseline["clips"][clip][metric]["p50"] / timed[metric]["p50"], 2)
-                    for metric in ("ttft_ms", "tpot_ms", "rtf")
-                }
-                for clip, timed in entry["clips"].items()
-            }
+    entries = {
+        (kind, name, threads): _entry(
+            kind, name, threads, sizes[stock or "" if kind != "halve" else name], answer
+        )
+        for (kind, name, threads), answer in done.items()
+        if kind != "bandwidth"
+    }
+    read_rates = {
+        threads: {int(size_): rate for size_, rate in answer["bytes_per_s"].items()}
+        for (kind, _, threads), answer in done.items()
+        if kind == "bandwidth"
+    }
+    for entry in entries.values():
+        add_limits(entry, read_rates.get(entry["threads"]), last_cache_bytes())
+    models = [entries["halve", name, config.threads] for name in sizes]
+    peers = [
+        e for (kind, name, _), e in entries.items() if kind != "halve" and name in config.peers
+    ]
+    baseline = entries.get(("stock", _BASELINE, config.threads)) if config.baseline else None
+    for entry in models:
+        compare(entry, baseline, peers)
     return {
         "bench": "latency",
         "lang": config.lang,
         "threads": config.threads,
         "repeats": config.repeats,
         "warmup": config.warmup,
+        "new_tokens": config.new_tokens,
         "clips": {
             clip.name: {"duration_s": round(clip.duration_s, 3), "segments": list(clip.segments)}
             for clip in clips
         },
         "machine": environment.machine(),
         "versions": environment.versions(),
+        "last_cache_bytes": last_cache_bytes(),
+        "read_bytes_per_s": {str(threads): rates for threads, rates in read_rates.items()},
         "baseline": baseline,
         "baseline_note": "" if baseline else "no unquantised checkpoint among the models",
-        "models": entries,
+        "models": models,
+        "other_threads": [
+            entry
+            for (kind, _, threads), entry in entries.items()
+            if kind == "halve" and threads != config.threads
+        ],
+        "peers": peers,
     }
 
 
 def _entry(
-    measured: size.Size, answer: Mapping[str, Any], precision: str | None = None
+    kind: str, name: str, threads: int, measured: size.Size, answer: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A model's line; the figures at its top are those of the short clip."""
+    """A line of the result; the figures at its top are those of the short clip."""
     clips = {
-        name: {
-            "duration_s": round(timed["duration_s"], 3),
-            "tokens": timed["tokens"],
-            "text": timed["text"],
-            **{metric: percentiles(timed[metric]) for metric in ("ttft_ms", "tpot_ms", "rtf")},
-        }
-        for name, timed in answer["clips"].items()
+        clip: {key: _rounded(key, value) for key, value in timed.items()}
+        for clip, timed in answer["clips"].items()
     }
-    return {
+    entry = {
         "path": measured.path,
         "layers": measured.decoder_layers,
-        "precision": precision or measured.precision,
-        "target": measured.target,
-        "stored_bytes": measured.stored_bytes,
+        "threads": threads,
         "load_s": round(answer["load_s"], 3),
-        **{metric: clips["short"][metric] for metric in ("ttft_ms", "tpot_ms", "rtf")},
+        **{key: clips["short"][key] for key in _METRICS if key in clips["short"]},
+        "weight_bytes": answer["weight_bytes"],
         "peak_memory_bytes": answer["peak_memory_bytes"],
         "before_load_bytes": answer["before_load_bytes"],
-        "peak_gpu_memory_bytes": answer["peak_gpu_memory_bytes"],
+        "peak_gpu_memory_bytes": answer.get("peak_gpu_memory_bytes"),
         "clips": clips,
     }
+    if kind == "halve":
+        facts = {"precision": measured.precision, "target": measured.target}
+        return {**entry, **facts, "stored_bytes": measured.stored_bytes}
+    return {**entry, **_peer_facts(name), "versions": answer.get("versions", {})}
+
+
+def _peer_facts(name: str) -> dict[str, Any]:
+    from benchmarks.peers import PEERS
+
+    peer = PEERS[name]  # type: ignore[index]
+    return {
+        "peer": name,
+        "precision": peer.precision,
+        "target": "checkpoint" if peer.whole else name.rsplit("-", 1)[0],
+        "whole": peer.whole,
+        "compiled": peer.compiled,
+    }
+
+
+def _rounded(key: str, value: Any) -> Any:
+    if key in _METRICS:
+        return percentiles(value)
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

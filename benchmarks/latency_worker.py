@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bandwidth import read_bandwidth
 from benchmarks.memory import peak_gpu_memory_bytes, peak_memory_bytes, resident_memory_bytes
 from halve.audio import SAMPLE_RATE_HZ, FloatArray, read_audio
 from halve.errors import HalveError
@@ -37,35 +38,38 @@ Run = Callable[[FloatArray, int], Timing]
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Loads the model, warms it up and times every clip.
+    """Loads the model, warms it up and times every clip; or measures memory's bandwidth.
 
     The parent has pinned the threads in this process's environment. Nothing heavy is imported
     before the clock starts: a runtime's imports are part of its load time and memory.
     """
+    if request["backend"] == "bandwidth":
+        return {"bytes_per_s": read_bandwidth(request["threads"])}
     clips = {name: read_audio(path) for name, path in request["clips"].items()}
     before_bytes = resident_memory_bytes()
     started = time.perf_counter()
-    run = _stock(request) if request["backend"] == "stock" else _halve(request)
+    run, weight_bytes = _stock(request) if request["backend"] == "stock" else _halve(request)
     load_s = time.perf_counter() - started
-    timed = {
-        name: _time_clip(run, audio, request["warmup"], request["repeats"])
-        for name, audio in clips.items()
-    }
+    timed = {name: _time_clip(run, audio, request) for name, audio in clips.items()}
     return {
         "load_s": load_s,
         "clips": timed,
         "peak_memory_bytes": peak_memory_bytes(),
         "before_load_bytes": before_bytes,
         "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
+        "weight_bytes": weight_bytes(),
     }
 
 
-def _time_clip(run: Run, audio: FloatArray, warmup: int, repeats: int) -> dict[str, Any]:
+def _time_clip(run: Run, audio: FloatArray, request: dict[str, Any]) -> dict[str, Any]:
     duration_s = len(audio) / SAMPLE_RATE_HZ
-    limit = token_limit(duration_s)
-    for _ in range(warmup):
+    exactly = request.get("new_tokens")
+    limit = exactly or token_limit(duration_s)
+    for _ in range(request["warmup"]):
         run(audio, limit)
-    timings = [run(audio, limit) for _ in range(repeats)]
+    timings = [run(audio, limit) for _ in range(request["repeats"])]
+    if exactly and timings[0].tokens != exactly:
+        raise HalveError(f"It said {timings[0].tokens} tokens", expected=f"{exactly}")
     return {
         "duration_s": duration_s,
         "tokens": timings[0].tokens,
@@ -76,11 +80,17 @@ def _time_clip(run: Run, audio: FloatArray, warmup: int, repeats: int) -> dict[s
     }
 
 
-def _halve(request: dict[str, Any]) -> Run:
+def _halve(request: dict[str, Any]) -> tuple[Run, Callable[[], int]]:
     from export.runtime import open_translator
 
-    translator = open_translator(Path(request["path"]), threads=request["threads"])
+    path = Path(request["path"])
+    translator = open_translator(path, threads=request["threads"])
     lang: str = request["lang"]
+    run = _exact_run if request.get("new_tokens") else _stream_run
+    return run(translator, lang), lambda: _weight_bytes(translator, path)
+
+
+def _stream_run(translator: Any, lang: str) -> Run:
     counts: dict[int, int] = {}
 
     def run(audio: FloatArray, limit: int) -> Timing:
@@ -99,20 +109,49 @@ def _halve(request: dict[str, Any]) -> Run:
     return run
 
 
-def _stock(request: dict[str, Any]) -> Run:
-    from benchmarks.baseline import StockModel
-
-    model = StockModel(Path(request["path"]))
-    lang: str = request["lang"]
+def _exact_run(translator: Any, lang: str) -> Run:
+    """Times a translation of one token and one of all: the first piece of text may take several."""
 
     def run(audio: FloatArray, limit: int) -> Timing:
         started = time.perf_counter()
-        tokens, times_s = model.generate(audio, lang, limit)
+        translator.translate([audio], lang, limits=[1])
+        first_s = time.perf_counter() - started
+        started = time.perf_counter()
+        found = translator.translate([audio], lang, limits=[limit])[0]
+        return Timing(time.perf_counter() - started, first_s, len(found.tokens), found.text)
+
+    return run
+
+
+def _weight_bytes(translator: Any, path: Path) -> int:
+    """Bytes of weights that decoding a token reads."""
+    if (path / "decoder.onnx").is_file():
+        from benchmarks.peers_onnx import read_bytes
+
+        return read_bytes(path / "decoder.onnx")
+    from benchmarks.baseline import decoder_weight_bytes
+    from halve.families import FAMILIES
+
+    return decoder_weight_bytes(translator.speech.model, FAMILIES[translator.family])
+
+
+def _stock(request: dict[str, Any]) -> tuple[Run, Callable[[], int]]:
+    from benchmarks.baseline import StockModel
+
+    model = StockModel(
+        Path(request["path"]), request["precision"], cut_audio=request.get("cut_audio", False)
+    )
+    lang: str = request["lang"]
+    exactly = bool(request.get("new_tokens"))
+
+    def run(audio: FloatArray, limit: int) -> Timing:
+        started = time.perf_counter()
+        tokens, times_s = model.generate(audio, lang, limit, exactly=exactly)
         total_s = time.perf_counter() - started
         first_s = times_s[0] - started if times_s else total_s
         return Timing(total_s, first_s, len(tokens), model.text(tokens))
 
-    return run
+    return run, model.weight_bytes
 
 
 def main() -> int:

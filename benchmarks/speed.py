@@ -1,0 +1,81 @@
+"""What timings say about one another: times faster than others, and how near to memory's limit."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.bandwidth import bandwidth_for
+
+_BASELINE_METRICS = ("ttft_ms", "tpot_ms", "rtf")
+_PEER_METRICS = ("tpot_ms", "rtf")
+
+
+def add_limits(
+    entry: dict[str, Any], rates: Mapping[int, float] | None, cache_bytes: int | None
+) -> None:
+    """Adds the time that reading the weights alone takes for a token, and the share of the time it is.
+
+    Args:
+        rates: bytes a second read from buffers by their size; nothing is added where None.
+    """
+    if not rates or not entry["weight_bytes"]:
+        return
+    weights = entry["weight_bytes"]
+    rate = bandwidth_for(weights, rates)
+    limit_ms = 1000 * weights / rate
+    memory_ms = 1000 * weights / rates[max(rates)]
+    entry["bandwidth_limit"] = {
+        "fits_last_cache": cache_bytes is not None and weights <= cache_bytes,
+        "bytes_per_s": round(rate),
+        "limit_ms": round(limit_ms, 4),
+        "main_memory_limit_ms": round(memory_ms, 4),
+        "percent_of_limit": {
+            clip: round(100 * limit_ms / timed["tpot_ms"]["p50"], 1)
+            for clip, timed in entry["clips"].items()
+        },
+    }
+
+
+def compare(
+    entry: dict[str, Any], baseline: Mapping[str, Any] | None, peers: Sequence[Mapping[str, Any]]
+) -> None:
+    """Adds how many times faster a model is than the baseline, and than each peer at its best threads."""
+    if baseline:
+        entry["times_faster_than_baseline"] = {
+            clip: {metric: _ratio(baseline, entry, clip, metric) for metric in _BASELINE_METRICS}
+            for clip in entry["clips"]
+        }
+    if not peers:
+        return
+    names = list(dict.fromkeys(peer["peer"] for peer in peers))
+    entry["times_faster_than"] = {
+        name: {
+            clip: best_ratios([peer for peer in peers if peer["peer"] == name], entry, clip)
+            for clip in entry["clips"]
+        }
+        for name in names
+    }
+    installed = [peer for peer in peers if not peer["compiled"]]
+    entry["best_installed_peer"] = {
+        clip: _nearest(installed, entry, clip) for clip in entry["clips"]
+    }
+
+
+def best_ratios(
+    peers: Sequence[Mapping[str, Any]], entry: Mapping[str, Any], clip: str
+) -> dict[str, float]:
+    """One peer's p50 over the model's, at whichever thread count serves the peer better."""
+    metrics = [metric for metric in _PEER_METRICS if metric in peers[0]["clips"][clip]]
+    return {metric: min(_ratio(p, entry, clip, metric) for p in peers) for metric in metrics}
+
+
+def _nearest(
+    peers: Sequence[Mapping[str, Any]], entry: Mapping[str, Any], clip: str
+) -> dict[str, Any]:
+    best = min(peers, key=lambda peer: peer["clips"][clip]["tpot_ms"]["p50"])
+    ratio = _ratio(best, entry, clip, "tpot_ms")
+    return {"peer": best["peer"], "threads": best["threads"], "tpot_ms": ratio}
+
+
+def _ratio(slow: Mapping[str, Any], fast: Mapping[str, Any], clip: str, metric: str) -> float:
+    slow_p50, fast_p50 = (float(each["clips"][clip][metric]["p50"]) for each in (slow, fast))
+    return round(slow_p50 / fast_p50, 2)

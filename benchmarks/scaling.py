@@ -68,7 +68,11 @@ def with_depth(speech: SpeechModel, depth: int) -> SpeechModel:
     have = len(layers)
     if depth == have:
         return speech
-    chosen = [copy.deepcopy(layers[place * have // depth]) for place in range(depth)]
+    # The layers share one config, and must go on sharing it.
+    config = layers[0].self_attn.config
+    chosen = [
+        copy.deepcopy(layers[place * have // depth], {id(config): config}) for place in range(depth)
+    ]
     for index, layer in enumerate(chosen):
         adding = [part for key, part in layer.named_modules() if key.endswith(_ADDING)]
         if len(adding) != len(_ADDING):

@@ -242,7 +242,8 @@ def _importance(of: Estimator, step: "Step") -> Cost:
     assert counts is not None
     segments = of.speech.count("select", config.segments)
     one = of.translating(counts, segments, config.batch_size)
-    candidates = sum(counts.decoder_layers - gone - 2 for gone in range(config.remove))
+    left = [counts.decoder_layers - gone - 2 for gone in range(config.remove)]
+    candidates = sum(min(config.shortlist or layers, layers) for layers in left)
     if config.method == "reference":
         time_s = candidates * of.translating(counts, segments, 1)
     elif config.method in ("exact", "bounded", "racing"):

@@ -17,6 +17,7 @@ from halve.families import Family, SourceText, family_for
 from halve.families.base import kept_slices
 from halve.languages import language
 from halve.models import SpeechModel, load_model, read_config, resolve_model
+from halve.origin import origin
 from halve.progress import SILENT, Progress
 from halve.shard_writer import MAX_SHARD_BYTES, Part, raw, unchanged, write_shards
 from halve.shards import Stored
@@ -73,7 +74,10 @@ def run_prune(
             progress.message("Comparing logits with the sliced teacher")
             draft.extra["max_logit_difference"] = compare_logits(model, draft.path, chosen.kept)
         draft.extra.update(
-            removed=list(chosen.removed), kept=list(chosen.kept), num_layers=chosen.num_layers
+            removed=list(chosen.removed),
+            kept=list(chosen.kept),
+            num_layers=chosen.num_layers,
+            origin=origin(model),
         )
     return artefact.read(out)
 

@@ -9,10 +9,9 @@ import yaml
 from halve import artefact
 from halve.families import family_for
 from halve.models import read_config
+from halve.origin import CARD, origin
 
-CARD = "README.md"
 _NOT_SHIPPED = {CARD, artefact.RECORD, artefact.TIMINGS, "partial.json"}
-_CARRIED = ("license", "license_name", "license_link", "base_model", "datasets")
 
 
 def stored_bytes(folder: Path) -> int:
@@ -26,43 +25,81 @@ def stored_bytes(folder: Path) -> int:
     )
 
 
-def read_head(folder: Path) -> dict[str, Any]:
-    """The YAML head of a directory's card; empty where there is none that can be read."""
-    card = folder / CARD
-    if not card.is_file():
-        return {}
-    parts = card.read_text(encoding="utf8").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        head = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    return head if isinstance(head, dict) else {}
-
-
 def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any]) -> None:
     """Writes the card of a student or package.
 
     Args:
-        source: the model directory that it was made from; its card's licence and base are carried over.
-        facts: what the making put on record: removed, onto, select_scores, metrics, target, precision,
-            languages, parity.
+        source: the model directory that it was made from; where that came from and how it was made is
+            carried over.
+        facts: what the making put on record: removed, onto, merge, target, precision, languages, parity.
     """
     config = read_config(source)
-    head = {key: value for key, value in read_head(source).items() if key in _CARRIED}
-    head.setdefault("base_model", facts.get("base_model") or source.resolve().name)
+    facts = {**_recorded(source), **facts}
+    name = folder.name.strip(".").removesuffix(".partial")
+    head = origin(source)
     head["library_name"] = "onnxruntime" if facts.get("target") == "onnx" else "transformers"
     head["pipeline_tag"] = "audio-text-to-text"
     head["tags"] = ["speech-translation", "compression", family_for(config).name]
     if facts.get("languages"):
-        head["language"] = ["en", *facts["languages"]]
-    lines = [f"# {folder.name.strip('.').removesuffix('.partial')}", "", _summary(kind, facts), ""]
+        head["language"] = list(dict.fromkeys(["en", *facts["languages"]]))
+    measured = _measured(facts)
+    if measured:
+        head["metrics"] = sorted({metric["type"] for metric in measured})
+        head["model-index"] = [{"name": name, "results": _results(measured)}]
+    lines = [f"# {name}", "", _summary(kind, facts), ""]
     lines += (
-        _made(config, facts) + _size(config, folder, facts) + _scores(facts) + _use(kind, facts)
+        _made(config, facts, head)
+        + _size(config, folder, facts)
+        + _scores(facts)
+        + _use(kind, facts)
     )
     text = yaml.safe_dump(head, sort_keys=True, allow_unicode=True)
     (folder / CARD).write_text(f"---\n{text}---\n\n" + "\n".join(lines) + "\n", encoding="utf8")
+
+
+def _recorded(source: Path) -> dict[str, Any]:
+    """What the source's record says of how it was made."""
+    if not (source / artefact.RECORD).is_file():
+        return {}
+    extra = artefact.read(source).extra
+    return {key: extra[key] for key in ("removed", "onto", "merge") if key in extra}
+
+
+def _measured(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The scores of these very files: a package's parity check, else the merge that was kept."""
+    languages = (facts.get("parity") or {}).get("languages") or {}
+    if facts.get("target"):
+        found = [
+            (code, each["metric"], each["package_score"], each["signature"])
+            for code, each in languages.items()
+        ]
+    else:
+        rows = (facts.get("merge") or {}).get("rows", ())
+        kept = (r for r in rows if r["form"] == "merged" and r["onto"] == facts["onto"])
+        found = [
+            (code, each["metric"], each["score"], each["signature"])
+            for row in kept
+            for code, each in row["scores"].items()
+        ]
+    return [
+        {
+            "type": metric,
+            "name": f"{metric} into {code}",
+            "value": round(value, 2),
+            "args": signature,
+        }
+        for code, metric, value, signature in found
+    ]
+
+
+def _results(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": {"type": "translation", "name": "Speech translation"},
+            "dataset": {"name": "the corpus it was tuned on, split select", "type": "audio"},
+            "metrics": measured,
+        }
+    ]
 
 
 def _summary(kind: str, facts: Mapping[str, Any]) -> str:
@@ -72,8 +109,11 @@ def _summary(kind: str, facts: Mapping[str, Any]) -> str:
     return f"A speech-translation model packaged by halve ({form})."
 
 
-def _made(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    lines = ["## How it was made", ""]
+def _made(
+    config: Mapping[str, Any], facts: Mapping[str, Any], head: Mapping[str, Any]
+) -> list[str]:
+    lines = ["## How it was made", "", f"- Base model: {head['base_model']}"]
+    lines.append(f"- Licence: {head.get('license') or 'the base model does not say'}")
     removed = facts.get("removed")
     if removed:
         lines.append(f"- Decoder layers removed (as the teacher numbers them): {removed}")
@@ -105,12 +145,14 @@ def _size(config: Mapping[str, Any], folder: Path, facts: Mapping[str, Any]) -> 
 
 
 def _scores(facts: Mapping[str, Any]) -> list[str]:
-    lines: list[str] = []
-    for name, scores in (facts.get("select_scores") or {}).items():
-        shown = ", ".join(
-            f"{facts['metrics'][code]} ({code}) {s:.2f}" for code, s in scores.items()
+    lines = [
+        f"- {row['form']} ({row['precision']}, onto {row['onto']}): "
+        + ", ".join(
+            f"{each['metric']} ({code}) {each['score']:.2f} (`{each['signature']}`)"
+            for code, each in row["scores"].items()
         )
-        lines.append(f"- {name}: {shown}")
+        for row in (facts.get("merge") or {}).get("rows", ())
+    ]
     parity = facts.get("parity") or {}
     for code, found in (parity.get("languages") or {}).items():
         lines.append(

@@ -22,9 +22,9 @@ class MergeConfig(Config):
     requantized: bool = False
     """With `auto`: also scores the adapter on its quantised base and each student quantised to NF4
     again, for students that will be stored in 4 bits."""
-    verify: Literal["full", "structure"] = "full"
-    """full: loads the student in stock transformers; structure: compares its files' headers with the
-    base model's, in little memory."""
+    verify: Literal["structure", "full"] = "structure"
+    """structure: compares the headers of the student's files with the base model's, in little memory;
+    full: also loads the student in stock transformers."""
     max_shard_bytes: int = 1_000_000_000
     """A file of weights is at most so large."""
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.errors import ArtefactError, InputError
 from halve.families import Family, family_for
+from halve.metrics import Score
 from halve.models import load_model, read_config
+from halve.origin import origin
 from halve.progress import SILENT, Progress
 from halve.shards import Stored, tensor_shapes
 from halve.translate import TorchTranslator
@@ -107,31 +110,49 @@ def _merge_better(
     langs = config.langs or _tuned_languages(adapter)
     reads = family_for(read_config(model)).reads
     sets = open_select_sets(corpus, langs, config.select_segments, reads)
-    scores: dict[str, dict[str, float]] = {}
     folders = {onto: draft.work / onto for onto in BASES}
+    rows = [_adapter_on(sets, config, model, adapter)] if config.requantized else []
     with progress.task("merge: score both bases", total=len(BASES)) as advance:
         for onto, folder in folders.items():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             _merge(config, model, adapter, onto, folder)
-            scores[onto] = _scores(sets, config, folder)
+            merged = _row("merged", onto, config.dtype, _scores(sets, config, folder))
+            rows.append(merged)
             if config.requantized:
-                scores[f"{onto}, quantised again"] = _scores_quantised(sets, config, folder)
-            advance(1, _shown(scores[onto]))
-    if config.requantized:
-        scores["adapter on the quantised base"] = _scores(
-            sets, config, model, "bfloat16", quantization="nf4", adapter=adapter
-        )
-    means = {onto: sum(scores[onto].values()) / len(sets) for onto in BASES}
+                rows.append(
+                    _row("merged, quantised", onto, "nf4", _scores_quantised(sets, config, folder))
+                )
+            advance(1, _shown(merged))
+    means = {row["onto"]: _mean(row) for row in rows if row["form"] == "merged"}
     better = "dequantized" if means["dequantized"] > means["base"] else "base"
     for entry in folders[better].iterdir():
         entry.rename(draft.path / entry.name)
     draft.extra |= {
         "onto": better,
-        "select_scores": scores,
-        "select_segments": len(sets[0].segments),
-        "metrics": {each.lang: each.metric for each in sets},
+        "merge": {"split": "select", "segments": len(sets[0].segments), "rows": rows},
     }
+
+
+def _adapter_on(
+    sets: list[SelectSet], config: MergeConfig, model: Path, adapter: Path
+) -> dict[str, Any]:
+    """Scores of what QLoRA trained: the adapter on the base in NF4."""
+    found = _scores(sets, config, model, "bfloat16", quantization="nf4", adapter=adapter)
+    return _row("adapter on", "dequantized", "nf4", found)
+
+
+def _row(form: str, onto: str, precision: str, scores: Mapping[str, Score]) -> dict[str, Any]:
+    return {
+        "form": form,
+        "onto": onto,
+        "precision": precision,
+        "scores": {lang: asdict(found) for lang, found in scores.items()},
+    }
+
+
+def _mean(row: Mapping[str, Any]) -> float:
+    return sum(found["score"] for found in row["scores"].values()) / len(row["scores"])
 
 
 def _scores(
@@ -140,16 +161,16 @@ def _scores(
     model: Path,
     dtype: str = "float32",
     **options: Any,
-) -> dict[str, float]:
+) -> dict[str, Score]:
     translator = TorchTranslator(load_model(model, dtype=dtype, **options))
-    found = {each.lang: each.score(each.translate(translator, config.batch_size)) for each in sets}
+    found = {each.lang: each.scored(each.translate(translator, config.batch_size)) for each in sets}
     translator.close()
     return found
 
 
 def _scores_quantised(
     sets: list[SelectSet], config: MergeConfig, student: Path
-) -> dict[str, float]:
+) -> dict[str, Score]:
     """Scores of a student in the very files that a 4-bit package holds."""
     folder = student.with_name(f"{student.name}-nf4")
     shutil.rmtree(folder, ignore_errors=True)
@@ -160,8 +181,8 @@ def _scores_quantised(
     return found
 
 
-def _shown(scores: Mapping[str, float]) -> str:
-    return ", ".join(f"{lang} {value:.2f}" for lang, value in scores.items())
+def _shown(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{lang} {found['score']:.2f}" for lang, found in row["scores"].items())
 
 
 def _tuned_languages(adapter: Path) -> tuple[str, ...]:
@@ -173,10 +194,11 @@ def _tuned_languages(adapter: Path) -> tuple[str, ...]:
 
 def _carried(model: Path) -> dict[str, Any]:
     """What the base model's record says of its making, for the student's own."""
-    if not (model / artefact.RECORD).is_file():
-        return {}
-    extra = artefact.read(model).extra
-    return {key: extra[key] for key in ("removed", "kept", "base_model") if key in extra}
+    carried = {"origin": origin(model)}
+    if (model / artefact.RECORD).is_file():
+        extra = artefact.read(model).extra
+        carried |= {key: extra[key] for key in ("removed", "kept") if key in extra}
+    return carried
 
 
 def _verify(config: MergeConfig, model: Path, student: Path) -> None:

@@ -8,6 +8,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from halve.audio import FloatArray
 from halve.errors import FamilyError, MissingExtraError
 from halve.families import Family
 from halve.shard_writer import Part, raw
@@ -25,6 +29,8 @@ STATE_BYTES = 256
 
 _CHUNK = 1 << 18
 """Weights coded at once: few enough for temporaries that stay in the processor's cache."""
+Codes = NDArray[np.uint8]
+
 _STATE = "quant_state.bitsandbytes__nf4"
 _CODES = 16
 
@@ -35,9 +41,7 @@ def is_quantised(family: Family, stored: Stored) -> bool:
     Embeddings, head, audio tower and projector stay as they are, as in QLoRA training.
     """
     key = stored.key
-    return (
-        key.startswith(family.disk_layers) and key.endswith(".weight") and len(stored.shape) == 2
-    )
+    return key.startswith(family.disk_layers) and key.endswith(".weight") and len(stored.shape) == 2
 
 
 def parts_of(stored: Stored) -> list[Part]:
@@ -115,23 +119,38 @@ def _check(stored: Stored) -> None:
 
 
 def _codes(weight: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Packed codes (numbers / 2,) uint8 and each block's largest magnitude (blocks,) float32."""
+    """Packed codes (numbers / 2,) uint8 and each block's largest magnitude (blocks,) float32.
+
+    A code is the number of midpoints between levels that a weight exceeds: fifteen vectorised
+    comparisons, which numpy does many times faster than a search of each weight's place.
+    """
     import torch
     from bitsandbytes.functional import get_4bit_type
 
     levels = get_4bit_type("nf4", device="cpu")
-    bounds = (levels[:-1] + levels[1:]) / 2
+    bounds = ((levels[:-1] + levels[1:]) / 2).numpy()
     flat = weight.reshape(-1)
     packed = torch.empty(len(flat) // 2, dtype=torch.uint8)
     absmax = torch.empty(len(flat) // BLOCK_SIZE, dtype=torch.float32)
     for start in range(0, len(flat), _CHUNK):
         blocks = flat[start : start + _CHUNK].float().reshape(-1, BLOCK_SIZE)
         largest = blocks.abs().amax(dim=1)
-        scaled = (blocks * (1.0 / largest.clamp(min=1e-38))[:, None]).clamp(-1, 1)
-        codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8).reshape(-1)
-        packed[start // 2 :][: len(codes) // 2] = (codes[::2] << 4) | codes[1::2]
         absmax[start // BLOCK_SIZE :][: len(largest)] = largest
+        scaled = blocks * (1.0 / largest.clamp(min=1e-38))[:, None]
+        codes = _exceeded(scaled.reshape(-1).numpy(), bounds).view(np.int16)
+        # Two codes lie in one number, the first in its low byte; it goes to the high half of the packed byte.
+        packed[start // 2 :][: len(codes)] = torch.from_numpy(((codes << 4) | (codes >> 8)) & 0xFF)
     return packed, absmax
+
+
+def _exceeded(values: FloatArray, bounds: FloatArray) -> Codes:
+    """How many of the bounds each value is greater than."""
+    above = np.empty(len(values), dtype=np.bool_)
+    codes = np.zeros(len(values), dtype=np.uint8)
+    for bound in bounds:
+        np.greater(values, bound, out=above)
+        codes += above.view(np.uint8)
+    return codes
 
 
 def _state(absmax: "torch.Tensor", shape: tuple[int, ...], dtype: "torch.dtype") -> Any:

@@ -7,7 +7,7 @@ from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
 from halve.families import Source
 from halve.languages import language
-from halve.metrics import score
+from halve.metrics import Score, score
 from halve.sources import read_source
 from halve.translate import Translation, Translator
 
@@ -28,8 +28,12 @@ class SelectSet:
 
     def score(self, translations: Sequence[Translation]) -> float:
         """The corpus score by the language's selection metric."""
+        return self.scored(translations).score
+
+    def scored(self, translations: Sequence[Translation]) -> Score:
+        """The corpus score by the language's selection metric, with its signature."""
         texts = [translation.text for translation in translations]
-        return score(self.metric, texts, self.references, self.lang).score
+        return score(self.metric, texts, self.references, self.lang)
 
 
 def languages_of(corpus: Corpus) -> list[str]:

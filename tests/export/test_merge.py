@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForMultimodalLM
 
-from export.card import read_head, stored_bytes
+from export.card import stored_bytes
 from export.config import MergeConfig
 from export.merge import run_merge
 from halve import artefact
 from halve.errors import ArtefactError, InputError
 from halve.models import load_model
+from halve.origin import read_head
 from halve.shards import tensor_shapes
 from halve.translate import TorchTranslator
 from tests import tiny
@@ -53,12 +54,20 @@ def test_auto_scores_both_and_keeps_the_better(
 ) -> None:
     config = MergeConfig(onto="auto", langs=("de",), select_segments=3, requantized=True)
     made = run_merge(config, tiny_model, adapter, tiny_corpus, tmp_path / "s")
-    scores = made.extra["select_scores"]
-    assert set(scores) == {
-        "base", "dequantized", "base, quantised again", "dequantized, quantised again",
-        "adapter on the quantised base",
-    }  # fmt: skip
-    better = max(("base", "dequantized"), key=lambda onto: scores[onto]["de"])
+    rows = made.extra["merge"]["rows"]
+    assert [(row["form"], row["onto"], row["precision"]) for row in rows] == [
+        ("adapter on", "dequantized", "nf4"),
+        ("merged", "base", "bfloat16"),
+        ("merged, quantised", "base", "nf4"),
+        ("merged", "dequantized", "bfloat16"),
+        ("merged, quantised", "dequantized", "nf4"),
+    ]
+    scores = {row["onto"]: row["scores"]["de"]["score"] for row in rows if row["form"] == "merged"}
+    better = "dequantized" if scores["dequantized"] > scores["base"] else "base"
+    card = (made.path / "README.md").read_text()
+    assert all(row["scores"]["de"]["signature"] in card for row in rows)
+    head = read_head(made.path)
+    assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == round(scores[better], 2)
     assert made.extra["onto"] == better
     alone = MergeConfig(onto=better)
     run_merge(alone, tiny_model, adapter, None, tmp_path / "alone")

@@ -53,14 +53,29 @@ class TrainingConfig(Config):
     train_segments: Positive | None = None
     """Use so many segments of `train`, spread evenly; all if not given."""
     device: str = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda, auto, or split: the layers spread over all GPUs of this machine."""
     seed: int = 0
     """Order of the batches and every other choice made by chance."""
 
 
-class TeachConfig(TrainingConfig):
-    """Full fine-tuning of the base model on the corpus: the teacher."""
+class AdapterConfig(Config):
+    """A low-rank adapter."""
 
+    rank: Positive = 64
+    """Rank of the adapter."""
+    alpha: Positive = 128
+    """Scale of the adapter, divided by the rank's root (rsLoRA) or the rank."""
+    rslora: bool = True
+    """Rank-stabilised scaling (Kalajdzievski 2023)."""
+    dropout: Fraction = 0.0
+    """Dropout in front of the adapter."""
+
+
+class TeachConfig(TrainingConfig, AdapterConfig):
+    """Fine-tuning of the base model on the corpus: the teacher."""
+
+    method: Literal["full", "lora"] = "full"
+    """full trains every weight but a frozen tower's; lora trains an adapter on the decoder layers and merges it: a fraction of the memory."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.001
     """AdamW's decoupled weight decay; norms and biases have none."""
     transcribe: bool = False
@@ -156,19 +171,11 @@ class DistillConfig(Config):
     """Kept with the artefact; greedy translation leaves nothing to chance."""
 
 
-class TuneConfig(TrainingConfig):
+class TuneConfig(TrainingConfig, AdapterConfig):
     """Tuning the pruned model on references and the teacher's translations."""
 
     method: Literal["qlora", "lora", "full"] = "qlora"
     """qlora trains an adapter over NF4 weights, lora over plain ones; full trains the decoder and writes a student."""
-    rank: Positive = 64
-    """Rank of the adapter."""
-    alpha: Positive = 128
-    """Scale of the adapter, divided by the rank's root (rsLoRA) or the rank."""
-    rslora: bool = True
-    """Rank-stabilised scaling (Kalajdzievski 2023)."""
-    dropout: Fraction = 0.0
-    """Dropout in front of the adapter."""
     patience: Positive | None = 3
     """Stop after so many scores in a row that are no better than the best."""
     precision: Precision = "bfloat16"

@@ -8,7 +8,7 @@ gradients are summed in a fixed order, so that a run depends on the number of th
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter, functional
 
 from compress.collate import Batch, TrainingSequence, collate, span_mask
+from compress.parallel import Team
 from compress.states import AudioStates
 from halve.models import SpeechModel
 
@@ -42,9 +43,13 @@ def sequence_loss(
         use_cache=False,
     ).last_hidden_state
     # The head sees the learnt positions only: a vocabulary of 156,000 makes the rest unaffordable.
-    logits = family.logits(model, hidden.flatten(0, 1)[batch.places])
+    # Where layers are spread over GPUs, the last one holds these states.
+    logits = family.logits(model, hidden.flatten(0, 1)[batch.places.to(hidden.device)])
     return functional.cross_entropy(
-        logits.float(), batch.labels, label_smoothing=label_smoothing, reduction="sum"
+        logits.float(),
+        batch.labels.to(logits.device),
+        label_smoothing=label_smoothing,
+        reduction="sum",
     )
 
 
@@ -60,6 +65,7 @@ class GradientMaker:
     autocast: bool
     pool: ThreadPoolExecutor | None
     threads: int
+    team: Team = field(default_factory=Team)
 
     def accumulate(self, sequences: Sequence[TrainingSequence], seed: int) -> float:
         """Sets the weights' gradients of the mean loss over the target tokens; returns that loss.
@@ -68,9 +74,22 @@ class GradientMaker:
             seed: decides what `spec_mask` blanks.
         """
         count = sum(len(branch.target) for each in sequences for branch in each.branches)
+        loss, gradients = self._own(self.team.share(sequences), seed * self.team.size, count)
+        loss = self.team.sum(loss, gradients, self.weights)
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+        return loss
+
+    def _own(
+        self, sequences: Sequence[TrainingSequence], seed: int, count: int
+    ) -> tuple[float, list[Tensor | None]]:
+        """Loss and gradients of this process's sequences, as shares of the whole batch's."""
+        if not sequences:
+            return 0.0, [None] * len(self.weights)
         # Sorted by length, every second (third, …) sequence makes parts of like size.
         parts = [part for n in range(self.threads) if (part := sequences[n :: self.threads])]
-        seeds = [seed * self.threads + n for n in range(len(parts))]
+        first = (seed + self.team.rank) * self.threads
+        seeds = [first + n for n in range(len(parts))]
         if self.pool is None:
             results = [self._part(*each, count) for each in zip(parts, seeds, strict=True)]
         else:
@@ -79,9 +98,7 @@ class GradientMaker:
         for more_loss, more in results[1:]:
             loss += more_loss
             gradients = [_sum(one, other) for one, other in zip(gradients, more, strict=True)]
-        for weight, gradient in zip(self.weights, gradients, strict=True):
-            weight.grad = gradient
-        return loss
+        return loss, gradients
 
     def _part(
         self, sequences: Sequence[TrainingSequence], seed: int, count: int

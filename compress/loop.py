@@ -28,6 +28,7 @@ from compress.checkpoints import (
 from compress.collate import TrainingSequence, plan_epoch
 from compress.config import TrainingConfig
 from compress.gradients import GradientMaker, all_threads, gradient_threads
+from compress.parallel import Team
 from compress.states import AudioStates
 from halve.errors import InputError
 from halve.models import SpeechModel
@@ -63,6 +64,8 @@ class Training:
     max_minutes: float | None = None
     projector_factor: float = 1.0
     projector_only_steps: int = 0
+    team: Team = field(default_factory=Team)
+    """Who trains along; only the main process scores and writes."""
     plans: dict[int, list[list[int]]] = field(default_factory=dict)
 
 
@@ -87,7 +90,10 @@ def train(training: Training, progress: Progress = SILENT) -> RunState:
     """
     optimizer = _optimizer(training)
     state = load_checkpoint(training.folder, training.weights, optimizer)
+    training.team.wait()  # nobody writes before all have read
     total = _total_steps(training)
+    if not training.team.is_main:
+        state.history = [{}]
     if state.step == 0 and training.score_start and not state.history:
         _record(training, state, optimizer, 0.0)
     if not state.finished:
@@ -97,7 +103,7 @@ def train(training: Training, progress: Progress = SILENT) -> RunState:
         ):
             maker = _gradient_maker(training, pool, threads)
             _steps(training, maker, state, optimizer, total, advance)
-    if state.best_step is not None and state.best_step != state.step:
+    if training.team.is_main and state.best_step is not None and state.best_step != state.step:
         load_best(training.folder, state.best_step, training.weights)
     return state
 
@@ -121,6 +127,7 @@ def _gradient_maker(
         autocast=training.autocast,
         pool=pool,
         threads=threads,
+        team=training.team,
     )
 
 
@@ -144,13 +151,14 @@ def _steps(
         state.loss_steps += 1
         state.elapsed_s += time.monotonic() - started
         shown = loss if math.isnan(shown) else _LOSS_MEMORY * shown + (1 - _LOSS_MEMORY) * loss
-        done = state.step >= total or _time_is_up(training, state)
+        done = training.team.agree(state.step >= total or _time_is_up(training, state))
         every = config.eval_every
         due = state.step % every == 0 if every else last_of_epoch
         if due or done:
             with all_threads(maker.threads):
                 _record(training, state, optimizer, epoch + 1, finished=done)
-        elif state.step % config.checkpoint_every == 0:
+            state.finished = training.team.agree(state.finished)
+        elif state.step % config.checkpoint_every == 0 and training.team.is_main:
             save_checkpoint(training.folder, state, training.weights, optimizer)
         advance(1, note=_note(state, shown))
         if state.finished:
@@ -195,6 +203,8 @@ def _record(
     finished: bool = False,
 ) -> None:
     """Scores the model, adds a line to the history, keeps a new best, and writes a checkpoint."""
+    if not training.team.is_main:
+        return
     line: dict[str, Any] = {"step": state.step, "epoch": epoch}
     if state.loss_steps:
         line["loss"] = state.loss_sum / state.loss_steps

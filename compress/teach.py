@@ -1,4 +1,4 @@
-"""Full fine-tuning: a base model becomes the teacher."""
+"""Fine-tuning, in full or by an adapter that is merged: a base model becomes the teacher."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,8 +8,11 @@ import torch
 from torch.nn import Parameter
 from transformers.utils import logging
 
+from compress import parallel
+from compress.adapters import put_adapter_on
 from compress.config import TeachConfig, TrainingConfig
 from compress.loop import Scores, Training, checkpoint_activations, train
+from compress.parallel import Team
 from compress.rows import build_sequences, reference_rows, segments_for
 from compress.states import AudioStates, open_states
 from halve import artefact
@@ -52,11 +55,17 @@ def run_teach(
     base = resolve_model(model)
     recipe = config.model_dump(mode="json")
     parents = {"model": base, "corpus": Path(corpus)}
-    with artefact.writing(Path(out), "teacher", recipe, config.seed, parents) as draft:
-        speech = load_model(base, dtype=config.weights, device=config.device)
+    team = parallel.team(config.device)
+    progress = progress if team.is_main else SILENT
+    with parallel.writing(team, Path(out), "teacher", recipe, config.seed, parents) as draft:
+        speech = load_model(base, dtype=config.weights, device=team.device or config.device)
+        adapter = put_adapter_on(config, speech) if config.method == "lora" else None
         data = read_corpus(corpus)
-        training = _prepare(config, speech, data, draft, states_dir, progress)
+        folder = states_dir or draft.work
+        training = _prepare(config, speech, data, draft, folder, team, progress)
         state = train(training, progress)
+        if not team.is_main:
+            return parallel.published(team, Path(out), "teacher")
         write_history(draft, state.history)
         draft.extra = {
             "steps": state.step,
@@ -66,6 +75,8 @@ def run_teach(
             "family": speech.family.name,
         }
         draft.timing("training", state.elapsed_s, steps=state.step)
+        if adapter is not None:
+            speech.model = adapter.merge_and_unload(safe_merge=True)
         save_model(speech, base, draft.path)
     return artefact.read(out, "teacher")
 
@@ -75,18 +86,23 @@ def _prepare(
     speech: SpeechModel,
     corpus: Corpus,
     draft: Draft,
-    states_dir: Path | None,
+    folder: Path,
+    team: Team,
     progress: Progress,
 ) -> Training:
-    folder = states_dir or draft.work
     segments = segments_for(corpus, "train", config.langs, config.train_segments)
     rows = reference_rows(segments, config.langs, config.transcribe)
-    audio = open_states(
-        speech, corpus, segments, folder / "train" if config.freeze_audio else None, progress
-    )
+    # An adapter leaves the tower as it is.
+    frozen = config.freeze_audio or config.method == "lora"
+    store = folder / "train" if frozen else None
+    audio = team.main_first(lambda: open_states(speech, corpus, segments, store, progress))
     if config.checkpoint_activations:
         checkpoint_activations(speech)
-    weights, projector = select_weights(speech, config.freeze_audio)
+    weights, projector = (
+        (trainable(speech), frozenset[str]())
+        if config.method == "lora"
+        else select_weights(speech, frozen)
+    )
     progress.message(
         f"{len(segments)} segments, {len(rows)} rows, "
         f"{sum(parameter.numel() for parameter in weights.values()):,} weights to train"
@@ -98,13 +114,20 @@ def _prepare(
         audio=audio,
         weights=weights,
         folder=draft.work / "checkpoints",
-        evaluate=scorer(config, speech, corpus, folder, config.freeze_audio, progress),
+        evaluate=scorer(config, speech, corpus, folder, frozen, progress) if team.is_main else None,
+        team=team,
         projector=projector,
         autocast=config.precision == "bfloat16" and config.weights == "float32",
         max_minutes=config.max_minutes,
         projector_factor=config.projector_factor,
         projector_only_steps=config.projector_only_steps,
     )
+
+
+def trainable(speech: SpeechModel) -> dict[str, Parameter]:
+    """The weights that are not frozen, by name: an adapter's."""
+    named = speech.model.named_parameters()
+    return {name: each for name, each in named if each.requires_grad}
 
 
 def select_weights(

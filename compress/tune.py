@@ -4,24 +4,22 @@ The adapter (Hu et al. 2021; QLoRA: Dettmers et al. 2023) goes on the linear par
 and nowhere else: the audio tower, the projector, the embeddings and the head stay the teacher's.
 """
 
-import re
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from torch.nn import Parameter
 
+from compress import parallel
+from compress.adapters import decoder_linears, put_adapter_on
 from compress.config import TuneConfig
 from compress.loop import Training, checkpoint_activations, train
+from compress.parallel import Team
 from compress.rows import Row, build_sequences, read_rows, reference_rows, segments_for
 from compress.states import open_states
-from compress.teach import run_teach, save_model, scorer, select_weights, write_history
+from compress.teach import run_teach, save_model, scorer, select_weights, trainable, write_history
 from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
-from halve.errors import MissingExtraError
 from halve.models import SpeechModel, load_model, resolve_model
 from halve.progress import SILENT, Progress
 
@@ -57,14 +55,18 @@ def run_tune(
         parents["translations"] = Path(translations)
     kind = "student" if config.method == "full" else "adapter"
     recipe = config.model_dump(mode="json")
-    with artefact.writing(Path(out), kind, recipe, config.seed, parents) as draft:
-        speech = _load(config, base)
+    team = parallel.team(config.device)
+    progress = progress if team.is_main else SILENT
+    with parallel.writing(team, Path(out), kind, recipe, config.seed, parents) as draft:
+        speech = _load(config, base, team)
         data = read_corpus(corpus)
         segments = segments_for(data, "train", config.langs, config.train_segments)
         rows = _rows(config, segments, translations)
         adapter = None if config.method == "full" else put_adapter_on(config, speech)
-        training = _prepare(config, speech, data, segments, rows, draft, progress)
+        training = _prepare(config, speech, data, segments, rows, draft, team, progress)
         state = train(training, progress)
+        if not team.is_main:
+            return parallel.published(team, Path(out), kind)
         write_history(draft, state.history)
         draft.extra = _facts(config, training, rows, base) | {
             "steps": state.step,
@@ -80,11 +82,12 @@ def run_tune(
     return artefact.read(out, kind)
 
 
-def _load(config: TuneConfig, base: Path) -> SpeechModel:
+def _load(config: TuneConfig, base: Path, team: Team) -> SpeechModel:
+    device = team.device or config.device
     if config.method == "full":
-        return load_model(base, dtype="float32", device=config.device)
+        return load_model(base, dtype="float32", device=device)
     quantization = "nf4" if config.method == "qlora" else None
-    return load_model(base, dtype=config.precision, device=config.device, quantization=quantization)
+    return load_model(base, dtype=config.precision, device=device, quantization=quantization)
 
 
 def _rows(config: TuneConfig, segments: list[Segment], translations: Path | None) -> list[Row]:
@@ -100,6 +103,7 @@ def _prepare(
     segments: list[Segment],
     rows: list[Row],
     draft: Draft,
+    team: Team,
     progress: Progress,
 ) -> Training:
     weights, projector = _weights(config, speech)
@@ -113,11 +117,16 @@ def _prepare(
         speech=speech,
         config=config,
         sequences=build_sequences(speech, segments, rows, config.share_audio),
-        audio=open_states(speech, corpus, segments, draft.work / "train", progress),
+        audio=team.main_first(
+            lambda: open_states(speech, corpus, segments, draft.work / "train", progress)
+        ),
         weights=weights,
         folder=draft.work / "checkpoints",
-        evaluate=scorer(config, speech, corpus, draft.work, True, progress),
+        evaluate=scorer(config, speech, corpus, draft.work, True, progress)
+        if team.is_main
+        else None,
         score_start=True,
+        team=team,
         projector=projector,
         autocast=config.precision == "bfloat16",
     )
@@ -128,46 +137,7 @@ def _weights(
 ) -> tuple[dict[str, Parameter], frozenset[str]]:
     if config.method == "full":
         return select_weights(speech, freeze_audio=True)
-    named = speech.model.named_parameters()
-    return {name: each for name, each in named if each.requires_grad}, frozenset()
-
-
-def put_adapter_on(config: TuneConfig, speech: SpeechModel) -> Any:
-    """Puts a fresh adapter on the model, in place; returns peft's model around it.
-
-    Only the adapter's weights, in float32, can train afterwards.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise MissingExtraError("peft", "train") from None
-    speech.model.requires_grad_(False)
-    torch.manual_seed(config.seed)
-    settings = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        use_rslora=config.rslora,
-        lora_dropout=config.dropout,
-        target_modules=decoder_linears(speech),
-        bias="none",
-    )
-    with warnings.catch_warnings():
-        # peft asks transformers for an attribute that has a new name.
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(speech.model, settings)
-
-
-def decoder_linears(speech: SpeechModel) -> str:
-    """A regular expression for the in-memory names of all linear parts of the decoder layers."""
-    layers = speech.part(speech.family.layers)
-    names = {
-        name
-        for layer in layers
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    choices = "|".join(re.escape(name) for name in sorted(names))
-    return rf"{re.escape(speech.family.layers)}\.\d+\.({choices})"
+    return trainable(speech), frozenset()
 
 
 def save_adapter(adapter: Any, base: Path, out: Path) -> None:

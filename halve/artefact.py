@@ -292,7 +292,7 @@ def writing(
     _check_place(out, kind)
     hashes = {name: identity(path) for name, path in parents.items()}
     claim = _fingerprint(kind, recipe, seed, hashes)
-    partial = _partial(out)
+    partial = partial_path(out)
     draft = _open_draft(partial, claim)
     started = time.monotonic()
     try:
@@ -378,13 +378,14 @@ def _sync(paths: Iterable[Path]) -> None:
             os.close(handle)
 
 
-def _partial(out: Path) -> Path:
+def partial_path(out: Path) -> Path:
+    """Where an artefact is written before it has its place."""
     return out.parent / f".{out.name}.partial"
 
 
 def _finish_publishing(out: Path) -> None:
     """A run killed after its record was written had only the renaming left to do."""
-    partial = _partial(out)
+    partial = partial_path(out)
     if (partial / RECORD).is_file():
         try:
             read(partial)

@@ -102,7 +102,11 @@ def family_of(path: Path) -> Family:
 
 
 def pick_device(device: str) -> str:
-    """`auto` is the GPU where there is one."""
+    """`auto` is the GPU where there is one; `split` needs one, or it is the CPU too."""
+    if device == "split":
+        import torch
+
+        return "split" if torch.cuda.is_available() else "cpu"
     if device != "auto":
         return device
     import torch
@@ -140,6 +144,7 @@ def load_model(
 
     Args:
         dtype: float32, bfloat16, float16, or auto for the stored one.
+        device: cpu, cuda, auto, or split: accelerate spreads the layers over all GPUs.
         quantization: nf4 (double-quantised) or int8 quantise the decoder's linear layers on loading;
             a directory that is stored quantised needs none.
         adapter: a peft adapter to put on.
@@ -158,6 +163,8 @@ def load_model(
 
         model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
     model.eval()
+    if device == "split":
+        device = str(resolve(model, family.embeddings).weight.device)
     return SpeechModel(model, load_processor(path), family, path, device, dtype)
 
 
@@ -179,6 +186,8 @@ def _from_pretrained(
         options["quantization_config"] = quantization_config(family, quantization)
     if quantization or stored:
         options["device_map"] = {"": device}
+    if device == "split":
+        options["device_map"] = "auto"
     loader = getattr(transformers, family.auto_class)
     try:
         with _quiet():
@@ -197,7 +206,7 @@ def _from_pretrained(
     if quantization or stored:
         keep_trainable_on_cpu(model)
         return model
-    return model.to(device)
+    return model if device == "split" else model.to(device)
 
 
 def _check_loading(path: Path, info: dict[str, Any]) -> None:

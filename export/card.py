@@ -62,7 +62,7 @@ def _recorded(source: Path) -> dict[str, Any]:
     if not (source / artefact.RECORD).is_file():
         return {}
     extra = artefact.read(source).extra
-    return {key: extra[key] for key in ("removed", "onto", "merge") if key in extra}
+    return {key: extra[key] for key in ("removed", "onto", "merge", "tuned") if key in extra}
 
 
 def _measured(facts: Mapping[str, Any]) -> list[dict[str, Any]]:

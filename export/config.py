@@ -42,6 +42,8 @@ class PackageConfig(Config):
     """Compares the package with its student on at most so many segments of `select`; all where None."""
     max_drop: float = 1.0
     """The most points of the selection metric that a quantised package may lose to its student."""
+    contest: Literal["iwslt", "wmt"] | None = None
+    """Also write what a compression track's organisers run and want to know."""
     force: bool = False
     """Keeps a package that is not faithful enough, and marks it."""
     block_size: int = 32

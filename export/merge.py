@@ -67,10 +67,19 @@ def run_merge(
         else:
             _merge(config, model, adapter, config.onto, draft.path)
             draft.extra["onto"] = config.onto
-        draft.extra |= _carried(model)
+        draft.extra |= _carried(model) | _tuned(adapter)
         _verify(config, model, draft.path)
         write_card(draft.path, source=model, kind="student", facts=draft.extra)
     return artefact.read(out, "student")
+
+
+def _tuned(adapter: Path) -> dict[str, Any]:
+    """How the adapter was trained, for those who must state it."""
+    if not (adapter / artefact.RECORD).is_file():
+        return {}
+    extra = artefact.read(adapter).extra
+    distilled = bool(extra.get("rows", {}).get("teacher"))
+    return {"tuned": {"method": extra.get("method", "an adapter"), "distilled": distilled}}
 
 
 def _merge(config: MergeConfig, model: Path, adapter: Path, onto: str, folder: Path) -> None:

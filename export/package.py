@@ -9,6 +9,7 @@ from export.calibrate import Calibrated, Calibration, DataFree, Quantiser, read_
 from export.card import write_card
 from export.checkpoint import DTYPES, write_nf4, write_plain
 from export.config import PackageConfig
+from export.contest import check_contest, write_contest
 from export.manifest import MANIFEST, Manifest, write_manifest
 from export.parity import check_parity
 from export.runtime import open_translator
@@ -66,6 +67,7 @@ def run_package(
     _check_precision(config)
     model = resolve_model(model)
     family = family_for(read_config(model))
+    check_contest(config, family)
     sets = (
         open_select_sets(corpus, config.langs, config.parity_segments, family.reads)
         if corpus
@@ -92,6 +94,9 @@ def run_package(
         }
         draft.extra["parity_passed"] = manifest.parity["passed"]
         write_card(draft.path, source=model, kind="package", facts=facts)
+        if config.contest:
+            facts["trimmed"] = config.trim_vocab
+            write_contest(draft.path, config, facts, manifest.logical_parameters)
     return artefact.read(out, "package")
 
 
@@ -124,6 +129,13 @@ def _write_checkpoint(job: _Job) -> None:
 
 
 def _write_onnx(job: _Job) -> dict[str, Any]:
+    if job.family.attends_to_encoder:
+        raise FamilyError(
+            f"{job.family.name} is not supported as ONNX: its decoder layers attend to an encoder, which the "
+            "graph that halve writes has no place for",
+            expected="a decoder that takes audio among its inputs",
+            mend="package this model with --target checkpoint",
+        )
     try:
         from export.to_onnx import Bits, write_onnx
     except ImportError:
@@ -285,5 +297,5 @@ def _card_facts(model: Path, manifest: Manifest) -> dict[str, Any]:
     }
     if (model / artefact.RECORD).is_file():
         extra = artefact.read(model).extra
-        facts |= {key: extra[key] for key in ("removed", "onto", "base_model") if key in extra}
+        facts |= {key: extra[key] for key in ("removed", "onto", "base_model", "tuned") if key in extra}
     return facts

@@ -343,18 +343,21 @@ def translate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Segments translated together.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search; 1 is greedy, as scored.")] = 1,
 ) -> Result:
     """Translates audio, one line a file or segment, or text, one line a line; UTF-8, in the order given."""
+    from halve.checks import doubtful_lines
     from halve.models import family_of, resolve_model
     from pipeline import translate as translating
 
     if segments is not None and files:
         raise InputError("Files and --segments exclude each other")
     target = language(lang).code if lang else None
-    how = (batch_size, threads, console.progress())
+    how = (batch_size, threads, console.progress(), beams)
     if segments is None and family_of(resolve_model(model)).reads == "text":
         texts = translating.lines_of_files(files or [], language(source_lang).code)
         lines = list(translating.translate_lines(model, target, texts, *how))
+        lengths: list[float] = [len(source.text) for _, source in texts]
     else:
         pieces = (
             translating.pieces_of_files(files or [])
@@ -362,6 +365,9 @@ def translate(
             else translating.pieces_of_segments(segments, input_dir)
         )
         lines = list(translating.translate(model, target, pieces, *how))
+        lengths = [line.duration_s for line in lines]
+    for fault in doubtful_lines([line.text for line in lines], lengths):
+        how[2].warn(fault)
     return Result("\n".join(line.text for line in lines), [vars(line) for line in lines])
 
 

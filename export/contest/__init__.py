@@ -1,0 +1,132 @@
+"""What a shared task wants beside a package: scripts that its organisers run, and a statement of size."""
+
+import importlib.metadata
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from export.config import PackageConfig
+from halve import artefact
+from halve.artefact import write_json
+from halve.errors import InputError
+from halve.families import Family
+from halve.shards import iter_stored
+
+STATEMENT = "size.json"
+_CODE = "code"
+_SCRIPTS = ("setup.sh", "run.sh", "run.py")
+_TARGET_NEEDS = {
+    "onnx": ("onnxruntime", "tokenizers"),
+    "checkpoint": ("torch", "transformers", "tokenizers", "accelerate", "safetensors"),
+}
+_METHODS = {
+    "qlora": "QLoRA fine-tuning",
+    "lora": "LoRA fine-tuning",
+    "full": "fine-tuning of all decoder weights",
+}
+_ALWAYS = ("numpy", "pydantic", "pyyaml", "soundfile", "soxr", "huggingface-hub", "safetensors")
+
+
+def check_contest(config: PackageConfig, family: Family) -> None:
+    """Refuses a package that the organisers could not run.
+
+    Raises:
+        InputError: IWSLT's runner loads checkpoints alone; WMT's track translates text.
+    """
+    if config.contest == "iwslt" and config.target != "checkpoint":
+        raise InputError(
+            f"A package with target {config.target} cannot enter IWSLT's compression track",
+            expected="target checkpoint: the organisers load it with stock transformers",
+        )
+    if config.contest == "wmt" and family.reads != "text":
+        raise InputError(
+            f"A model of family {family.name} cannot enter WMT's compression track",
+            expected="a model that reads text",
+        )
+    if config.contest == "wmt" and config.target not in _TARGET_NEEDS:
+        raise InputError(
+            f"A package with target {config.target} cannot enter WMT's compression track",
+            expected=f"target {' or '.join(_TARGET_NEEDS)}",
+        )
+
+
+def write_contest(
+    folder: Path, config: PackageConfig, facts: Mapping[str, Any], parameters: int
+) -> None:
+    """Writes the statement of size and, for WMT, all that its organisers run.
+
+    Args:
+        folder: the package, complete but for this.
+        facts: how the student was made: removed, tuned, target, precision, trimmed.
+        parameters: logical parameters.
+    """
+    if config.contest == "wmt":
+        _write_scripts(folder, config)
+    statement = {
+        "stored_bytes": _stored_bytes(folder),
+        "state_dict_bytes": state_dict_bytes(folder) if config.target == "checkpoint" else None,
+        "logical_parameters": parameters,
+        "techniques": techniques(facts),
+    }
+    write_json(folder / STATEMENT, statement)
+
+
+def techniques(facts: Mapping[str, Any]) -> list[str]:
+    """What was done to the model, in the terms that system descriptions use."""
+    found = []
+    if facts.get("removed"):
+        layers = ", ".join(map(str, facts["removed"]))
+        found.append(f"iterative decoder layer pruning ({len(facts['removed'])} layers: {layers})")
+    tuned = facts.get("tuned") or {}
+    if tuned.get("distilled"):
+        found.append("sequence-level knowledge distillation")
+    if tuned:
+        found.append(_METHODS.get(tuned["method"], str(tuned["method"])))
+    if facts.get("trimmed"):
+        found.append("vocabulary trimming")
+    if facts["precision"] not in ("bf16", "fp32", "fp16"):
+        found.append(f"weight quantisation ({facts['target']}, {facts['precision']})")
+    return found
+
+
+def state_dict_bytes(folder: Path) -> int:
+    """Bytes of the tensors that the stock model's state_dict holds; serialising adds a few kilobytes."""
+    return sum(stored.size_bytes for stored in iter_stored(folder))
+
+
+def _stored_bytes(folder: Path) -> int:
+    hidden = {"partial.json", artefact.TIMINGS, artefact.RECORD, STATEMENT}
+    return sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.name not in hidden
+        and path.relative_to(folder).parts[0] != "work"
+    )
+
+
+def _write_scripts(folder: Path, config: PackageConfig) -> None:
+    templates = Path(__file__).parent
+    for name in _SCRIPTS:
+        shutil.copyfile(templates / name, folder / name)
+        if name.endswith(".sh"):
+            place = folder / name
+            place.chmod(place.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+    needs = [*_TARGET_NEEDS[config.target], *_ALWAYS]
+    if config.precision == "nf4":
+        needs.append("bitsandbytes")
+    lines = [f"{name}=={_version(name)}" for name in sorted(set(needs))]
+    (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf8")
+    for package in ("halve", "export"):
+        shutil.copytree(
+            templates.parents[1] / package,
+            folder / _CODE / package,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+
+
+def _version(name: str) -> str:
+    # A local build's suffix (+cpu) is not on any index.
+    return importlib.metadata.version(name).partition("+")[0]

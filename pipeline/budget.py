@@ -1,30 +1,102 @@
-"""`halve plan`: which students fit into a number of bytes, from the config alone.
+"""`halve plan`: which students fit into a number of bytes, and which of them should translate best.
 
-Kept layers and precision are combined, sizes computed from the exact parameter counts. Which of them
-translates best is not known here: that is measured with importance, tune and bench.
+Layers kept, precision of each part and, with a corpus, a trimmed vocabulary are combined; sizes are computed
+from exact parameter counts. With the table of an importance search the choices are ranked by the score that
+the search measured with so many layers gone; without one, by layers kept. Either says what to try first:
+tuning and `halve bench quality` say how good a student is.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from halve.artefact import read, read_json, read_jsonl
+from halve.corpus import read_corpus
 from halve.errors import InputError
-from halve.families import family_for
+from halve.families import Family, family_for
 from halve.families.base import Counts
 from halve.languages import language
-from halve.models import read_config, resolve_model
+from halve.models import load_processor, read_config, resolve_model
 from pipeline.console import Result, size, table
 from pipeline.costs import NF4_BYTES
 
 _WEIGHTS = (".safetensors", ".bin", ".onnx", ".data")
+GRAPH_BYTES = 500_000
+"""An ONNX package's graphs without their weights, about."""
+_BYTES = {4: 0.5 + 2 / 32, 8: 1 + 2 / 32, 16: 2.0}
+"""Of a weight by bits; quantised ones share a half-precision scale among 32."""
 
-# Bytes of a parameter: decoder layers; all the rest. int4 and int8 hold a scale for 32 weights.
-PRECISIONS: tuple[tuple[str, str, float, float], ...] = (
-    ("checkpoint bf16", "bfloat16 everywhere", 2.0, 2.0),
-    ("onnx int8", "8 bits everywhere", 1.06, 1.06),
-    ("checkpoint nf4", "NF4 in the decoder, the rest bfloat16", NF4_BYTES, 2.0),
-    ("onnx int4", "4 bits in decoder, embeddings and head, 8 in the encoder", 0.63, 0.63),
+
+@dataclass(frozen=True)
+class Form:
+    """How a student is stored."""
+
+    package: str
+    note: str
+    decoder_bytes: float
+    """Of each parameter of the decoder layers."""
+    tables_bytes: float
+    """Of each parameter of embeddings and head."""
+    tower_bytes: float
+    """Of each parameter of the audio encoder."""
+    settings: dict[str, Any]
+    """The recipe's section of it."""
+    trims: bool = False
+    points_lost: float = 0.0
+    """A guess at what storing so costs, in points of the selection metric: only to break ties in rank."""
+
+
+FORMS = (
+    Form("checkpoint bf16", "bfloat16 everywhere", 2.0, 2.0, 2.0, {"precision": "bf16"}),
+    Form(
+        "checkpoint nf4",
+        "NF4 in the decoder, the rest bfloat16",
+        NF4_BYTES,
+        2.0,
+        2.0,
+        {"precision": "nf4"},
+        points_lost=0.6,
+    ),
+    Form(
+        "onnx int8",
+        "8 bits everywhere",
+        _BYTES[8],
+        _BYTES[8],
+        _BYTES[8],
+        {"precision": "int8"},
+        points_lost=0.1,
+    ),
+    Form(
+        "onnx int4, tables in 8",
+        "4 bits in the decoder, 8 in embeddings, head and encoder",
+        _BYTES[4],
+        _BYTES[8],
+        _BYTES[8],
+        {"precision": "int4", "head_bits": 8, "embedding_bits": 8, "encoder_bits": 8},
+        points_lost=0.3,
+    ),
+    Form(
+        "onnx int4",
+        "4 bits in decoder, embeddings and head, 8 in the encoder",
+        _BYTES[4],
+        _BYTES[4],
+        _BYTES[8],
+        {"precision": "int4", "encoder_bits": 8},
+        points_lost=0.4,
+    ),
+    Form(
+        "onnx int4 throughout",
+        "4 bits everywhere",
+        _BYTES[4],
+        _BYTES[4],
+        _BYTES[4],
+        {"precision": "int4", "encoder_bits": 4},
+        points_lost=0.8,
+    ),
 )
 
 _UNITS = {
@@ -48,6 +120,17 @@ class Choice:
     parameters: int
     stored_bytes: float
     note: str
+    score: float | None = None
+    """Of the pruned model before tuning, from the importance table; None beyond it or without one."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What an importance search measured: the score with 0, 1, 2, … layers gone."""
+
+    metric: str
+    scores: tuple[float, ...]
 
 
 def parse_bytes(text: str) -> float:
@@ -63,68 +146,234 @@ def parse_bytes(text: str) -> float:
         raise InputError(f"{text!r} is no size", expected="for example 4GB or 500MB") from None
 
 
-def choices(config: dict[str, Any], budget_bytes: float, side_bytes: float = 0.0) -> list[Choice]:
-    """For each precision, the most layers that fit; least compressed first."""
+def forms(trims: bool) -> Iterator[Form]:
+    """Every way to store a student; with a trimmed vocabulary too where that can be had."""
+    for form in FORMS:
+        yield form
+        if trims and form.package.startswith("onnx"):
+            settings = {**form.settings, "trim_vocab": True}
+            yield replace(form, package=f"{form.package}, trimmed", settings=settings, trims=True)
+
+
+def choices(
+    config: dict[str, Any],
+    budget_bytes: float,
+    side_bytes: float = 0.0,
+    kept_tokens: int | None = None,
+    measured: Table | None = None,
+) -> list[Choice]:
+    """For each way to store a student, the most layers that fit; the most promising first.
+
+    Args:
+        side_bytes: of the tokenizer and other files that every package carries.
+        kept_tokens: vocabulary after trimming; None where that is not known.
+        measured: ranks by the score that is left; without it, more layers come first.
+    """
     family = family_for(config)
-    whole = family.num_layers(config)
     found = []
-    for package, note, decoder_bytes, other_bytes in PRECISIONS:
-        for layers in range(whole, 1, -1):
-            counts = family.count_parameters(family.kept_config(config, list(range(layers))))
-            stored = _stored(counts, package, decoder_bytes, other_bytes) + side_bytes
+    for form in forms(kept_tokens is not None):
+        if form.package.startswith("onnx") and not family.has_onnx(config):
+            continue
+        for layers in range(family.num_layers(config), 1, -1):
+            kept = _some(family, config, layers)
+            if kept is None:
+                continue
+            counts = family.count_parameters(family.kept_config(config, kept))
+            if form.trims and kept_tokens is not None:
+                counts = _trimmed(counts, family, config, kept_tokens)
+            stored = stored_bytes(counts, form) + side_bytes
             if stored <= budget_bytes:
-                found.append(Choice(layers, package, counts.total, stored, note))
+                score = _left(measured, family.num_layers(config) - layers, form)
+                section = {"target": form.package.split()[0], **form.settings}
+                found.append(
+                    Choice(layers, form.package, counts.total, stored, form.note, score, section)
+                )
                 break
-    return sorted(found, key=lambda choice: -choice.layers)
+    lost = {form.package: form.points_lost for form in forms(True)}
+    return sorted(
+        found,
+        key=lambda c: (c.score is None, -(c.score or 0.0), -c.layers, lost[c.package]),
+    )
 
 
-def _stored(counts: Counts, package: str, decoder_bytes: float, other_bytes: float) -> float:
-    stored = counts.decoder * decoder_bytes + (counts.total - counts.decoder) * other_bytes
-    if package == "onnx int4":
-        stored += counts.audio_tower * (1.06 - other_bytes)
-    return stored
+def _some(family: Family, config: dict[str, Any], layers: int) -> list[int] | None:
+    """So many layers that the family lets stay; None where it cannot be so many."""
+    stay = {0, family.num_layers(config) - 1, *family.must_stay(config)}
+    if layers < len(stay):
+        return None
+    others = [layer for layer in range(family.num_layers(config)) if layer not in stay]
+    return sorted([*stay, *others[: layers - len(stay)]])
 
 
-def plan(model: str, budget: str, lang: str | None) -> Result:
-    """The choices as a table.
+def _left(measured: Table | None, removed: int, form: Form) -> float | None:
+    if measured is None or removed >= len(measured.scores):
+        return None
+    return measured.scores[removed] - form.points_lost
+
+
+def stored_bytes(counts: Counts, form: Form) -> float:
+    """Stored bytes of a student's weights, and of the graphs where there are some."""
+    tables = counts.embeddings + counts.head
+    rest = counts.total - counts.decoder - tables - counts.audio_tower
+    graphs = GRAPH_BYTES if form.package.startswith("onnx") else 0
+    return (
+        counts.decoder * form.decoder_bytes
+        + tables * form.tables_bytes
+        + counts.audio_tower * form.tower_bytes
+        + rest * max(form.decoder_bytes, 2.0 if form.tables_bytes == 2.0 else 0.0)
+        + graphs
+    )
+
+
+def _trimmed(counts: Counts, family: Family, config: dict[str, Any], kept: int) -> Counts:
+    share = min(1.0, kept / int(family.text_config(config)["vocab_size"]))
+    embeddings, head = round(counts.embeddings * share), round(counts.head * share)
+    gone = counts.embeddings + counts.head - embeddings - head
+    return replace(counts, total=counts.total - gone, embeddings=embeddings, head=head)
+
+
+def read_table(importance: Path) -> Table:
+    """The scores along the path that a search took.
 
     Raises:
-        InputError: no size, an unknown language, or nothing fits.
+        ArtefactError: no importance artefact.
+        InputError: its method measured no scores.
+    """
+    read(importance, "importance")
+    plan = read_json(importance / "plan.json")
+    rows = {
+        (int(row["round"]), int(row["layer"])): row
+        for row in read_jsonl(importance / "importance.jsonl")
+    }
+    steps = [rows.get((number, layer)) for number, layer in enumerate(plan["removed"], start=1)]
+    scores = [row["score"] for row in steps if row and row.get("score") is not None]
+    if plan.get("baseline") is None or len(scores) != len(steps):
+        raise InputError(
+            f"{importance} was ranked by {plan.get('method')}, which measures no translations",
+            expected="an importance table of method exact, reference, bounded or racing",
+        )
+    return Table(str(plan["metric"]), (float(plan["baseline"]), *map(float, scores)))
+
+
+def plan(
+    model: str,
+    budget: str,
+    lang: str | None,
+    importance: Path | None = None,
+    corpus: Path | None = None,
+    choice: int | None = None,
+    write: Path | None = None,
+) -> Result:
+    """The choices as a table; writes one of them as a recipe where asked.
+
+    Args:
+        importance: an importance artefact of this model, to rank by.
+        corpus: what a trimmed vocabulary must be able to say, and the recipe's corpus.
+        choice: which one to write, from 1 as listed.
+        write: the recipe's path.
+
+    Raises:
+        InputError: no size, an unknown language, nothing fits, or no such choice.
     """
     budget_bytes = parse_bytes(budget)
-    if lang is not None:
-        language(lang)
+    code = language(lang).code if lang is not None else None
     place = resolve_model(model)
     config = read_config(place)
     side_bytes = _side_bytes(place)
-    found = choices(config, budget_bytes, side_bytes)
-    whole = family_for(config).count_parameters(config)
+    kept = _kept_tokens(place, corpus, code) if corpus else None
+    measured = read_table(importance) if importance else None
+    found = choices(config, budget_bytes, side_bytes, kept, measured)
     if not found:
+        smallest = choices(config, float("inf"), side_bytes, kept)
         raise InputError(
             f"Nothing of {model} fits into {size(budget_bytes)}",
-            expected=f"more: two layers at 4 bits take {size(_smallest(config) + side_bytes)}",
+            expected=f"more: two layers in the smallest form take {size(_least(config, side_bytes, kept))}"
+            if smallest
+            else "",
         )
-    rows = [
-        [
-            str(one.layers),
-            str(whole.decoder_layers - one.layers),
-            one.package,
-            f"{one.parameters:,}",
-            size(one.stored_bytes),
-            one.note,
-        ]
-        for one in found
-    ]
-    header = ["layers", "remove", "package", "parameters", "stored", "what"]
-    text = table(header, rows, right=(0, 1, 3, 4))
+    whole = family_for(config).count_parameters(config)
     title = f"{model}: {whole.total:,} parameters in {whole.decoder_layers} layers; what fits into {size(budget_bytes)} (computed, not measured):"
-    data = {
+    data: dict[str, Any] = {
         "model": model,
         "logical_parameters": whole.total,
         "budget_bytes": budget_bytes,
+        "metric": measured.metric if measured else None,
         "choices": [vars(one) for one in found],
     }
-    return Result(f"{title}\n{text}", data)
+    text = f"{title}\n{_listed(found, whole, measured)}"
+    if write is not None:
+        chosen = _chosen(found, choice)
+        _write_recipe(write, place, corpus, code, chosen, whole.decoder_layers)
+        data["recipe"] = str(write)
+        text += f"\n{write}: {chosen.layers} layers, {chosen.package}; halve run {write} --dry-run says what it takes"
+    return Result(text, data)
+
+
+def _listed(found: list[Choice], whole: Counts, measured: Table | None) -> str:
+    header = ["", "layers", "remove", "package", "parameters", "stored", "what"]
+    header += [f"{measured.metric} before tuning"] if measured else []
+    rows = []
+    for number, one in enumerate(found, start=1):
+        row = [str(number), str(one.layers), str(whole.decoder_layers - one.layers), one.package]
+        row += [f"{one.parameters:,}", size(one.stored_bytes), one.note]
+        row += (
+            [("beyond the table" if one.score is None else f"{one.score:.1f}")] if measured else []
+        )
+        rows.append(row)
+    return table(header, rows, right=(0, 1, 2, 4, 5))
+
+
+def _chosen(found: list[Choice], number: int | None) -> Choice:
+    number = 1 if number is None else number
+    if not 1 <= number <= len(found):
+        raise InputError(f"There is no choice {number}", expected=f"1 to {len(found)}")
+    return found[number - 1]
+
+
+def _kept_tokens(model: Path, corpus: Path, code: str | None) -> int:
+    from export.vocabulary import kept_tokens
+
+    family = family_for(read_config(model))
+    processor = load_processor(model)
+    segments = [segment for segment in read_corpus(corpus).segments if segment.split != "test"]
+    texts = [
+        text
+        for segment in segments
+        for lang, text in segment.references.items()
+        if code in (None, lang)
+    ]
+    vocabulary = int(family.text_config(read_config(model))["vocab_size"])
+    tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer
+    return len(kept_tokens(tokenizer, texts, (), vocabulary))
+
+
+def _write_recipe(
+    path: Path, model: Path, corpus: Path | None, code: str | None, chosen: Choice, layers: int
+) -> None:
+    if corpus is None or code is None:
+        raise InputError("A recipe needs a corpus and a language", mend="name --corpus and --lang")
+    if path.exists():
+        raise InputError(f"{path} is there already", mend="name another file")
+    removed = layers - chosen.layers
+    recipe: dict[str, Any] = {
+        "lang": code,
+        "teacher": str(model.resolve()),
+        "corpus": {"source": str(Path(corpus).resolve()), "format": "halve"},
+    }
+    if removed:
+        recipe |= {"importance": {"remove": removed}, "prune": {}}
+    recipe |= {
+        "distill": {},
+        "tune": {"method": "qlora"},
+        "merge": {"onto": "auto"},
+        "packages": [chosen.settings],
+        "bench": {"quality": {"split": "test"}, "latency": {}},
+    }
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    path.write_text(
+        f"# {chosen.layers} of {layers} layers, {chosen.package}: about {size(chosen.stored_bytes)}.\n{text}",
+        encoding="utf8",
+    )
 
 
 def _side_bytes(model: Path) -> float:
@@ -133,7 +382,19 @@ def _side_bytes(model: Path) -> float:
     return float(sum(path.stat().st_size for path in kept))
 
 
-def _smallest(config: dict[str, Any]) -> float:
+def _least(config: dict[str, Any], side_bytes: float, kept: int | None) -> float:
+    """Bytes of the smallest student there is."""
     family = family_for(config)
-    counts = family.count_parameters(family.kept_config(config, [0, 1]))
-    return _stored(counts, "onnx int4", 0.63, 0.63)
+    sizes = []
+    for form in forms(kept is not None):
+        if form.package.startswith("onnx") and not family.has_onnx(config):
+            continue
+        layers = next(
+            n for n in range(2, family.num_layers(config) + 1) if _some(family, config, n)
+        )
+        some = _some(family, config, layers) or []
+        counts = family.count_parameters(family.kept_config(config, some))
+        if form.trims and kept is not None:
+            counts = _trimmed(counts, family, config, kept)
+        sizes.append(stored_bytes(counts, form) + side_bytes)
+    return min(sizes)

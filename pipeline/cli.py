@@ -310,11 +310,28 @@ def plan(
         str, typer.Option("--budget", metavar="SIZE", help="Stored size, as 4GB or 500MB.")
     ],
     lang: Annotated[str | None, typer.Option("--lang", help="Target language.")] = None,
+    importance: Annotated[
+        Path | None,
+        typer.Option("--importance", metavar="DIR", help="Ranks by what a search has measured."),
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            "--corpus", metavar="DIR", help="Also offers a vocabulary trimmed to its translations."
+        ),
+    ] = None,
+    choice: Annotated[
+        int | None, typer.Option("--choice", metavar="N", help="Which one to write; the first.")
+    ] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option("--write", metavar="RECIPE", help="Writes the choice as a recipe to run."),
+    ] = None,
 ) -> Result:
-    """Says which students fit into a size: layers kept and precision, from the config alone."""
+    """Says which students fit into a size: layers kept, precisions, vocabulary; from the config alone."""
     from pipeline.budget import plan as fit
 
-    return fit(model, budget, lang)
+    return fit(model, budget, lang, importance, corpus, choice, write)
 
 
 @command(app, "translate")

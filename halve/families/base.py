@@ -74,6 +74,8 @@ class Family(ABC):
     """Whether decoder layers attend to the encoder's states; else these stand among the decoder's inputs."""
     max_audio_s: float = 0.0
     """The longest audio that the model hears at once; 0 for one that reads."""
+    onnx_layouts: frozenset[str] = frozenset()
+    """Decoder model types whose layers are of the layout that ONNX packages know."""
 
     layers: str
     decoder: str
@@ -140,6 +142,10 @@ class Family(ABC):
             )
         return unique
 
+    def has_onnx(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model of this config can become an ONNX package, as far as a config says."""
+        return self.text_config(config).get("model_type") in self.onnx_layouts
+
     def must_stay(self, config: Mapping[str, Any]) -> Mapping[int, str]:
         """The layers that cannot be removed, and why."""
         return {}
@@ -162,6 +168,10 @@ class Family(ABC):
         if int(number) not in kept:
             return None
         return f"{self.disk_layers}{sorted(kept).index(int(number))}.{rest}"
+
+    def number_layer(self, layer: Any, index: int) -> None:
+        """Tells a decoder layer in memory its place in the cache."""
+        layer.self_attn.layer_idx = index
 
     def is_surplus(self, config: Mapping[str, Any], key: str) -> bool:
         """Whether stock code ignores this on-disk tensor: pruning leaves it behind."""
@@ -373,6 +383,10 @@ class Family(ABC):
     @abstractmethod
     def prompt_text(self, processor: Any, instruction: str) -> str:
         """The whole prompt as text, with one placeholder for the audio."""
+
+    def said(self, text: str) -> str:
+        """A text as the model would write it."""
+        return text
 
     def decode_text(self, processor: Any, ids: Sequence[int]) -> str:
         """The text of generated tokens."""

@@ -23,6 +23,7 @@ class Qwen2Audio(Family):
 
     name = "qwen2_audio"
     model_types = ("qwen2_audio",)
+    onnx_layouts = frozenset({"qwen2"})
     auto_class = "AutoModelForMultimodalLM"
     max_audio_s = 30.0
 
@@ -66,7 +67,7 @@ class Qwen2Audio(Family):
         per_layer = attention + 3 * hidden * ffn + 2 * hidden
         layers = int(text.get("num_hidden_layers", 32))
         vocabulary = text.get("vocab_size", 151936)
-        tower = _count_tower(audio)
+        tower = count_tower(audio)
         projector = audio.get("d_model", 1280) * hidden + hidden
         total = tower + projector + 2 * vocabulary * hidden + hidden + per_layer * layers
         table = vocabulary * hidden
@@ -152,7 +153,7 @@ class Qwen2Audio(Family):
         return ids[:place], ids[place + 1 :]
 
 
-def _count_tower(audio: Mapping[str, Any]) -> int:
+def count_tower(audio: Mapping[str, Any]) -> int:
     """Parameters of the Whisper encoder, its fixed positions included."""
     width, ffn = audio.get("d_model", 1280), audio.get("encoder_ffn_dim", 5120)
     mels, positions = audio.get("num_mel_bins", 128), audio.get("max_source_positions", 1500)

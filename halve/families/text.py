@@ -83,6 +83,7 @@ class Text(Family):
 
     name = "text"
     model_types = tuple(LAYOUTS)
+    onnx_layouts = frozenset({"llama", "mistral", "qwen2"})
     auto_class = "AutoModelForCausalLM"
     reads = "text"
 

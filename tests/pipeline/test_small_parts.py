@@ -6,22 +6,68 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from export.config import PackageConfig
+from export.package import run_package
 from halve.errors import InputError
 from pipeline import budget, console
+from pipeline.recipe import read_recipe
 from pipeline.translate import cut_in_silence
+from tests import tiny
 
 
 def test_a_budget_takes_the_most_layers_that_fit(tiny_model: Path) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
     everything = budget.choices(config, 1e9)
     assert {choice.layers for choice in everything} == {6}
-    assert everything[0].stored_bytes <= 1e9
-    tight = {choice.package: choice for choice in budget.choices(config, 800e3)}
-    assert 2 <= tight["checkpoint bf16"].layers < 6
-    assert tight["onnx int4"].layers == 6
-    assert all(choice.stored_bytes <= 800e3 for choice in tight.values())
-    with pytest.raises(InputError, match="fits"):
+    assert everything[0].package == "checkpoint bf16"  # nothing is lost where all fits
+    tight = {choice.package: choice for choice in budget.choices(config, 1.2e6)}
+    assert 2 <= tight["onnx int8"].layers <= tight["onnx int4"].layers == 6
+    assert all(choice.stored_bytes <= 1.2e6 for choice in tight.values())
+    with pytest.raises(InputError, match=r"fits.*two layers in the smallest form take"):
         budget.plan(str(tiny_model), "100kB", "de")
+
+
+def test_what_a_search_measured_ranks_the_choices(tiny_model: Path) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    steep = budget.Table("chrf++", (40.0, 20.0, 10.0))
+    small = 1.2e6
+    ranked = budget.choices(config, small, measured=steep)
+    scores = [choice.score for choice in ranked if choice.score is not None]
+    assert scores == sorted(scores, reverse=True)
+    assert ranked[0].layers == 6  # quantised further rather than pruned
+    beyond = [choice for choice in ranked if choice.score is None]
+    assert ranked[-len(beyond) :] == beyond or not beyond
+
+
+@pytest.mark.parametrize(("precision", "target"), [("int4", "onnx"), ("bf16", "checkpoint")])
+def test_sizes_are_those_of_real_packages(precision: str, target: str, tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "model", hidden_size=256, intermediate_size=768)
+    config = json.loads((model / "config.json").read_text())
+    settings = PackageConfig.model_validate(
+        {"target": target, "precision": precision, "langs": ["de"], "quantise": "rtn"}
+    )
+    run_package(settings, model, None, tmp_path / "package")
+    real = sum(p.stat().st_size for p in (tmp_path / "package").rglob("*") if p.is_file())
+    found = budget.choices(config, 1e9, budget._side_bytes(model))
+    computed = next(one for one in found if one.settings["precision"] == precision)
+    graphs = budget.GRAPH_BYTES if target == "onnx" else 0
+    assert computed.stored_bytes == pytest.approx(real, abs=graphs + 0.1 * real)
+
+
+def test_a_choice_becomes_a_recipe(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    given = (str(tiny_model), "1.2MB", "de", None, tiny_corpus)
+    made = budget.plan(*given, choice=2, write=recipe)
+    assert "trimmed" in made.text
+    chosen = made.data["choices"][1]
+    read = read_recipe(recipe)
+    assert read.packages[0].target == chosen["settings"]["target"]
+    removed = read.importance.remove if read.importance else 0
+    assert removed == 6 - chosen["layers"]
+    with pytest.raises(InputError, match="is there already"):
+        budget.plan(*given, write=recipe)
+    with pytest.raises(InputError, match="no choice 99"):
+        budget.plan(*given, choice=99, write=tmp_path / "other.yaml")
 
 
 @pytest.mark.parametrize(

@@ -160,8 +160,8 @@ def randomisation_p(
     both = first.sum(axis=0) + second.sum(axis=0)
 
     def difference(of_first: NDArray[np.float64]) -> float:
-        sides = (of_first, both - of_first)
-        return abs(float(np.subtract(*(score_from_statistics(metric, s, lang) for s in sides))))
+        own = score_from_statistics(metric, of_first, lang)
+        return abs(own - score_from_statistics(metric, both - of_first, lang))
 
     observed = difference(first.sum(axis=0))
     generator = np.random.default_rng(seed)

@@ -55,6 +55,7 @@ class Gemma4(Family):
     model_types: tuple[str, ...] = ("gemma4",)
     auto_class = "AutoModelForMultimodalLM"
     max_audio_s = 30.0
+    text_defaults: Mapping[str, Any] = TEXT_DEFAULTS
     processor_class = "Gemma4Processor"
     extractor_class = "Gemma4AudioFeatureExtractor"
 
@@ -97,7 +98,7 @@ class Gemma4(Family):
 
     def full_text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The decoder's part of a config, the stock class's defaults filled in."""
-        return {**TEXT_DEFAULTS, **config["text_config"]}
+        return {**self.text_defaults, **config["text_config"]}
 
     def kept_config(self, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
         """The config after pruning: everything that counts or names layers."""

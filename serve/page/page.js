@@ -107,9 +107,20 @@ async function* events(response) {
 function card(model, language) {
   const node = byId("result").content.firstElementChild.cloneNode(true);
   node.querySelector("h2").textContent = model;
-  if (language) node.querySelector(".text").lang = language;
+  const text = node.querySelector(".text");
+  if (language) text.lang = language;
+  node.querySelector(".copy").addEventListener("click", () => copy(text.textContent));
   byId("results").append(node);
   return node;
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    say("Copied.");
+  } catch {
+    say("The browser lets no page copy here.", true);
+  }
 }
 
 function fact(node, name, value) {
@@ -125,6 +136,16 @@ function fact(node, name, value) {
 async function translateWith(model, signal) {
   const language = byId("language").value;
   const node = card(model, language);
+  node.classList.add("runs");
+  try {
+    return await receive(node, model, language, signal);
+  } finally {
+    node.classList.remove("runs");
+  }
+}
+
+/** Sends the audio and shows what comes; the milliseconds that it took. */
+async function receive(node, model, language, signal) {
   const text = node.querySelector(".text");
   const body = new FormData();
   body.append("file", audio, audio.name);
@@ -143,8 +164,9 @@ async function translateWith(model, signal) {
       first = first || performance.now();
       text.textContent += event.delta;
     }
-    if (event.type === "transcript.text.done") report(node, event, start, first);
+    if (event.type === "transcript.text.done") return report(node, event, start, first);
   }
+  throw new Error("The answer broke off.");
 }
 
 function report(node, event, start, first) {
@@ -156,6 +178,43 @@ function report(node, event, start, first) {
   fact(node, "RTF", (total / 1000 / event.duration).toFixed(3));
   fact(node, "covered", `${Math.round(event.coverage * 100)} %`);
   if (event.truncated) fact(node, "note", "cut at the token limit");
+  node.querySelector(".copy").hidden = !event.text;
+  showStretches(node, event.segments);
+  return total;
+}
+
+/** The parts of long audio with their times. */
+function showStretches(node, segments) {
+  if (segments.length < 2) return;
+  const details = node.querySelector(".stretches");
+  details.hidden = false;
+  details.querySelector("summary").textContent = `${segments.length} stretches with times`;
+  details.querySelector("ol").replaceChildren(...segments.map((segment) => {
+    const item = document.createElement("li");
+    const time = document.createElement("time");
+    time.textContent = clock(segment.start);
+    item.append(time, segment.text || "(silence)");
+    return item;
+  }));
+}
+
+function clock(seconds) {
+  const whole = Math.floor(seconds);
+  return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
+}
+
+/** Bars as long as each model took, and who was faster. */
+function compare(chosen, totals) {
+  const longest = Math.max(...totals);
+  document.querySelectorAll(".bar span").forEach((bar, place) => {
+    bar.style.width = `${Math.max(1, (100 * totals[place]) / longest)}%`;
+  });
+  if (totals.length < 2) return;
+  const fast = totals[0] <= totals[1] ? 0 : 1;
+  const times = totals[1 - fast] / totals[fast];
+  const line = byId("comparison");
+  line.hidden = false;
+  line.textContent = `${chosen[fast]} was ${times.toFixed(1)} times as fast as ${chosen[1 - fast]}.`;
 }
 
 async function translate(submit) {
@@ -165,13 +224,16 @@ async function translate(submit) {
   byId("translate").disabled = true;
   byId("stop").hidden = false;
   byId("results").replaceChildren();
+  byId("comparison").hidden = true;
   try {
     const chosen = [byId("model-a").value, byId("model-b").value].filter(Boolean);
     // One after another: side by side they would slow each other down.
+    const totals = [];
     for (const model of chosen) {
       say(`Translating with ${model}…`);
-      await translateWith(model, running.signal);
+      totals.push(await translateWith(model, running.signal));
     }
+    compare(chosen, totals);
     say("Done.");
   } catch (error) {
     say(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");
@@ -182,7 +244,6 @@ async function translate(submit) {
 }
 
 function start() {
-  const drop = byId("drop");
   const refresh = () => loadModels().catch((error) => say(error.message, true));
   byId("form").addEventListener("submit", translate);
   byId("stop").addEventListener("click", () => running?.abort());
@@ -190,14 +251,15 @@ function start() {
   byId("file").addEventListener("change", (event) => choose(event.target.files[0]));
   byId("model-a").addEventListener("change", showLanguages);
   byId("key").addEventListener("change", refresh);
-  drop.addEventListener("dragover", (event) => {
+  const over = (is) => document.body.classList.toggle("over", is);
+  document.addEventListener("dragover", (event) => {
     event.preventDefault();
-    drop.classList.add("over");
+    over(true);
   });
-  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-  drop.addEventListener("drop", (event) => {
+  document.addEventListener("dragleave", (event) => over(event.relatedTarget !== null));
+  document.addEventListener("drop", (event) => {
     event.preventDefault();
-    drop.classList.remove("over");
+    over(false);
     choose(event.dataTransfer.files[0]);
   });
   refresh();

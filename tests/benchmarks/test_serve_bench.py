@@ -2,10 +2,14 @@
 
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from benchmarks import batching
 from benchmarks.config import ServeBenchConfig
 from benchmarks.serve import run_serve_bench
 from benchmarks.ties import differs_at_tie, shared_tokens
@@ -21,14 +25,51 @@ def test_every_key_and_equal_texts(
     config = ServeBenchConfig(lang="de", clients=2, requests=4, warmup=1, segments=2, threads=1)
     run_serve_bench(config, tiny_student, tiny_model, tiny_corpus, tmp_path / "out")
     result = json.loads((tmp_path / "out" / "serve.json").read_text())
-    for side in (result, result["baseline"]):
+    for side in (result, result["baseline"], result["one_at_a_time"]):
         for regime in ("clients_1", "clients_2"):
             assert 0 < side[regime]["p50_ms"] <= side[regime]["p95_ms"]
             assert side[regime]["throughput_rps"] > 0
+            assert side[regime]["tokens_per_s"] > 0
             assert side[regime]["requests"] == 4
         assert (side["errors"], side["wrong_texts"], side["tie_texts"]) == (0, 0, 0)
         assert side["compared_texts"] == 8
-    assert (result["engine"], result["baseline"]["engine"]) == ("auto", "plain")
+    engines = [result[key]["engine"] for key in ("one_at_a_time", "baseline")]
+    assert [result["engine"], *engines] == ["auto", "auto", "plain"]
+    assert result["decode_tokens_per_s"] is None
+    one = result["baseline"]["clients_1"]["p50_ms"] / result["clients_1"]["p50_ms"]
+    assert result["times_faster"]["p50_at_1_client"] == pytest.approx(one, abs=0.01)
+
+
+class _Steps:
+    """A runtime whose steps take as long for a full batch as for one row."""
+
+    manifest = SimpleNamespace(decoder=SimpleNamespace(max_positions=100))
+
+    def inputs(self, clip: np.ndarray, lang: str) -> np.ndarray:
+        return clip
+
+    def open_batch(self, slots: int) -> "_Steps":
+        self.slots, self.rows = slots, []
+        return self
+
+    @property
+    def free(self) -> int:
+        return self.slots - len(self.rows)
+
+    def add(self, inputs: np.ndarray, limit: int) -> None:
+        self.rows.append(limit)
+
+    def step(self) -> None:
+        time.sleep(0.002)
+        self.rows = [left - 7 for left in self.rows if left > 7]
+
+
+def test_decoding_rates_count_full_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "TOKENS", 40)
+    rates = batching.decode_rates(_Steps(), [np.zeros(3)], "de", 8)
+    assert rates is not None
+    assert rates["batch_1"] < 1 / 0.002
+    assert 5 < rates["times"] < 11
 
 
 def test_a_server_that_does_not_start_is_one_clear_error(

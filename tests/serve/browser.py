@@ -22,8 +22,12 @@ def find() -> str | None:
 class Page:
     """One page in a browser of its own."""
 
-    def __init__(self, url: str, directory: Path, size: str = "1100,900") -> None:
+    def __init__(
+        self, url: str, directory: Path, size: str = "1100,900", microphone: Path | None = None
+    ) -> None:
+        """`microphone`: a WAV file that the page hears when it records."""
         self._url = url
+        self._microphone = microphone
         self._directory = directory
         self._size = size
         self._number = 0
@@ -44,8 +48,14 @@ class Page:
             "--remote-debugging-pipe",
             f"--window-size={self._size}",
             f"--user-data-dir={self._directory / 'browser'}",
-            "about:blank",
         ]
+        if self._microphone is not None:
+            arguments += [
+                "--use-fake-ui-for-media-stream",
+                "--use-fake-device-for-media-stream",
+                f"--use-file-for-fake-audio-capture={self._microphone}%noloop",
+            ]
+        arguments.append("about:blank")
         self._process = subprocess.Popen(
             ["bash", "-c", script, program, *arguments],
             pass_fds=(from_here, to_here),
@@ -108,6 +118,11 @@ class Page:
         common = {"key": key, "code": key, "windowsVirtualKeyCode": code}
         self._send("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
         self._send("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def prefer_dark(self) -> None:
+        """As if the user's system were set to dark."""
+        features = [{"name": "prefers-color-scheme", "value": "dark"}]
+        self._send("Emulation.setEmulatedMedia", features=features)
 
     def screenshot(self, path: Path) -> None:
         """Saves what the page looks like as PNG."""

@@ -1,12 +1,12 @@
 """Saves what the page of a running server looks like after a translation.
 
-    python -m tests.serve.screenshot http://127.0.0.1:8000 clip.ogg docs/images/page.png [LANGUAGE]
+    python -m tests.serve.screenshot http://127.0.0.1:8000 clip.ogg docs/images/page.png --language de
 
-Compares the first two models where there are two.
+With --compare, by the first two models; with --dark, as a browser set to dark shows it.
 """
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,21 +14,35 @@ from tests.serve import browser
 from tests.serve.conftest import eventually
 
 
-def take(url: str, audio: Path, image: Path, language: str) -> None:
+def take(options: argparse.Namespace) -> None:
     """Chooses the audio, translates it, waits until it is done."""
     with (
         tempfile.TemporaryDirectory() as directory,
-        browser.Page(url, Path(directory), size="1000,760") as page,
+        browser.Page(options.url, Path(directory), size=options.size) as page,
     ):
+        if options.dark:
+            page.prefer_dark()
         eventually(lambda: bool(page.run("document.getElementById('model-a').value")))
-        page.choose_file("#file", audio.resolve())
+        page.choose_file("#file", options.audio.resolve())
         eventually(lambda: not page.run("document.getElementById('translate').disabled"))
-        page.run("document.getElementById('model-b').selectedIndex = models.length > 1 ? 2 : 0")
-        page.run(f"document.getElementById('language').value = {json.dumps(language)}")
+        page.run(f"document.getElementById('model-a').selectedIndex = {options.model}")
+        if options.compare:
+            page.run("document.getElementById('model-b').selectedIndex = 2")
+        page.run(f"document.getElementById('language').value = {json.dumps(options.language)}")
         page.run("document.getElementById('form').requestSubmit()")
         eventually(lambda: page.run("running === null"))
-        page.screenshot(image)
+        page.run("document.querySelectorAll('details.stretches').forEach(d => d.open = true)")
+        page.screenshot(options.image)
 
 
 if __name__ == "__main__":
-    take(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), (sys.argv[4:] or ["de"])[0])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("audio", type=Path)
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--language", default="de")
+    parser.add_argument("--size", default="1000,760")
+    parser.add_argument("--model", type=int, default=0, help="which of the server's, from 0")
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--dark", action="store_true")
+    take(parser.parse_args())

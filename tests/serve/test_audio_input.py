@@ -101,6 +101,12 @@ def test_absurd_headers_are_refused(channels: int, rate: int) -> None:
     assert refusal(wav_header(channels, rate, 2**31) + bytes(4_000)).status == 422
 
 
+@pytest.mark.parametrize("channels", [2**31 - 1, 2**31, 2**32 - 1, 1_024, 0])
+def test_formats_whose_headers_can_name_billions_of_channels(channels: int) -> None:
+    header = b".snd" + struct.pack(">IIIII", 24, 0xFFFFFFFF, 3, 16_000, channels)
+    assert refusal(header + bytes(4_000)).status == 422
+
+
 def test_a_header_that_promises_more_than_there_is() -> None:
     content = wav_header(1, 16_000, 20 * 32_000) + bytes(32_000)
     assert len(decode(content)) == 16_000
@@ -193,11 +199,32 @@ def test_sniffing_anything(head: bytes) -> None:
     assert sniff(head) in {None, "wav", "aiff", "mp4", "flac", "au", "webm", "ogg", "mp3", "aac"}
 
 
-@pytest.mark.skipif(ffmpeg.find() is not None, reason="ffmpeg is installed")
-def test_without_ffmpeg_m4a_is_refused_clearly() -> None:
+def test_without_ffmpeg_m4a_is_refused_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffmpeg, "find", lambda: None)
     error = refusal(b"\x00\x00\x00\x20ftypM4A " + bytes(100))
     assert error.code == "unsupported_format"
     assert "ffmpeg" in error.message
+
+
+def test_an_ffmpeg_that_gives_nothing_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stuck = tmp_path / "stuck"
+    stuck.write_text("#!/bin/sh\nexec sleep 600\n")
+    stuck.chmod(0o700)
+    monkeypatch.setattr(ffmpeg, "find", lambda: str(stuck))
+    monkeypatch.setattr(ffmpeg, "STALL_S", 0.3)
+    assert refusal(b"\x00\x00\x00\x20ftypM4A " + bytes(100)).code == "invalid_audio"
+
+
+def test_ffmpeg_may_write_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target = tmp_path / "filled"
+    writer = tmp_path / "writer"
+    writer.write_text(f"#!/bin/sh\nsleep 0.5\nhead -c 4000 /dev/zero > {target}\nexit 1\n")
+    writer.chmod(0o700)
+    monkeypatch.setattr(ffmpeg, "find", lambda: str(writer))
+    assert refusal(b"\x00\x00\x00\x20ftypM4A " + bytes(100)).status == 422
+    assert not target.exists() or target.stat().st_size == 0
 
 
 @pytest.mark.skipif(ffmpeg.find() is None, reason="ffmpeg is not installed")

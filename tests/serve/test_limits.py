@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from halve.errors import ArtefactError, InputError
+from serve.registry import find_models
 from serve.service import Service
 from serve.settings import ServeSettings
 from tests.serve.conftest import HTTP, eventually, serving, wav
@@ -259,6 +260,59 @@ def test_models_are_loaded_when_asked_for_and_evicted_by_least_use(tmp_path: Pat
         Service(ServeSettings(models=models, memory_gb=0.001))
     with pytest.raises(InputError, match="twice"):
         Service(ServeSettings(models=(models[0],) * 3))
+
+
+def test_a_model_in_constant_use_makes_room_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.registry.PATIENCE_S", 0.2)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(bytes(1_000_000))
+        (tmp_path / name / "package.json").write_text(json.dumps({"languages": ["de"]}))
+    settings = ServeSettings(models=(str(tmp_path / "a"), str(tmp_path / "b")), memory_gb=0.002)
+    with serving(settings, lambda *_: FakeTranslator()) as server, ThreadPoolExecutor(3) as pool:
+        models = server.service.registry.models
+        enough = threading.Event()
+
+        def use(model: str) -> set[int]:
+            found = set()
+            while not enough.is_set():
+                found.add(server.post(wav(0.5), model=model).status_code)
+            return found
+
+        # Several clients at once, so that a has a request at every moment.
+        busy = [pool.submit(use, "a") for _ in range(2)]
+        eventually(lambda: models["a"].users > 0)
+        answers = [server.post(wav(0.5), model="b").status_code for _ in range(2)]
+        eventually(lambda: models["a"].engine is not None)
+        enough.set()
+        assert answers == [200, 200]
+        assert all(client.result() == {200} for client in busy)
+        assert not any(model.is_leaving for model in models.values())
+
+
+def test_large_chat_bodies_have_a_bound_together(serve_fake) -> None:
+    with serve_fake() as server:
+        room = server.service.body_room
+        room.take(room._most - 1_000)
+        body = json.dumps({"model": "fake", "messages": [], "x": "y" * 2_000})
+        url = f"{server.url}/v1/chat/completions"
+        refused(HTTP.post(url, content=body), 429, "queue_full")
+        room.give_back(room._most - 1_000)
+        refused(HTTP.post(url, content=body), 400)
+        eventually(lambda: room.taken_bytes == 0)
+
+
+def test_an_onnx_package_counts_its_batch_cache(tmp_path: Path) -> None:
+    geometry = {"layers": 10, "kv_heads": 2, "head_dim": 64}
+    (tmp_path / "package.json").write_text(json.dumps({"onnx": {"decoder": geometry}}))
+    settings = {"models": (str(tmp_path),)}
+    sizes = [
+        find_models(ServeSettings(**settings, batch_size=size))[tmp_path.name].size_bytes
+        for size in (1, 16)
+    ]
+    assert sizes == [2 * 4 * 512 * 10 * 2 * 64 * size for size in (1, 16)]
 
 
 def test_counters(serve_fake) -> None:

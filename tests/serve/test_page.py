@@ -1,13 +1,24 @@
 """The page works without a network and without a mouse."""
 
 import re
+import time
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from export.runtime import open_translator
+from halve.audio import read_audio
+from halve.corpus import read_corpus
 from serve.app import PAGE, PAGE_FILES
+from serve.settings import ServeSettings
 from tests.serve import browser
-from tests.serve.conftest import eventually, wav
+from tests.serve.conftest import eventually, serving, wav
+
+ROOT = Path(__file__).parents[2]
+CONTROLS = ("file", "record", "language", "model-a", "model-b", "translate")
+"""What Tab reaches, in this order (the player between them has controls of its own)."""
 
 
 class Elements(HTMLParser):
@@ -48,20 +59,88 @@ def test_usable_by_keyboard_and_screen_reader() -> None:
     assert {tag for tag, _ in elements} >= {"main", "h1", "form", "button", "label", "select"}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(browser.find() is None, reason="no headless Chromium is installed")
-def test_in_a_browser(serve_fake, tmp_path) -> None:
-    recording = tmp_path / "recording.wav"
-    recording.write_bytes(wav(1.5))
-    with serve_fake() as server, browser.Page(server.url, tmp_path) as page:
-        eventually(lambda: page.run("document.getElementById('model-a').value") == "fake")
-        page.choose_file("#file", recording)
-        eventually(lambda: not page.run("document.getElementById('translate').disabled"))
-        page.run("document.getElementById('model-b').value = 'fake'")
-        page.run("document.getElementById('translate').focus()")
+in_a_browser = pytest.mark.skipif(
+    browser.find() is None, reason="no headless Chromium is installed"
+)
+
+
+def value(page: browser.Page, element: str, what: str = "value") -> Any:
+    return page.run(f"document.getElementById('{element}').{what}")
+
+
+def texts(page: browser.Page) -> list[str]:
+    return page.run("[...document.querySelectorAll('.result .text')].map(e => e.textContent)")
+
+
+@pytest.fixture(scope="module")
+def speech_clip() -> Path:
+    """One real recording of the bundled corpus, Ogg Opus."""
+    corpus = read_corpus(ROOT / "demo" / "corpus")
+    return corpus.path / corpus.split("test", "de", 1)[0].audio
+
+
+@in_a_browser
+def test_a_real_recording_by_keyboard_alone(
+    tiny_model: Path, speech_clip: Path, tmp_path: Path
+) -> None:
+    audio = read_audio(speech_clip)
+    translator = open_translator(tiny_model, threads=1)
+    expected = translator.translate([audio], "de")[0].text
+    translator.close()
+    settings = ServeSettings(models=(str(tiny_model),), threads=1)
+    with serving(settings) as server, browser.Page(server.url, tmp_path) as page:
+        eventually(lambda: value(page, "model-a") == "tiny")
+        page.choose_file("#file", speech_clip)
+        eventually(lambda: not value(page, "translate", "disabled"))
+        reached = []
+        while "translate" not in reached:
+            page.press("Tab")
+            reached.append(page.run("document.activeElement.id"))
+            assert len(reached) < 20, reached
+        order = [name for name in reached if name in CONTROLS]
+        assert order == list(CONTROLS)
+        page.run("document.getElementById('language').value = 'de'")
+        page.run("document.getElementById('model-b').value = 'tiny'")
         page.press("Enter")
-        eventually(lambda: page.run("document.getElementById('status').textContent") == "Done.")
-        texts = page.run("[...document.querySelectorAll('.result .text')].map(e => e.textContent)")
-        assert texts == ["de 1.50", "de 1.50"]
-        assert page.run("document.querySelectorAll('.facts dd').length") == 10
+        eventually(lambda: value(page, "status", "textContent") == "Done.")
+        assert texts(page) == [expected, expected]
+        assert page.run("document.querySelectorAll('.facts dd').length") >= 10
+        assert re.search(
+            r"tiny was [\d.]+ times as fast as tiny", value(page, "comparison", "textContent")
+        )
         assert not page.faults
+
+
+@in_a_browser
+def test_what_the_microphone_hears_is_sent(serve_fake, tmp_path: Path) -> None:
+    microphone = tmp_path / "microphone.wav"
+    microphone.write_bytes(wav(2.0))
+    with (
+        serve_fake() as server,
+        browser.Page(server.url, tmp_path, microphone=microphone) as page,
+    ):
+        eventually(lambda: value(page, "model-a") == "fake")
+        page.run("document.getElementById('record').click()")
+        eventually(lambda: value(page, "record", "textContent") == "Stop recording")
+        time.sleep(1.0)  # a recording takes its time
+        page.run("document.getElementById('record').click()")
+        eventually(lambda: not value(page, "translate", "disabled"))
+        assert "recording.wav" in value(page, "chosen", "textContent")
+        page.run("document.getElementById('form').requestSubmit()")
+        eventually(lambda: value(page, "status", "textContent") == "Done.")
+        (text,) = texts(page)
+        assert 0.5 < float(text.removeprefix("de ")) < 5
+        assert not page.faults
+
+
+@in_a_browser
+def test_faults_are_told(serve_fake, tmp_path: Path) -> None:
+    nonsense = tmp_path / "nonsense.wav"
+    nonsense.write_bytes(b"this is no audio")
+    with serve_fake() as server, browser.Page(server.url, tmp_path) as page:
+        eventually(lambda: value(page, "model-a") == "fake")
+        page.choose_file("#file", nonsense)
+        eventually(lambda: not value(page, "translate", "disabled"))
+        page.run("document.getElementById('form').requestSubmit()")
+        eventually(lambda: "not audio" in value(page, "status", "textContent"))
+        assert value(page, "status", "className") == "fault"

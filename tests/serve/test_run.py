@@ -47,6 +47,7 @@ class Load:
     def __init__(self, url: str, clients: int) -> None:
         self.statuses: Counter[str] = Counter()
         self._url = f"{url}/v1/audio/translations"
+        self._stopped = threading.Event()
         self._audio = wav(0.4)
         self._threads = [threading.Thread(target=self._send) for _ in range(clients)]
         for thread in self._threads:
@@ -54,7 +55,7 @@ class Load:
 
     def _send(self) -> None:
         with httpx.Client(timeout=60) as client:
-            while True:
+            while not self._stopped.is_set():
                 try:
                     answer = client.post(
                         self._url, data={"model": "fake"}, files={"file": ("a.wav", self._audio)}
@@ -67,6 +68,10 @@ class Load:
                 self.statuses[str(answer.status_code)] += 1
                 if answer.status_code != 200:
                     return
+
+    def stop(self) -> None:
+        """Each client ends after the request that it waits for."""
+        self._stopped.set()
 
     def join(self) -> None:
         for thread in self._threads:

@@ -11,6 +11,7 @@ file pages that no process maps are not counted. RssAnon and RssFile, sampled, s
 """
 
 import argparse
+import math
 import os
 import shutil
 import subprocess
@@ -111,8 +112,6 @@ def generate_adapter(folder: Path, layers: int) -> None:
 
 
 def _random(key: str, shape: tuple[int, ...], kind: str) -> Part:
-    import math
-
     import torch
 
     dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[kind]
@@ -189,21 +188,21 @@ def measure(work: Path, layers: int) -> list[dict[str, Any]]:
     removed = ",".join(str(layer) for layer in removed_layers(layers))
     package = ["package", "--model", str(student), "--target", "checkpoint", "--lang", "de"]
     merge = ["merge", "--model", str(pruned), "--adapter", str(adapter)]
-    runs = (
+    runs: tuple[tuple[str, list[str], Path], ...] = (
         ("prune", ["prune", "--model", str(teacher), "--layers", removed], pruned),
         ("merge --onto dequantized", [*merge, "--onto", "dequantized"], student),
         ("merge --onto base", [*merge, "--onto", "base"], student),
         ("package bf16", [*package, "--precision", "bf16"], work / "bf16"),
         ("package nf4", [*package, "--precision", "nf4"], work / "nf4"),
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, arguments, out in runs:
         shutil.rmtree(out, ignore_errors=True)
         found = stage([*arguments, "--out", str(out)])
         written = sum(entry.stat().st_size for entry in out.iterdir())
         beside = copied(out, work / "copy")
         row = {"stage": name, "written_bytes": written, **found, "copy": beside}
-        rows.append(row | {"ratio": found["seconds"] / beside["seconds"]})
+        rows.append({**row, "ratio": found["seconds"] / beside["seconds"]})
         print(_line(rows[-1]), flush=True)
         if out.parent == work and out not in (pruned, student):
             shutil.rmtree(out)
@@ -266,7 +265,7 @@ def _in_own_process(folder: Path, layers: int, what: str) -> None:
 
 def _write(out: Path, rows: list[dict[str, Any]], source: int, shards: int, layers: int) -> None:
     command = f"python -m benchmarks.big_checkpoint --work-dir DIR --layers {layers}"
-    facts = {
+    facts: dict[str, Any] = {
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": environment.machine(),
@@ -281,12 +280,15 @@ def _write(out: Path, rows: list[dict[str, Any]], source: int, shards: int, laye
         f"# A checkpoint of {source / 1e9:.2f} GB in {shards} shards, {facts['date']}",
         "",
         f"`{command}` on {facts['machine']['cpu']}, {facts['machine']['cores']} cores; random weights in Qwen2-Audio-7B's "
-        f"layout and widths, {layers} decoder layers. Each stage is a process of its own, started cold, and ends with `sync`.",
+        f"layout and widths, {layers} decoder layers. Each stage is a process of its own and ends with `sync`.",
         "",
         HEAD,
         *map(_line, rows),
         "",
-        "Peak memory is VmHWM: every resident page, mapped files' among them.",
+        "Peak memory is VmHWM: every resident page, mapped files' among them; cached file pages that no process maps are not counted. "
+        "Neither side starts",
+        "with a dropped page cache: a stage finds its input, and `cp` the files just written, as far as memory holds them. `prune` "
+        "also hashes its whole input.",
     ]
     (out / "README.md").write_text("\n".join(text) + "\n", encoding="utf8")
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halve.audio import FloatArray
-from halve.errors import FamilyError, MissingExtraError
+from halve.errors import FamilyError
 from halve.families import Family
+from halve.models import need_bitsandbytes
 from halve.shard_writer import Part, raw
 from halve.shards import Stored
 
@@ -106,10 +107,7 @@ def _padded(state: "torch.Tensor") -> "torch.Tensor":
 
 
 def _check(stored: Stored) -> None:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("bitsandbytes", "train") from None
+    need_bitsandbytes()
     if stored.shape[1] % BLOCK_SIZE:
         raise FamilyError(
             f"{stored.key} has {stored.shape[1]} input features",

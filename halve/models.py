@@ -1,7 +1,9 @@
 """Loading a speech model as stock transformers does, and refusing what does not fit."""
 
 import json
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,9 +161,10 @@ def load_model(
     device = pick_device(device)
     model = _from_pretrained(path, config, family, dtype, device, quantization)
     if adapter is not None:
-        from peft import PeftModel
+        with _quiet():
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+            model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
     model.eval()
     if device == "split":
         device = str(resolve(model, family.embeddings).weight.device)
@@ -231,10 +234,7 @@ def quantization_config(family: Family, quantization: str) -> Any:
 
     NF4 with double quantisation computes in bfloat16 (Dettmers et al. 2023, QLoRA).
     """
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("bitsandbytes", "train") from None
+    need_bitsandbytes()
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -254,6 +254,19 @@ def quantization_config(family: Family, quantization: str) -> Any:
     raise InputError(f"Unknown quantisation {quantization!r}", expected="nf4 or int8")
 
 
+def need_bitsandbytes() -> None:
+    """Imports bitsandbytes without its remarks on kernels that this machine does without.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        with _quiet():
+            import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("bitsandbytes", "train") from None
+
+
 def keep_trainable_on_cpu(model: Any) -> None:
     """Stops bitsandbytes from repacking 4-bit weights in a first eval pass on avx512_bf16.
 
@@ -270,15 +283,26 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Loading shows no bars or reports of its own: what is wrong is raised, not logged."""
-    from transformers.utils import logging
+    """Loading shows no bars, reports or notices of its own: what is wrong is raised, not logged."""
+    from transformers.utils import logging as transformers_logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    spoken = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Of one library about another's names: nothing that a user of halve could mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     finally:
-        logging.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
+        bitsandbytes.setLevel(spoken)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()

@@ -9,6 +9,8 @@ from halve.families import family_for
 from halve.models import read_config
 from pipeline.console import Result, size
 
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens")
+
 
 def inspect(path: Path) -> Result:
     """Describes an artefact and compares its files with their hashes; describes any model directory.
@@ -20,6 +22,11 @@ def inspect(path: Path) -> Result:
         return _artefact(path)
     if (path / "config.json").is_file():
         facts = model_facts(path)
+        faults = tokenizer_faults(path)
+        if faults:
+            raise ArtefactError(
+                f"{path}: {'; '.join(faults)}", mend="copy the model's own tokenizer files"
+            )
         return Result(_text(f"{path}: a model from elsewhere (no {artefact.RECORD})", facts), facts)
     artefact.read(path)
     raise ArtefactError(f"{path} is no artefact")
@@ -27,7 +34,7 @@ def inspect(path: Path) -> Result:
 
 def _artefact(path: Path) -> Result:
     made = artefact.read(path)
-    faults = artefact.verify(path)
+    faults = [_explained(fault) for fault in artefact.verify(path)] + tokenizer_faults(path)
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults)
         raise ArtefactError(
@@ -49,6 +56,38 @@ def _artefact(path: Path) -> Result:
     if (path / "config.json").is_file():
         facts |= model_facts(path)
     return Result(_text(f"{path}: {made.kind}, whole (every hash agrees)", facts), facts)
+
+
+def _explained(fault: str) -> str:
+    if fault.startswith(_TOKENIZER_FILES):
+        return f"{fault}; this is not the tokenizer that the model was measured with"
+    return fault
+
+
+def tokenizer_faults(path: Path) -> list[str]:
+    """What shows that a directory's tokenizer belongs to another model; empty where nothing does.
+
+    Compares tokenizer.json with config.json: tokens that the model has no row for, and special tokens
+    of the config that the tokenizer does not have or holds to be ordinary text.
+    """
+    if not all((path / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return []
+    config, tokenizer = read_config(path), artefact.read_json(path / "tokenizer.json")
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    added = {int(token["id"]) for token in tokenizer.get("added_tokens") or []}
+    ids = set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+    rows = config.get("text_config", config).get("vocab_size")
+    faults = []
+    if rows is not None and max(ids | added, default=0) >= rows:
+        highest = max(ids | added)
+        faults.append(f"it has a token {highest}, the model has {rows} rows")
+    for name, wanted in config.items():
+        special = name.startswith(("audio", "image")) and name.endswith(
+            ("_token_index", "_token_id")
+        )
+        if special and isinstance(wanted, int) and wanted not in added:
+            faults.append(f"{name} {wanted} is no special token of it")
+    return [f"tokenizer.json: a foreign tokenizer ({'; '.join(faults)})"] if faults else []
 
 
 def model_facts(path: Path) -> dict[str, Any]:

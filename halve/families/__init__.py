@@ -8,12 +8,14 @@ from halve.families.base import TRANSCRIBE, Counts, Family, Source, SourceText, 
 from halve.families.gemma4 import Gemma4
 from halve.families.qwen2_audio import Qwen2Audio
 from halve.families.text import Text
+from halve.families.whisper import Whisper
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Qwen2Audio(),
         Text(),
+        Whisper(),
         Gemma4(),
     )
 }
@@ -32,7 +34,7 @@ def family_for(config: Mapping[str, Any]) -> Family:
     raise FamilyError(
         f"Unknown model type {model_type!r}",
         expected=f"one of the families {', '.join(FAMILIES)}",
-        mend="add a file to halve/families/ and a row to its table",
+        mend="add a file to halve/families/ and a row to its table: docs/add-a-family.md shows how",
     )
 
 

@@ -85,6 +85,8 @@ class Family(ABC):
     audio_tower: str = ""
     """Empty where there is none; likewise the projector."""
     projector: str = ""
+    no_onnx: str = ""
+    """Why an ONNX package of this family cannot be written; empty where its graphs are known."""
     unquantised: tuple[str, ...] = ()
     """Further parts with linear layers that are none of the decoder layers'."""
 

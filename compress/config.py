@@ -113,6 +113,7 @@ class ImportanceConfig(Config):
         "loss",
         "random",
         "middle",
+        "spaced",
     ] = "exact"
     """exact ranks as the paper does; reference keeps the paper's one-by-one procedure; bounded and racing stop early what cannot, or will hardly, win; the others do not translate."""
     split: Literal["select", "train", "test"] = "select"

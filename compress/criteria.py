@@ -15,6 +15,7 @@ from torch.nn import functional
 from compress.exact import ExactTranslator, Pack
 from compress.search import Candidate, Ledger, Ranking, plan_chunks, removable
 from compress.task import SearchTask
+from halve.errors import FamilyError
 from halve.models import SpeechModel
 from halve.progress import Progress
 
@@ -26,17 +27,33 @@ def blind(method: str, num_layers: int, remove: int, seed: int) -> Ranking:
     """Layers chosen without looking at the model: the floor that a criterion must beat.
 
     `random` draws them; `middle` takes the block around the middle, as the paper's ablation does
-    (Moslem 2025, arXiv 2505.20237).
+    (Moslem 2025, arXiv 2505.20237); `spaced` keeps layers as far apart as can be, as Distil-Whisper does
+    (Gandhi et al. 2023, arXiv 2311.00430, section 3.1).
     """
     inner = list(range(1, num_layers - 1))
     if method == "random":
         drawn = np.random.default_rng(seed).permutation(inner)[:remove]
         removed = tuple(int(layer) for layer in drawn)
+    elif method == "spaced":
+        removed = spaced(num_layers, inner, remove)
     else:
         first = (len(inner) - remove) // 2
         removed = tuple(inner[first : first + remove])
     candidates = [Candidate(1, layer, float(layer in removed)) for layer in inner]
     return Ranking(removed, tuple(candidates), method, f"halve|{method}|seed:{seed}")
+
+
+def spaced(num_layers: int, inner: Sequence[int], remove: int) -> tuple[int, ...]:
+    """The layers that go so that the others, the first and the last among them, are evenly spread.
+
+    Args:
+        inner: the layers that may go.
+    """
+    wanted = np.linspace(0, num_layers - 1, num_layers - remove).astype(int)
+    gone = [layer for layer in inner if layer not in wanted]
+    # Where some must stay, others go in their place, the last first.
+    more = [layer for layer in reversed(inner) if layer not in gone]
+    return tuple(sorted([*gone[:remove], *more[: max(0, remove - len(gone))]]))
 
 
 def block_influence(before: Tensor, after: Tensor) -> Tensor:
@@ -73,6 +90,7 @@ def by_similarity(
     method: str, speech: SpeechModel, task: SearchTask, remove: int, progress: Progress
 ) -> Ranking:
     """Ranks by block influence or angular distance in one walk through the whole model."""
+    check_walkable(speech)
     texts = reference_tokens(speech, task)
     num_layers = len(speech.part(speech.family.layers))
     influence = np.zeros(num_layers)
@@ -121,6 +139,20 @@ def _nearest_block(states: Sequence[Tensor], remove: int, num_layers: int) -> Ra
     return Ranking(tuple(range(first, first + remove)), tuple(candidates), "angular", signature)
 
 
+def check_walkable(speech: SpeechModel) -> None:
+    """Refuses what these criteria cannot walk through.
+
+    Raises:
+        FamilyError: layers attend to an encoder.
+    """
+    if speech.family.attends_to_encoder:
+        raise FamilyError(
+            f"Criteria that do not translate are not supported for {speech.family.name}: its decoder layers "
+            "attend to an encoder",
+            expected="--method exact, reference, bounded, racing, spaced, random or middle",
+        )
+
+
 def reference_tokens(speech: SpeechModel, task: SearchTask) -> list[list[int]]:
     """Each reference as the model would write it, its end token included."""
     end = speech.family.end_ids(speech.model)[0]
@@ -138,6 +170,7 @@ def by_loss(
     Mean negative log-likelihood of a reference token, in nats, with the true tokens before it (teacher
     forcing). As SLEB (Song et al. 2024, arXiv 2402.09025), which takes perplexity on running text.
     """
+    check_walkable(speech)
     texts = reference_tokens(speech, task)
     num_layers = len(speech.part(speech.family.layers))
     chunks = ledger.chunks(

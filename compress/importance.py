@@ -53,7 +53,7 @@ def run_importance(
     parents = {"model": model, "corpus": Path(corpus)}
     recipe = config.model_dump(mode="json", exclude=NOT_IN_THE_RECORD)
     with artefact.writing(Path(out), "importance", recipe, config.seed, parents) as draft:
-        if config.method in ("random", "middle"):
+        if config.method in ("random", "middle", "spaced"):
             from compress.criteria import blind
 
             ranking = blind(config.method, num_layers, config.remove, config.seed)

@@ -121,6 +121,10 @@ def translator_for(method: str, speech: SpeechModel, task: SearchTask) -> Any:
         from compress.reference import StockTranslator
 
         return StockTranslator(speech, task)
+    if speech.family.attends_to_encoder:
+        from compress.cross import CrossTranslator
+
+        return CrossTranslator(speech, task)
     from compress.exact import ExactTranslator
 
     return ExactTranslator(speech, task)

@@ -6,6 +6,8 @@ stock loop (the same without the copy: is the reference a fair one?), and `exact
 the audio and translate with the whole model first. Every difference in tokens is looked into.
 """
 
+import gzip
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +81,7 @@ def run_importance_bench(
         result = _result(config, speech, task, sides)
         write_json(draft.path / RESULT, result)
         for name, side in sides.items():
-            _write_hypotheses(draft.path / f"{name}.jsonl", task, side)
+            _write_hypotheses(draft.path / f"{name}.jsonl.gz", task, side)
         draft.extra.update(bench="importance", lang=config.lang)
     return read(out)
 
@@ -257,25 +259,47 @@ def _order(scores: Mapping[int, float]) -> list[int]:
 def _differences(
     speech: SpeechModel, task: SearchTask, wanted: Mapping[int, Tokens], found: Mapping[int, Tokens]
 ) -> list[dict[str, Any]]:
-    """Every translation that differs: where, and how near the reference's best two tokens were there."""
+    """Every translation that differs, over all candidates."""
+    num_layers = len(speech.part(speech.family.layers))
+    return [
+        {"layer": layer, **difference}
+        for layer, rows in found.items()
+        for difference in token_differences(
+            speech,
+            task,
+            [other for other in range(num_layers) if other != layer],
+            wanted[layer],
+            rows,
+        )
+    ]
+
+
+def token_differences(
+    speech: SpeechModel, task: SearchTask, kept: Sequence[int], wanted: Tokens, found: Tokens
+) -> list[dict[str, Any]]:
+    """One candidate's translations that differ from the reference's.
+
+    Returns:
+        for each, the segment, the first token that differs, and the gap there of the reference's best
+        two logits.
+    """
     listed = []
-    for layer, rows in found.items():
-        for row, (own, theirs) in enumerate(zip(rows, wanted[layer], strict=True)):
-            if own == theirs:
-                continue
-            place = next(
-                (i for i, pair in enumerate(zip(own, theirs, strict=False)) if pair[0] != pair[1]),
-                min(len(own), len(theirs)),
-            )
-            gap = top_two_gap(speech, task, layer, row, theirs[:place])
-            listed.append({"layer": layer, "id": task.ids[row], "position": place, "gap": gap})
+    for row, (own, theirs) in enumerate(zip(found, wanted, strict=True)):
+        if own == theirs:
+            continue
+        place = next(
+            (i for i, pair in enumerate(zip(own, theirs, strict=False)) if pair[0] != pair[1]),
+            min(len(own), len(theirs)),
+        )
+        gap = top_two_gap(speech, task, kept, row, theirs[:place])
+        listed.append({"id": task.ids[row], "position": place, "gap": gap})
     return listed
 
 
 def top_two_gap(
-    speech: SpeechModel, task: SearchTask, layer: int, row: int, before: Sequence[int]
+    speech: SpeechModel, task: SearchTask, kept: Sequence[int], row: int, before: Sequence[int]
 ) -> float:
-    """The gap of the best two logits after `before`, by the stock model without a layer."""
+    """The gap of the best two logits after `before`, by the stock model with the `kept` layers."""
     family = speech.family
     instruction = family.instruction(language(task.lang))
     dtype = getattr(torch, speech.dtype)
@@ -284,8 +308,6 @@ def top_two_gap(
     said = torch.tensor([list(before)], dtype=torch.long, device=speech.device)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], said], dim=1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(said)], dim=1)
-    num_layers = len(speech.part(family.layers))
-    kept = [other for other in range(num_layers) if other != layer]
     with torch.inference_mode(), only_layers(speech.model, family, kept):
         logits = speech.model(**inputs).logits[0, -1].float()
     top = logits.topk(2).values
@@ -293,8 +315,7 @@ def top_two_gap(
 
 
 def _write_hypotheses(path: Path, task: SearchTask, side: Side) -> None:
-    """One line a candidate and segment, beside its reference."""
-    path.unlink(missing_ok=True)
+    """One line a candidate and segment, beside its reference; the same bytes for the same content."""
     lines = [
         {"layer": layer, "id": name, "hypothesis": text, "reference": reference, "tokens": tokens}
         for layer, found in sorted(side.tokens.items())
@@ -302,5 +323,5 @@ def _write_hypotheses(path: Path, task: SearchTask, side: Side) -> None:
             task.ids, task.texts(found), task.references, found, strict=True
         )
     ]
-    for line in lines:
-        append_jsonl(path, line)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_bytes(gzip.compress(text.encode("utf8"), mtime=0))

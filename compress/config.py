@@ -58,8 +58,8 @@ class TrainingConfig(Config):
     """Order of the batches and every other choice made by chance."""
 
 
-class AdapterConfig(Config):
-    """A low-rank adapter."""
+class AdapterConfig(TrainingConfig):
+    """Training that may go through a low-rank adapter."""
 
     rank: Positive = 64
     """Rank of the adapter."""
@@ -71,7 +71,7 @@ class AdapterConfig(Config):
     """Dropout in front of the adapter."""
 
 
-class TeachConfig(TrainingConfig, AdapterConfig):
+class TeachConfig(AdapterConfig):
     """Fine-tuning of the base model on the corpus: the teacher."""
 
     method: Literal["full", "lora"] = "full"
@@ -173,7 +173,7 @@ class DistillConfig(Config):
     """Kept with the artefact; greedy translation leaves nothing to chance."""
 
 
-class TuneConfig(TrainingConfig, AdapterConfig):
+class TuneConfig(AdapterConfig):
     """Tuning the pruned model on references and the teacher's translations."""
 
     method: Literal["qlora", "lora", "full"] = "qlora"

@@ -5,7 +5,7 @@ audio and the reference translation of each segment. Here as everywhere the firs
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 from compress.exact import ExactTranslator, Pack
 from compress.search import Candidate, Ledger, Ranking, plan_chunks, removable
 from compress.task import SearchTask
-from halve.errors import FamilyError
+from halve.errors import FamilyError, InputError
 from halve.models import SpeechModel
 from halve.progress import Progress
 
@@ -23,14 +23,16 @@ LOWER = {"better": "lower"}
 _LOSS_ROWS = 128
 
 
-def blind(method: str, num_layers: int, remove: int, seed: int) -> Ranking:
+def blind(
+    method: str, num_layers: int, remove: int, seed: int, stay: Container[int] = ()
+) -> Ranking:
     """Layers chosen without looking at the model: the floor that a criterion must beat.
 
     `random` draws them; `middle` takes the block around the middle, as the paper's ablation does
     (Moslem 2025, arXiv 2505.20237); `spaced` keeps layers as far apart as can be, as Distil-Whisper does
     (Gandhi et al. 2023, arXiv 2311.00430, section 3.1).
     """
-    inner = list(range(1, num_layers - 1))
+    inner = removable(range(num_layers), num_layers, stay)
     if method == "random":
         drawn = np.random.default_rng(seed).permutation(inner)[:remove]
         removed = tuple(int(layer) for layer in drawn)
@@ -93,11 +95,12 @@ def by_similarity(
     check_walkable(speech)
     texts = reference_tokens(speech, task)
     num_layers = len(speech.part(speech.family.layers))
+    inner = removable(range(num_layers), num_layers, speech.family.must_stay(speech.config))
     influence = np.zeros(num_layers)
     last: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
     with ExactTranslator(speech, task) as walker:
         packs = walker.pack(range(len(texts)), texts)
-        tokens = sum(len(pack.hidden) for pack in packs)
+        tokens = sum(float(_weights(pack).sum()) for pack in packs)
         with progress.task(method, len(packs)) as advance:
             for pack in packs:
                 ends = [end - 1 for end in pack.attention.starts[1:]]
@@ -105,34 +108,53 @@ def by_similarity(
                     before = pack.hidden
                     last[layer].append(before[ends].clone())
                     walker.advance(pack, layer)
-                    influence[layer] += float(block_influence(before, pack.hidden).sum()) / tokens
+                    influence[layer] += (
+                        float(block_influence(before, pack.hidden) @ _weights(pack)) / tokens
+                    )
                 last[num_layers].append(pack.hidden[ends].clone())
                 # Nothing looks back at this pack again.
                 pack.attention.keys.clear()
                 pack.attention.values.clear()
                 advance()
         if method == "block-influence":
-            return _least_influence(influence, remove, num_layers, len(texts))
-        return _nearest_block([torch.cat(rows) for rows in last], remove, num_layers)
+            return _least_influence(influence, remove, inner, len(texts))
+        return _nearest_block([torch.cat(rows) for rows in last], remove, inner)
+
+
+def _weights(pack: Pack) -> Tensor:
+    """In how many of the pack's rows each token stands: shape (tokens,)."""
+    weights = torch.ones(len(pack.hidden), device=pack.hidden.device)
+    weights[: pack.attention.stem] = len(pack.rows)
+    return weights
 
 
 def _least_influence(
-    influence: "np.ndarray", remove: int, num_layers: int, segments: int
+    influence: "np.ndarray", remove: int, inner: Sequence[int], segments: int
 ) -> Ranking:
-    inner = removable(range(num_layers), num_layers)
     order = sorted(inner, key=lambda layer: (influence[layer], layer))
     candidates = [Candidate(1, layer, float(influence[layer]), LOWER) for layer in inner]
     signature = f"halve|block-influence|segments:{segments}"
     return Ranking(tuple(order[:remove]), tuple(candidates), "block-influence", signature)
 
 
-def _nearest_block(states: Sequence[Tensor], remove: int, num_layers: int) -> Ranking:
-    """Candidates are the blocks' first layers."""
+def _nearest_block(states: Sequence[Tensor], remove: int, inner: Sequence[int]) -> Ranking:
+    """Candidates are the first layers of the blocks whose layers may all go.
+
+    Raises:
+        InputError: there is no such block.
+    """
+    firsts = [layer for layer in inner if set(range(layer, layer + remove)) <= set(inner)]
+    if not firsts:
+        raise InputError(
+            f"No {remove} layers in a row may go",
+            expected=f"a block among layers {', '.join(map(str, inner))}",
+            mend="remove fewer, or rank by another method",
+        )
     candidates = [
         Candidate(
             1, layer, float(angular_distance(states[layer], states[layer + remove]).mean()), LOWER
         )
-        for layer in range(1, num_layers - remove)
+        for layer in firsts
     ]
     first = min(candidates, key=lambda candidate: (candidate.score, candidate.layer)).layer
     signature = f"halve|angular|block:{remove}|segments:{len(states[0])}"
@@ -177,13 +199,15 @@ def by_loss(
         lambda: plan_chunks([0] * len(texts), [len(text) for text in texts], _LOSS_ROWS, 0)
     )
     kept, removed, found = list(range(num_layers)), [], []
-    total = len(chunks) * sum(num_layers - 2 - done for done in range(remove))
+    stay = speech.family.must_stay(speech.config)
+    inner = len(removable(kept, num_layers, stay))
+    total = len(chunks) * sum(inner - done for done in range(remove))
     with (
         ExactTranslator(speech, task) as walker,
         progress.task("loss", total, done=ledger.pieces()) as advance,
     ):
         for number in range(1, remove + 1):
-            layers = removable(kept, num_layers)
+            layers = removable(kept, num_layers, stay)
             for chunk, rows in enumerate(chunks):
                 todo = [layer for layer in layers if (number, layer, chunk) not in ledger]
                 packs = walker.pack(rows, [texts[row] for row in rows])

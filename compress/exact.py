@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compress.layers import LayerRunner, Rotary, open_layers
-from compress.packing import DecodingRows, PackedRows, RowAttention, Tail, packed_attention
+from compress.packing import DecodingRows, PackedRows, RowAttention, SlotBin, Tail, packed_attention
 from compress.task import SearchTask
 from halve.models import SpeechModel
 from halve.sources import asked
@@ -34,6 +34,8 @@ LOGITS_PER_PASS = 1 << 25
 """The most logits held at once."""
 DECODED_TOGETHER = 5
 """Candidates whose rows are decoded in one batch; also what a killed search may lose."""
+BINS = {"cpu": 6, "cuda": 2}
+"""Parts of like length that decoding rows attend in: less is read in vain, for a few more operations."""
 COMPACT_BELOW = 0.75
 """Slots are moved together once fewer of them than this are still decoding."""
 
@@ -45,9 +47,9 @@ class Pack:
     rows: list[int]
     drafts: list[list[int]]
     prompts: list[int]
-    """Prompt length of each row in tokens, audio included."""
+    """Prompt length of each row in tokens, audio and stem included."""
     hidden: Tensor
-    """Input of the next layer: (tokens, hidden)."""
+    """Input of the next layer: (tokens, hidden). What all prompts begin with stands once before the rows."""
     rotary: Rotary
     """What tells each token its position in its row."""
     tail: Tail
@@ -61,14 +63,19 @@ class Decoding:
     """Rows of one group of candidates: those finished, and those that wait to be decoded on."""
 
     slots: DecodingRows
+    bin_of: dict[int, int]
+    """The bin of each row."""
     found: dict[tuple[int | None, int], list[int]] = field(default_factory=dict)
     """Tokens so far, by candidate and row."""
-    waiting: list[tuple[int | None, int]] = field(default_factory=list)
-    """Candidate and row of each slot, candidates in ascending order."""
+    waiting: list[list[tuple[int | None, int]]] = field(default_factory=list)
+    """Candidate and row of each slot in use, by bin."""
+
+    def __post_init__(self) -> None:
+        self.clear()
 
     def clear(self) -> None:
         """Forgets the group; the slots stay."""
-        self.found, self.waiting = {}, []
+        self.found, self.waiting = {}, [[] for _ in self.slots.bins]
 
 
 class ExactTranslator:
@@ -89,8 +96,10 @@ class ExactTranslator:
         self._context = ExitStack()
         self._layers: list[LayerRunner] = []
         self._slots: DecodingRows | None = None
-        self._slots_shape = (0, 0)
+        self._slots_shape: list[tuple[int, int]] = []
         self._prompts = self._embed_prompts(speech)
+        # Where the decoder attends to an encoder, equal inputs do not make equal states.
+        self._stem = 0 if family.attends_to_encoder else _common_start(self._prompts)
 
     def __enter__(self) -> "ExactTranslator":
         opened: list[AbstractContextManager[Any]] = [
@@ -121,27 +130,20 @@ class ExactTranslator:
 
     def row_bytes(self) -> list[int]:
         """The most that each segment takes: its own and its parent's keys and values, and states."""
-        config = self._config
-        of_token = 2 * config.num_key_value_heads * self._head_dim() * len(self.layers)
+        of_token = self._family.cache_width(self._model)
         item = self._table.weight.element_size()
         copies = DECODED_TOGETHER + 1
         return [
-            (len(prompt) + limit) * (copies * of_token + 2 * config.hidden_size) * item
+            (len(prompt) + limit) * (copies * of_token + 2 * prompt.shape[1]) * item
             for prompt, limit in zip(self._prompts, self.task.limits, strict=True)
         ]
-
-    def _head_dim(self) -> int:
-        config = self._config
-        return int(
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
 
     # Packing
 
     def pack(self, rows: Sequence[int], drafts: Sequence[Sequence[int]]) -> list[Pack]:
         """Packs of rows with drafts, longest rows first, each of at most one pass's tokens."""
         lengths = [
-            len(self._prompts[row]) + max(0, len(draft) - 1)
+            len(self._prompts[row]) - self._stem + max(0, len(draft) - 1)
             for row, draft in zip(rows, drafts, strict=True)
         ]
         order = sorted(range(len(rows)), key=lambda index: (-lengths[index], rows[index]))
@@ -159,35 +161,41 @@ class ExactTranslator:
     def _pack(
         self, chosen: Sequence[int], rows: Sequence[int], drafts: Sequence[Sequence[int]]
     ) -> Pack:
-        parts, places, choices, counts, lengths = [], [], [], [], []
-        start = 0
+        stem = self._stem
+        parts = [self._prompts[rows[chosen[0]]][:stem]]
+        places = [torch.arange(stem)]
+        choices, counts, lengths = [], [], []
+        start = stem
         for index in chosen:
-            prompt, draft = self._prompts[rows[index]], drafts[index]
+            prompt, draft = self._prompts[rows[index]][stem:], drafts[index]
             parts.append(prompt)
             # The last token of a draft is only ever chosen, never looked back to.
             if len(draft) > 1:
-                parts.append(self._table(torch.tensor(draft[:-1], device=self._device)))
+                parts.append(self._embed(torch.tensor(draft[:-1], device=self._device)))
             length, count = len(prompt) + max(0, len(draft) - 1), max(1, len(draft))
-            places.append(torch.arange(length))
+            places.append(torch.arange(stem, stem + length))
             choices.append(torch.arange(start + length - count, start + length))
             counts.append(count)
             lengths.append(length)
             start += length
-        hidden = torch.cat(parts)
+        hidden, rotary = self._enter(torch.cat(parts), torch.cat(places).to(self._device))
         return Pack(
             rows=[rows[index] for index in chosen],
             drafts=[list(drafts[index]) for index in chosen],
             prompts=[len(self._prompts[rows[index]]) for index in chosen],
             hidden=hidden,
-            rotary=self._rotary(hidden, torch.cat(places).to(self._device)),
+            rotary=rotary,
             tail=Tail(torch.cat(choices).to(self._device), counts),
-            attention=PackedRows(lengths),
+            attention=PackedRows(lengths, stem),
         )
 
-    def _rotary(self, hidden: Tensor, places: Tensor) -> Rotary:
-        """What tells tokens (tokens, hidden) their positions (tokens,)."""
-        rotary: Rotary = self._family.rotary(self._decoder, hidden[None], places[None])
-        return rotary
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Decoder inputs of tokens (tokens,)."""
+        return self._family.embed(self._model, tokens)
+
+    def _enter(self, inputs: Tensor, places: Tensor) -> tuple[Tensor, Rotary]:
+        """Decoder inputs at their positions (tokens,) as the first layer's states, and what goes beside them."""
+        return self._family.enter(self._decoder, inputs, places)
 
     def advance(self, pack: Pack, layer: int) -> None:
         """Takes the parent's states through one layer."""
@@ -199,7 +207,8 @@ class ExactTranslator:
         Returns:
             the final states of the tail, shape (tail tokens, hidden), and the branch's own attention.
         """
-        rows = PackedRows(pack.attention.lengths)
+        rows = PackedRows(pack.attention.lengths, self._stem)
+        rows.shared = dict(pack.attention.shared)
         if not layers:
             return pack.hidden[pack.tail.tokens], rows
         hidden = pack.hidden
@@ -277,22 +286,16 @@ class ExactTranslator:
             found = self._check(pack, chosen.tolist())
             for row, tokens in zip(pack.rows, found, strict=True):
                 decoding.found[candidate, row] = tokens
-            going = [
-                place
-                for place, row in enumerate(pack.rows)
-                if not self._finished(row, found[place])
-            ]
-            if going:
+            for place, row in enumerate(pack.rows):
+                if self._finished(row, found[place]):
+                    continue
                 # Prompt and agreed tokens; a row's newest token is the next step's input.
-                spans = [
-                    (start, start + pack.prompts[place] + len(found[place]) - 1)
-                    for place in going
-                    for start in (pack.attention.starts[place],)
-                ]
-                first = len(decoding.waiting)
-                decoding.slots.fill(first, pack.attention, below, spans)
-                decoding.slots.fill(first, attention, above, spans)
-                decoding.waiting += [(candidate, pack.rows[place]) for place in going]
+                length = pack.prompts[place] + len(found[place]) - 1
+                waiting = decoding.waiting[decoding.bin_of[row]]
+                slots = decoding.slots.bins[decoding.bin_of[row]]
+                slots.fill(len(waiting), pack.attention, below, place, length)
+                slots.fill(len(waiting), attention, above, place, length)
+                waiting.append((candidate, row))
 
     def _check(self, pack: Pack, chosen: Sequence[int]) -> list[list[int]]:
         """What each row keeps of its draft, because the candidate chose it too, and its first own token."""
@@ -318,40 +321,47 @@ class ExactTranslator:
 
     def _begin(self, rows: Sequence[int], groups: Sequence[Sequence[int | None]]) -> "Decoding":
         """The decoding buffers, made anew only when these rows need larger ones."""
-        capacity = max(len(self._prompts[row]) + self.task.limits[row] for row in rows)
-        shape = (len(rows) * max(map(len, groups), default=0), capacity)
-        if self._slots is None or any(
-            have < need for have, need in zip(self._slots_shape, shape, strict=True)
-        ):
+        together = max(map(len, groups), default=0)
+        capacity = {row: len(self._prompts[row]) + self.task.limits[row] for row in rows}
+        order = sorted(rows, key=lambda row: (capacity[row], row))
+        size = -(-len(order) // BINS.get(self._device.type, BINS["cpu"]))
+        bins = [order[start : start + size] for start in range(0, len(order), size)]
+        shape = [(len(part) * together, capacity[part[-1]]) for part in bins]
+        if self._slots is None or not _fits(shape, self._slots_shape):
             self._slots = None  # frees the old ones first
             weight = self._table.weight
-            heads = self._config.num_key_value_heads
-            self._slots = DecodingRows(*shape, heads, self._head_dim(), weight.dtype, weight.device)
+            self._slots = DecodingRows(
+                [SlotBin(*part, weight.dtype, weight.device) for part in shape]
+            )
             self._slots_shape = shape
-        return Decoding(self._slots)
+        return Decoding(
+            self._slots, {row: index for index, part in enumerate(bins) for row in part}
+        )
 
     def _decode(
         self, decoding: "Decoding", kept: Sequence[int], rows: Sequence[int]
     ) -> dict[int | None, list[list[int]]]:
         """Decodes all waiting rows on greedily; the rows of each candidate pass by its layer.
 
-        Slot i holds the row waiting[i] up to its last token.
+        Each slot holds a row up to its last token.
         """
         found, slots = decoding.found, decoding.slots
-        in_slot: list[tuple[int | None, int] | None] = list(decoding.waiting)
-        tokens = torch.tensor([found[key][-1] for key in decoding.waiting], device=self._device)
+        slots.use([len(part) for part in decoding.waiting])
+        waiting = [key for part in decoding.waiting for key in part]
+        in_slot: list[tuple[int | None, int] | None] = list(waiting)
+        tokens = torch.tensor([found[key][-1] for key in waiting], device=self._device)
         places = torch.tensor(
-            [len(self._prompts[key[1]]) + len(found[key]) - 1 for key in decoding.waiting],
+            [len(self._prompts[key[1]]) + len(found[key]) - 1 for key in waiting],
             device=self._device,
         )
         left_out = torch.tensor(
-            [-1 if key[0] is None else key[0] for key in decoding.waiting], device=self._device
+            [-1 if key[0] is None else key[0] for key in waiting], device=self._device
         )
         passing = _passing(left_out)
         active = len(in_slot)
         while active:
             slots.begin_step(places)
-            hidden = self._step(self._table(tokens), places, slots, kept, passing)
+            hidden = self._step(self._embed(tokens), places, slots, kept, passing)
             tokens = torch.cat([block.argmax(-1) for block in self.logits(hidden)])
             for slot, token in enumerate(tokens.tolist()):
                 key = in_slot[slot]
@@ -361,28 +371,28 @@ class ExactTranslator:
                 if self._finished(key[1], found[key]):
                     in_slot[slot] = None
                     active -= 1
+            going = [key is not None for key in in_slot]
             # A finished row in its slot stays where it is, so that it never outgrows the buffers.
-            going = torch.tensor([key is not None for key in in_slot], device=self._device)
-            places = places + going.long()
+            places = places + torch.tensor(going, device=self._device).long()
             if active and active < COMPACT_BELOW * len(in_slot):
-                keep = going.nonzero()[:, 0]
-                slots.keep(keep)
-                tokens, places, left_out = tokens[keep], places[keep], left_out[keep]
+                order = slots.keep(going)
+                in_slot = [in_slot[slot] for slot in order]
+                moved = torch.tensor(order, device=self._device)
+                tokens, places, left_out = tokens[moved], places[moved], left_out[moved]
                 passing = _passing(left_out)
-                in_slot = [key for key in in_slot if key is not None]
         layers = dict.fromkeys(layer for layer, _ in found)
         return {layer: [found[layer, row] for row in rows] for layer in layers}
 
     def _step(
         self,
-        hidden: Tensor,
+        inputs: Tensor,
         places: Tensor,
         rows: RowAttention,
         layers: Sequence[int],
         passing: Mapping[int, Tensor],
     ) -> Tensor:
         """States after the layers; rows that `passing` names for a layer stay as they were before it."""
-        rotary = self._rotary(hidden, places)
+        hidden, rotary = self._enter(inputs, places)
         for layer in layers:
             before = hidden
             hidden = self._layers[layer](hidden, rotary, rows)
@@ -398,3 +408,20 @@ def _passing(left_out: Tensor) -> dict[int, Tensor]:
         for layer in sorted(set(left_out.tolist()))
         if layer >= 0
     }
+
+
+def _common_start(prompts: Sequence[Tensor]) -> int:
+    """How many inputs all prompts (tokens, hidden) begin with; each keeps at least one of its own."""
+    shortest = min(len(prompt) for prompt in prompts)
+    same = torch.ones(shortest, dtype=torch.bool, device=prompts[0].device)
+    for prompt in prompts:
+        same &= (prompt[:shortest] == prompts[0][:shortest]).all(-1)
+    return min(int(same.long().cumprod(0).sum()), shortest - 1)
+
+
+def _fits(need: Sequence[tuple[int, int]], have: Sequence[tuple[int, int]]) -> bool:
+    """Whether bins of (slots, capacity) are as large as those that are needed."""
+    return len(need) <= len(have) and all(
+        slots <= own_slots and capacity <= own_capacity
+        for (slots, capacity), (own_slots, own_capacity) in zip(need, have, strict=False)
+    )

@@ -5,7 +5,7 @@ Ranks on the corpus's `select` split. The paper's search (Moslem 2025, arXiv 250
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,8 @@ def run_importance(
     teacher = read_config(model)
     family = family_for(teacher)
     num_layers = family.num_layers(teacher)
-    metric = check_config(config, num_layers)
+    stay = family.must_stay(teacher)
+    metric = check_config(config, num_layers, stay)
     heard = read_corpus(corpus)
     segments = heard.split(config.split, config.lang, config.segments)
     parents = {"model": model, "corpus": Path(corpus)}
@@ -56,7 +57,7 @@ def run_importance(
         if config.method in ("random", "middle", "spaced"):
             from compress.criteria import blind
 
-            ranking = blind(config.method, num_layers, config.remove, config.seed)
+            ranking = blind(config.method, num_layers, config.remove, config.seed, stay)
         else:
             if _on_workers(config):
                 # The workers load it; here, texts are made of their tokens.
@@ -100,7 +101,9 @@ def _stopped(ranking: "Ranking") -> dict[str, Any]:
     return facts
 
 
-def check_config(config: ImportanceConfig, num_layers: int) -> str:
+def check_config(
+    config: ImportanceConfig, num_layers: int, stay: Mapping[int, str] | None = None
+) -> str:
     """Refuses what cannot be ranked; returns the metric to rank by."""
     target = language(config.lang)
     if config.split == "test":
@@ -115,11 +118,14 @@ def check_config(config: ImportanceConfig, num_layers: int) -> str:
         raise InputError(
             f"Layers cannot be ranked by {metric!r}", expected=f"one of {', '.join(usable)}"
         )
-    most = max(0, num_layers - 2)
+    ends = {0, num_layers - 1}
+    reasons = {layer: why for layer, why in (stay or {}).items() if layer not in ends}
+    most = max(0, num_layers - len(ends) - len(reasons))
     if config.remove > most:
+        also = [f"layer {layer} ({why})" for layer, why in sorted(reasons.items())]
         raise InputError(
             f"{config.remove} layers cannot be removed from {num_layers}",
-            expected=f"at most {most}: the first and the last layer always stay",
+            expected=f"at most {most}: {', '.join(['the first and the last layer', *also])} always stay",
         )
     return metric
 
@@ -226,7 +232,7 @@ def by_translation(
         MissingExtraError, WorkersDiedError: see `compress.workers`.
     """
     from compress.racing import bounded, racing, stratify
-    from compress.search import Search, every_candidate, greedy, plan_chunks
+    from compress.search import Search, every_candidate, greedy, plan_chunks, removable
 
     plays = {
         "bounded": bounded,
@@ -241,11 +247,13 @@ def by_translation(
         chunks = ledger.chunks(lambda: cut(row_bytes, lengths, config.batch_size, budget))
         num_layers = _num_layers(speech)
         most = config.shortlist or num_layers
-        tried = sum(min(most, num_layers - 2 - done) for done in range(config.remove))
+        stay = speech.family.must_stay(speech.config)
+        inner = len(removable(range(num_layers), num_layers, stay))
+        tried = sum(min(most, inner - done) for done in range(config.remove))
         with progress.task("importance", len(chunks) * tried, done=ledger.pieces()) as advance:
             search = Search(pool, task, ledger, chunks, advance)
             play = plays.get(config.method, every_candidate)
-            return greedy(search, num_layers, config.remove, play, shortlist)
+            return greedy(search, num_layers, config.remove, play, shortlist, stay)
 
 
 def _num_layers(speech: SpeechModel) -> int:

@@ -22,8 +22,9 @@ ROUNDING = 8
 PROBE_ROWS = (5, 3)
 """Lengths of the rows of random states that the two ways are compared on."""
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines of the tokens' positions, each (1, tokens, head dim): as `Family.rotary` gives them."""
+Rotary = Any
+"""What goes beside the states through all layers, as `Family.enter` gives it: for a layer of the common shape,
+cosines and sines of the tokens' positions, each (1, tokens, head dim)."""
 
 
 class LayerRunner(Protocol):
@@ -59,10 +60,10 @@ class StockLayer:
             hidden[None],
             attention_mask=None,
             position_ids=None,
-            position_embeddings=self._family.rotary_of(self._module, rotary),
             past_key_values=None,
             use_cache=False,
             halve_rows=rows,
+            **self._family.layer_inputs(self._module, rotary, rows.shared),
         )[0]
         return output if tail is None else output[tail.tokens]
 
@@ -153,7 +154,7 @@ def _has_parts(module: Any) -> bool:
         # A window that only the config knows of shows on long rows alone: the probe's are short.
         and (
             hasattr(attention, "sliding_window")
-            or getattr(attention.config, "sliding_window", None) is None
+            or getattr(getattr(attention, "config", None), "sliding_window", None) is None
         )
         and hasattr(mlp, "act_fn")
     )

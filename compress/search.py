@@ -5,7 +5,7 @@ the layer whose absence scores best (Moslem 2025; iteratively: Moslem, Al Farouq
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,9 +130,9 @@ def translator_for(method: str, speech: SpeechModel, task: SearchTask) -> Any:
     return ExactTranslator(speech, task)
 
 
-def removable(kept: Sequence[int], num_layers: int) -> list[int]:
-    """The layers of `kept` that may go: all but the teacher's first and last."""
-    return [layer for layer in kept if layer not in (0, num_layers - 1)]
+def removable(kept: Sequence[int], num_layers: int, stay: Container[int] = ()) -> list[int]:
+    """The layers of `kept` that may go: all but the teacher's first and last, and those that must `stay`."""
+    return [layer for layer in kept if layer not in (0, num_layers - 1) and layer not in stay]
 
 
 Key = tuple[int, int | None, int]
@@ -312,8 +312,9 @@ def greedy(
     remove: int,
     play: Round = every_candidate,
     shortlist: Shortlist | None = None,
+    stay: Container[int] = (),
 ) -> Ranking:
-    """Removes `remove` layers one after the other."""
+    """Removes `remove` layers one after the other, none of those that must `stay`."""
     kept = list(range(num_layers))
     nothing: Tokens = [[] for _ in search.task.ids]
     search.translate(0, kept, nothing, [None], range(len(search.chunks)))
@@ -322,7 +323,7 @@ def greedy(
     found: list[Candidate] = []
     removed: list[int] = []
     for number in range(1, remove + 1):
-        inner = removable(kept, num_layers)
+        inner = removable(kept, num_layers, stay)
         asked = shortlist.of(inner) if shortlist else inner
         candidates = play(search, number, kept, drafts, asked)
         winner = best(candidates)

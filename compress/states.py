@@ -145,8 +145,11 @@ def _encode(speech: SpeechModel, corpus: Corpus, segment: Segment) -> np.ndarray
 def _key(speech: SpeechModel, corpus: Corpus, segments: Sequence[Segment]) -> str:
     """Stands for the tower's weights, their type, the corpus and the segments in their order."""
     digest = hashlib.sha256(f"{identity(corpus.path)} {speech.dtype}\n".encode())
-    for name, tensor in sorted(speech.part(speech.family.audio_tower).state_dict().items()):
+    # A family without a tower hands frames on as they are.
+    tower = speech.part(speech.family.audio_tower).state_dict() if speech.family.audio_tower else {}
+    for name, tensor in sorted(tower.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().tobytes())
     digest.update("\n".join(segment.id for segment in segments).encode())
     return digest.hexdigest()

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from export.caches import DeviceCaches, HostCaches
 from export.geometry import Geometry, rotary_table
 from export.vocabulary import TokenIds
 from halve.beams import BeamSearch
@@ -25,10 +26,16 @@ FloatArray = NDArray[np.float32]
 _CAPACITY_STEP = 64
 
 
-def open_session(path: Path, threads: int | None, *, spin: bool) -> onnxruntime.InferenceSession:
-    """Opens a graph for the CPU.
+CUDA = "CUDAExecutionProvider"
+
+
+def open_session(
+    path: Path, threads: int | None, *, spin: bool, device: str = "cpu"
+) -> onnxruntime.InferenceSession:
+    """Opens a graph.
 
     Args:
+        device: cpu or cuda.
         threads: None leaves the choice to onnxruntime.
         spin: whether idle threads wait actively after a run: right for many short runs.
     """
@@ -39,7 +46,10 @@ def open_session(path: Path, threads: int | None, *, spin: bool) -> onnxruntime.
     options.log_severity_level = 3
     if not spin:
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    providers = [CUDA] if device == "cuda" else []
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=[*providers, "CPUExecutionProvider"]
+    )
 
 
 @dataclass
@@ -74,7 +84,14 @@ class Decoder:
         self._stop_loops = stop_loops
         self._kept = kept
         half = any(each.type == "tensor(float16)" for each in session.get_inputs())
-        self.cache_type = np.float16 if half else np.float32
+        self._cache_type = np.float16 if half else np.float32
+        self._on_device = CUDA in session.get_providers()
+
+    def new_caches(self, slots: int, capacity: int) -> Any:
+        """Caches where the graph computes."""
+        if self._on_device:
+            return DeviceCaches(self.geometry, slots, capacity, self._cache_type, "cuda")
+        return HostCaches(self.geometry, slots, capacity, self._cache_type)
 
     def choose(self, logits: FloatArray) -> list[int]:
         """The most likely token of each row of logits, (rows, vocabulary)."""
@@ -168,8 +185,7 @@ class DecodeBatch:
         if last is row:
             return
         self.rows[slot] = last
-        for cache in self._caches:
-            cache[slot, :, : last.length] = cache[len(self.rows), :, : last.length]
+        self._caches.copy_rows([len(self.rows)], [slot], last.length)
 
     def search(self, inputs: FloatArray, limit: int, beams: int) -> Row:
         """Beam search for one prompt in a batch without rows; each beam takes a slot.
@@ -185,9 +201,9 @@ class DecodeBatch:
 
         def step(tokens: list[int], parents: list[int]) -> FloatArray:
             nonlocal length
-            if parents != list(range(len(parents))):
-                for cache in self._caches:
-                    cache[: len(parents), :, :length] = cache[parents, :, :length]
+            places = list(range(len(parents)))
+            if parents != places:
+                self._caches.copy_rows(parents, places, length)
             logits = self._run(tokens, [length] * len(tokens))
             length += 1
             return logits
@@ -204,23 +220,17 @@ class DecodeBatch:
                 expected=f"at most {most} positions together",
                 mend="cut the audio, or lower the token limit",
             )
-        if need > self._capacity:
+        if need > self._caches.capacity:
             self._allocate(need)
 
     def _allocate(self, capacity: int) -> None:
         """Makes buffers of at least `capacity` positions and keeps the rows' caches."""
-        geometry = self._decoder.geometry
         capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
-        shape = (self._slots, geometry.kv_heads, capacity, geometry.head_dim)
-        old = getattr(self, "_caches", [])
-        self._caches = [
-            np.empty(shape, self._decoder.cache_type) for _ in range(2 * geometry.layers)
-        ]
-        for before, after in zip(old, self._caches, strict=False):
-            for slot, row in enumerate(self.rows):
-                after[slot, :, : row.length] = before[slot, :, : row.length]
-        self._capacity = capacity
-        self._rotary = rotary_table(geometry, capacity)
+        old = getattr(self, "_caches", None)
+        self._caches = self._decoder.new_caches(self._slots, capacity)
+        if old is not None and self.rows:
+            self._caches.take_over(old, len(self.rows))
+        self._rotary = rotary_table(self._decoder.geometry, capacity)
         self._bindings: dict[int, Any] = {}
 
     def _binding(self, count: int) -> Any:
@@ -266,9 +276,5 @@ class DecodeBatch:
         ):
             binding.bind_ortvalue_input(name, value(array))
         binding.bind_ortvalue_output("logits", value(logits))
-        for index, cache in enumerate(self._caches):
-            name = f"{'value' if index % 2 else 'key'}.{index // 2}"
-            shared = value(cache[rows])
-            binding.bind_ortvalue_input(f"past_{name}", shared)
-            binding.bind_ortvalue_output(name, shared)
+        self._caches.bind(binding, rows)
         return binding

@@ -69,7 +69,8 @@ def run_merge(
             draft.extra["onto"] = config.onto
         draft.extra |= _carried(model) | _tuned(adapter)
         _verify(config, model, draft.path)
-        write_card(draft.path, source=model, kind="student", facts=draft.extra)
+        facts = {**draft.extra, "languages": config.langs or _tuned_languages(adapter)}
+        write_card(draft.path, source=model, kind="student", facts=facts)
     return artefact.read(out, "student")
 
 

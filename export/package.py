@@ -297,5 +297,7 @@ def _card_facts(model: Path, manifest: Manifest) -> dict[str, Any]:
     }
     if (model / artefact.RECORD).is_file():
         extra = artefact.read(model).extra
-        facts |= {key: extra[key] for key in ("removed", "onto", "base_model", "tuned") if key in extra}
+        facts |= {
+            key: extra[key] for key in ("removed", "onto", "base_model", "tuned") if key in extra
+        }
     return facts

@@ -30,17 +30,26 @@ def _never() -> bool:
 
 
 class OnnxTranslator:
-    """Translates with an ONNX package on the CPU."""
+    """Translates with an ONNX package."""
 
-    def __init__(self, path: Path, *, threads: int | None = None, stop_loops: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        stop_loops: bool = False,
+        device: str = "auto",
+    ) -> None:
         """Opens a package.
 
         Args:
             threads: of each graph; None leaves the choice to onnxruntime.
+            device: cpu or cuda; auto is cuda for a package of precision fp16 where there is one.
             stop_loops: cuts repetition loops before their limit; scores are made without it.
 
         Raises:
             ArtefactError: files are missing or damaged.
+            InputError: a device that this package or this machine has not.
             MissingExtraError: onnxruntime is not installed.
         """
         try:
@@ -48,6 +57,7 @@ class OnnxTranslator:
         except ImportError:
             raise MissingExtraError("onnxruntime", "cpu") from None
         manifest = read_manifest(path, "onnx")
+        self.device = _pick_device(path, manifest, device)
         self.manifest = manifest
         self.family = manifest.family
         self.languages = tuple(manifest.languages)
@@ -72,8 +82,10 @@ class OnnxTranslator:
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         if manifest.reads == "audio":
             self._front = FrontEnd(manifest.front_end)
-            self._encoder = open_session(path / "encoder.onnx", threads, spin=False)
-        session = open_session(path / "decoder.onnx", threads, spin=True)
+            self._encoder = open_session(
+                path / "encoder.onnx", threads, spin=False, device=self.device
+            )
+        session = open_session(path / "decoder.onnx", threads, spin=True, device=self.device)
         kept = None
         if manifest.is_trimmed:
             kept = np.load(path / VOCABULARY, allow_pickle=False).astype(np.int64)
@@ -242,6 +254,36 @@ class OnnxTranslator:
         del self._decoder, self._embed
 
 
+def _pick_device(path: Path, manifest: Manifest, device: str) -> str:
+    """cpu or cuda.
+
+    Raises:
+        InputError: cuda for a package or a machine that cannot.
+    """
+    import onnxruntime
+
+    fit = manifest.precision == "fp16"
+    there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device == "auto":
+        return "cuda" if fit and there else "cpu"
+    if device == "cpu":
+        return device
+    if device != "cuda" or not fit:
+        raise InputError(
+            f"{path} ({manifest.precision}) cannot run on {device}",
+            expected="the CPU; of ONNX packages, only those of precision fp16 run on a GPU (cuda)",
+            mend="package the student with --precision fp16, or use a package of target checkpoint",
+        )
+    if not there:
+        found = ", ".join(onnxruntime.get_available_providers())
+        raise InputError(
+            f"This onnxruntime cannot compute on a GPU (it has {found})",
+            expected="onnxruntime-gpu, whose files exclude onnxruntime's",
+            mend="install halve with the extra gpu instead of cpu, or name --device cpu",
+        )
+    return device
+
+
 def open_translator(
     path: str | Path,
     *,
@@ -253,7 +295,7 @@ def open_translator(
 
     Args:
         threads: threads to compute with; None leaves the choice to the runtime.
-        device: auto, cpu or cuda; an ONNX package runs on the CPU.
+        device: auto, cpu or cuda; an ONNX package of precision fp16 runs on both, others on the CPU.
         dtype: float32, bfloat16 or float16 of a model on torch; its package's own where None.
 
     Raises:
@@ -265,15 +307,10 @@ def open_translator(
         return _open_torch(path, threads, device, dtype or "float32")
     manifest = read_manifest(folder)
     if manifest.target == "onnx":
-        if device not in ("auto", "cpu"):
-            raise InputError(
-                f"{path} cannot run on {device}",
-                expected="the CPU: an ONNX package is made for it",
-                mend="use a package of target checkpoint on a GPU",
-            )
-        if dtype not in (None, "float32"):
-            raise InputError(f"{path} cannot compute in {dtype}", expected="float32")
-        return OnnxTranslator(folder, threads=threads)
+        computes = "float16" if manifest.precision == "fp16" else "float32"
+        if dtype not in (None, computes):
+            raise InputError(f"{path} cannot compute in {dtype}", expected=computes)
+        return OnnxTranslator(folder, threads=threads, device=device)
     translator = _open_torch(path, threads, device, dtype or "bfloat16")
     translator.languages = tuple(manifest.languages)
     return translator

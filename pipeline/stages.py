@@ -120,6 +120,9 @@ def merge(run: Run) -> Iterator[Step]:
     """Merges the adapter: the student."""
     if run.recipe.tune is not None:
         config = run.recipe.merge or MergeConfig()
+        if any(each.precision in ("nf4", "int4") for each in run.recipe.packages):
+            # What was tuned on NF4 may lose its gain when it is merged and quantised again.
+            config = config.model_copy(update={"requantized": config.onto == "auto"})
         yield steps.merge(config, run.pruned, run.out / "adapter", run.corpus, run.out / "student")
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halve.audio import FloatArray, probe, read_audio
-from halve.families import SourceText
 from halve.errors import CorpusError, InputError
+from halve.families import SourceText
 from halve.importers.base import read_lines
 from halve.importers.iwslt import FILE_ORDER, AudioIndex, in_file_order, read_segments_yaml
 from halve.progress import Progress
@@ -89,6 +89,7 @@ def translate_lines(
     batch_size: int,
     threads: int | None,
     progress: Progress,
+    beams: int = 1,
 ) -> "Iterator[Line]":
     """Translates texts in their order with a model that reads; an empty line stays empty.
 
@@ -104,7 +105,9 @@ def translate_lines(
             for start in range(0, len(lines), 4 * batch_size):
                 batch = lines[start : start + 4 * batch_size]
                 texts = [source for _, source in batch if source.text.strip()]
-                found = iter(translator.translate(texts, target, batch_size=batch_size))
+                found = iter(
+                    translator.translate(texts, target, batch_size=batch_size, beams=beams)
+                )
                 for name, source in batch:
                     text = next(found).text if source.text.strip() else ""
                     yield Line(name, " ".join(text.split()), 0.0)
@@ -148,6 +151,7 @@ def translate(
     batch_size: int,
     threads: int | None,
     progress: Progress,
+    beams: int = 1,
 ) -> Iterator[Line]:
     """Translates pieces in their order; longer ones than the model hears at once are cut in silence.
 
@@ -169,7 +173,7 @@ def translate(
                     for clip in audio
                 ]
                 flat = [part for parts in cuts for part in parts]
-                texts = iter(translator.translate(flat, target, batch_size=batch_size))
+                texts = iter(translator.translate(flat, target, batch_size=batch_size, beams=beams))
                 for piece, clip, parts in zip(batch, audio, cuts, strict=True):
                     text = " ".join(next(texts).text for _ in parts)
                     yield Line(

@@ -32,8 +32,9 @@ class PlainTranslator:
         *,
         limits: Sequence[int] | None = None,
         batch_size: int = 16,
+        beams: int = 1,
     ) -> list[Translation]:
-        """Translates clips one by one, whatever the batch size."""
+        """Translates clips one by one, whatever the batch size; greedily, as the paper."""
         chosen = limits_for(audio, limits)
         return [self._one(clip, lang, limit) for clip, limit in zip(audio, chosen, strict=True)]
 

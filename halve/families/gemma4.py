@@ -66,7 +66,8 @@ class Gemma4(Family):
     head = "lm_head"
     audio_tower = "model.audio_tower"
     projector = "model.embed_audio"
-    unquantised = (
+    no_onnx = "shared keys and values, per-layer embeddings and two kinds of attention heads have no graph yet"
+    unquantised: tuple[str, ...] = (
         "model.vision_tower",
         "model.embed_vision",
         "model.language_model.per_layer_model_projection",

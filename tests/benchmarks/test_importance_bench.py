@@ -1,11 +1,14 @@
 """The bench of the search: the same tokens from every method, and the keys that others rely on."""
 
+import gzip
+import json
 from pathlib import Path
 
 import torch
 
 from benchmarks.config import ImportanceBenchConfig
 from benchmarks.importance import run_importance_bench, top_two_gap
+from benchmarks.importance_order import compare_orders
 from compress.importance import make_task
 from halve import artefact
 from halve.corpus import read_corpus
@@ -23,15 +26,36 @@ def test_one_round_of_each(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) 
     assert (result["segments"], result["candidates"]) == (2, 4)
     assert result["threads"] == torch.get_num_threads() and result["stock_loop_s"] > 0
     assert result["also"]["bounded"]["same_winner"]
-    of = {name: made.path / f"{name}.jsonl" for name in ("reference", "stock_loop", "exact")}
+    of = {name: made.path / f"{name}.jsonl.gz" for name in ("reference", "stock_loop", "exact")}
     assert len({path.read_bytes() for path in of.values()}) == 1
-    assert len(artefact.read_jsonl(of["exact"])) == 2 * 4
+    lines = gzip.decompress(of["exact"].read_bytes()).decode("utf8").splitlines()
+    assert len(lines) == 2 * 4 and json.loads(lines[0])["layer"] == 1
 
 
 def test_the_gap_is_that_of_the_chosen_token(tiny_model: Path, tiny_corpus: Path) -> None:
     speech = load_model(tiny_model)
     corpus = read_corpus(tiny_corpus)
     task = make_task(speech, corpus, corpus.split("select", "de", 1), "de", "chrf++")
-    assert top_two_gap(speech, task, 2, 0, []) > 0
-    assert top_two_gap(speech, task, 2, 0, [7, 9]) > 0
+    assert top_two_gap(speech, task, [0, 1, 3, 4, 5], 0, []) > 0
+    assert top_two_gap(speech, task, [0, 1, 3, 4, 5], 0, [7, 9]) > 0
     assert len(speech.part(speech.family.layers)) == 6
+
+
+def test_orders_of_whole_searches(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    made = compare_orders(
+        tiny_model, tiny_corpus, tmp_path / "out", lang="de", remove=2, segments=2
+    )
+    assert artefact.verify(made.path) == []
+    result = artefact.read_json(made.path / "order.json")
+    assert all(search["same_order"] for search in result["searches"].values())
+    assert result["differences"] == [] and result["max_score_difference"] == 0.0
+    assert result["translations_compared"] == 2 * (4 + 3)
+    criteria = result["criteria"]
+    assert set(criteria) == {"exact", "loss", "block-influence", "angular", "middle", "random"}
+    assert all(len(found["removed"]) == 2 for found in criteria.values())
+    chosen = result["searches"]["exact"]
+    assert criteria["exact"]["score"] == next(
+        line["score"]
+        for line in chosen["candidates"]
+        if line["round"] == 2 and line["layer"] == chosen["removed"][1]
+    )

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.embeddings import EmbeddingTable, write_table
 from export.calibrate import DataFree
+from export.embeddings import EmbeddingTable, write_table
+from export.gptq import gptq_blocks
 from export.graph import GraphWriter
 from export.quantise import fits_bfloat16, from_bfloat16, quantise_blocks, to_bfloat16
 
@@ -78,3 +79,51 @@ def test_embedding_table_keeps_bfloat16_exactly(tmp_path) -> None:
     )
     assert write_table(tmp_path, table, 32, 32)["bits"] == 16
     assert (EmbeddingTable(tmp_path, 16, 8)(list(range(9))) == table).all()
+
+
+def correlated(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A weight, and inputs whose columns depend on each other and differ in size."""
+    generator = np.random.default_rng(seed)
+    weight = generator.normal(0, 0.1, (rows, columns)).astype(np.float32)
+    mixed = generator.normal(0, 1, (400, columns // 3)) @ generator.normal(
+        0, 1, (columns // 3, columns)
+    )
+    sizes = np.exp(generator.normal(0, 1, columns))
+    return weight, ((mixed + generator.normal(0, 0.3, mixed.shape)) * sizes).astype(np.float32)
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_gptq_changes_the_output_less_than_rounding(zero_point: bool) -> None:
+    weight, x = correlated(24, 90, 0)
+    moments = (x.T @ x).astype(np.float64)
+    exact = x @ weight.T
+    errors = {
+        name: float(np.square(x @ blocks.dequantise().T - exact).mean())
+        for name, blocks in (
+            ("rounded", quantise_blocks(weight, 4, 32, zero_point=zero_point)),
+            ("gptq", gptq_blocks(weight, moments, 4, 32, zero_point=zero_point)),
+        )
+    }
+    assert errors["gptq"] < 0.6 * errors["rounded"]
+
+
+def test_gptq_of_independent_inputs_is_rounding() -> None:
+    weight = np.random.default_rng(3).normal(0, 0.1, (8, 64)).astype(np.float32)
+    blocks = gptq_blocks(weight, np.eye(64) * 7, 4, 32)
+    assert (blocks.codes == quantise_blocks(weight, 4, 32).codes).all()
+
+
+def test_gptq_takes_columns_that_were_never_read() -> None:
+    weight, x = correlated(8, 60, 1)
+    x[:, [3, 40]] = 0
+    blocks = gptq_blocks(weight, (x.T @ x).astype(np.float64), 4, 32)
+    assert np.isfinite(blocks.dequantise()).all()
+
+
+def test_a_zero_point_helps_lopsided_blocks() -> None:
+    weight = np.random.default_rng(5).exponential(1, (16, 64)).astype(np.float32)
+    errors = [
+        np.square(quantise_blocks(weight, 4, 32, zero_point=zero).dequantise() - weight).sum()
+        for zero in (False, True)
+    ]
+    assert errors[1] < 0.5 * errors[0]

@@ -10,9 +10,6 @@ from transformers import (
     Gemma4AudioFeatureExtractor,
     Gemma4Config,
     Gemma4ForConditionalGeneration,
-    Gemma4UnifiedAudioFeatureExtractor,
-    Gemma4UnifiedConfig,
-    Gemma4UnifiedForConditionalGeneration,
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
@@ -168,34 +165,6 @@ def make_gemma4(path: Path, **text: Any) -> Path:
     )
     torch.manual_seed(0)
     model = Gemma4ForConditionalGeneration(config)
-    liven(model)
-    save(model, path)
-    return path
-
-
-def make_gemma4_unified(path: Path, **text: Any) -> Path:
-    """Saves a random Gemma 4 of the 12B kind: no tower, shared key and value projections in full layers."""
-    path.mkdir(parents=True, exist_ok=True)
-    extractor = Gemma4UnifiedAudioFeatureExtractor()
-    tokenizer = make_processor(path, "Gemma4Unified", extractor)
-    own = {"vocab_size_per_layer_input", "hidden_size_per_layer_input", "use_double_wide_mlp"}
-    settings = {key: value for key, value in TEXT.items() if key not in own}
-    settings |= {
-        "num_hidden_layers": 6,
-        "layer_types": PATTERN * 2,
-        "num_kv_shared_layers": 0,
-        "attention_k_eq_v": True,
-        "num_global_key_value_heads": 1,
-        **text,
-    }
-    config = Gemma4UnifiedConfig(
-        text_config=settings,
-        audio_config={},
-        vision_config={"mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64},
-        **token_ids(tokenizer),
-    )
-    torch.manual_seed(0)
-    model = Gemma4UnifiedForConditionalGeneration(config)
     liven(model)
     save(model, path)
     return path

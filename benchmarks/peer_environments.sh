@@ -13,8 +13,8 @@ for NAME in "${@:-optimum ctranslate2}"; do
         PIP="$FOLDER/$ONE/bin/pip install -q"
         case $ONE in
             optimum) $PIP "optimum-onnx[onnxruntime]==0.1.0" "transformers==4.57.6" "onnxruntime==1.32.0" "torch==2.13.0" onnxscript ;;
-            ctranslate2) $PIP "ctranslate2==4.8.2" "transformers==4.57.6" "torch==2.13.0" ;;
-            llama) CMAKE_ARGS="-DGGML_NATIVE=ON" $PIP "llama-cpp-python==0.3.36" ;;
+            ctranslate2) $PIP "ctranslate2==4.8.5" "transformers==4.57.6" "torch==2.13.0" ;;
+            llama) CMAKE_ARGS="-DGGML_NATIVE=ON" $PIP "llama-cpp-python==0.3.36" "gguf==0.19.0" safetensors ;;
             *)
                 echo "unknown peer environment $ONE" >&2
                 exit 2

@@ -5,6 +5,7 @@ imported here.
 """
 
 import ctypes
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,12 @@ class LlamaCpp:
 
     @classmethod
     def prepare(cls, text_model: Path, out: Path) -> None:
-        """Quantises the half-precision file that halve's GGUF writer has put beside."""
+        """Writes the decoder in half precision and lets llama.cpp quantise it."""
         import llama_cpp
 
-        half = out.parent / "half.gguf"
+        half = out / ("model.gguf" if cls.kind == "f16" else "half.gguf")
+        _write_half(text_model, half)
         if cls.kind == "f16":
-            (out / "model.gguf").write_bytes(half.read_bytes())
             return
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{cls.kind.upper()}")
@@ -151,8 +152,7 @@ class LlamaCpp:
             n_threads_batch=threads,
             verbose=False,
         )
-        path = folder / "model.gguf"
-        self.weight_bytes = path.stat().st_size
+        self.weight_bytes = _gguf_bytes(folder / "model.gguf")
 
     def run(self, prompt: dict[str, NDArray[Any]], count: int) -> Said:
         """Says `count` tokens after a prompt of token ids."""
@@ -185,3 +185,62 @@ class LlamaCppQ4(LlamaCpp):
     """4-bit weights."""
 
     kind = "q4_0"
+
+
+_GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GGUF_ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def _write_half(text_model: Path, path: Path) -> None:
+    """Writes a GGUF file of matrices in float16 and vectors in float32, without a tokenizer."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    config = json.loads((text_model / "config.json").read_text(encoding="utf8"))
+    writer = gguf.GGUFWriter(str(path), config["model_type"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
+    for key, values in load_file(str(text_model / "model.safetensors")).items():
+        kind = np.float16 if values.ndim > 1 else np.float32
+        writer.add_tensor(_gguf_name(key), values.astype(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_name(key: str) -> str:
+    stem, _, kind = key.rpartition(".")
+    if stem in _GGUF_ENDS:
+        return f"{_GGUF_ENDS[stem]}.{kind}"
+    layer, _, part = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
+
+
+def _gguf_bytes(path: Path) -> int:
+    """Bytes of tensors that a token reads: all but the embedding table."""
+    import gguf
+
+    tensors = gguf.GGUFReader(str(path)).tensors
+    return sum(int(tensor.n_bytes) for tensor in tensors if tensor.name != "token_embd.weight")

@@ -1,36 +1,41 @@
 """Requests made from /openapi.json by schemathesis: nothing crashes, and every answer is as documented."""
 
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 
 from serve.settings import ServeSettings
-from tests.serve.conftest import Running, eventually, serving
+from tests.serve.conftest import eventually, serving
 from tests.serve.fakes import FakeTranslator
 
+pytestmark = pytest.mark.slow
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
+MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+OPERATIONS = 7
+"""Documented ones, at least."""
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    model = tmp_path_factory.mktemp("models") / "fake"
+
+def test_every_operation(tmp_path: Path) -> None:
+    model = tmp_path / "fake"
     model.mkdir()
     (model / "package.json").write_text('{"languages": ["de"]}')
-    with serving(ServeSettings(models=(str(model),)), lambda *_: FakeTranslator()) as running:
-        yield running
-        eventually(running.nothing_left)
+    with serving(ServeSettings(models=(str(model),)), lambda *_: FakeTranslator()) as server:
+        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        operations = [found.ok() for found in schema.get_all_operations()]
+        assert len(operations) >= OPERATIONS
+        sent = 0
 
+        for operation in operations:
 
-@pytest.fixture(scope="module")
-def document(server: Running):
-    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+            @MANY
+            @given(case=operation.as_strategy())
+            def check(case) -> None:
+                nonlocal sent
+                sent += 1
+                case.call_and_validate()
 
-
-schema = schemathesis.pytest.from_fixture("document")
-
-
-@schema.parametrize()
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_operation(case) -> None:
-    case.call_and_validate()
+            check()
+        eventually(server.nothing_left)
+    assert sent > 10 * OPERATIONS

@@ -108,7 +108,8 @@ class ExactTranslator:
         ]
         for context in opened:
             self._context.enter_context(context)
-        self._layers = open_layers(self.layers, self._decoder, self._family)
+        if not self._layers:
+            self._layers = open_layers(self.layers, self._decoder, self._family)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -120,9 +120,7 @@ class GradientMaker:
         apart = self.speech.family.attends_to_encoder
         batch = collate(sequences, [0] * len(lengths) if apart else lengths)
         batch = batch.to(self.speech.device)
-        # Whatever mode the process was left in: training needs gradients.
-        grad = (torch.inference_mode(False), torch.enable_grad())
-        with grad[0], grad[1], autocast(self.speech.device, self.autocast):
+        with autocast(self.speech.device, self.autocast):
             loss = sequence_loss(self.speech, batch, states, self.label_smoothing) / count
         gradients = torch.autograd.grad(loss, self.weights, allow_unused=True)
         return loss.item(), list(gradients)

@@ -89,7 +89,7 @@ class Worker:
         speech = load_model(setup.model, dtype=setup.dtype)
         # What Ray hands over is read-only.
         task = replace(task, audio=tuple(copy.deepcopy(source) for source in task.audio))
-        self._translator = translator_for(setup.method, speech, task).__enter__()
+        self._translator = translator_for(setup.method, speech, task)
         budget = int(setup.share * budget_bytes(setup.memory_gb, speech.device))
         return Opened(os.getpid(), node, speech.device, self._translator.row_bytes(), budget)
 
@@ -100,7 +100,8 @@ class Worker:
 
     def translate(self, work: Work) -> list[tuple[int | None, list[list[int]]]]:
         """Carries out the one group of `work`."""
-        (found,) = self._translator.run(work.kept, work.drafts, work.groups, work.rows)
+        with self._translator:
+            (found,) = self._translator.run(work.kept, work.drafts, work.groups, work.rows)
         return list(found.items())
 
 

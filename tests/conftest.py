@@ -1,10 +1,20 @@
 """Small real models and corpora on disk, made once a session."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def gradient_mode() -> Iterator[None]:
+    """A stage that leaves gradients off would break the next one of the same process."""
+    yield
+    left_off = torch.is_inference_mode_enabled() or not torch.is_grad_enabled()
+    assert not left_off, "gradients were left off"
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ demo: $(STAMP)
 	bash demo/run.sh $(BIN)
 
 test: $(STAMP) lint
+	bash tests/install_programs.sh
 	$(BIN)/python -m pytest -m "not slow"
 
 slow: $(STAMP)

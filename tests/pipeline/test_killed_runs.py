@@ -14,7 +14,7 @@ from typing import IO
 
 import pytest
 
-from tests.pipeline.conftest import environment
+from tests.pipeline.conftest import ROOT, environment
 
 KILLS = 10
 
@@ -132,8 +132,18 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 
 
 def test_kills_at_random_moments(runner: Runner, small_recipe: Path, tmp_path: Path) -> None:
+    survives(runner, small_recipe, tmp_path)
+
+
+@pytest.mark.slow
+def test_kills_on_the_bundled_model(runner: Runner, tmp_path: Path) -> None:
+    survives(runner, ROOT / "demo" / "recipe.yaml", tmp_path)
+
+
+def survives(runner: Runner, recipe: Path, tmp_path: Path) -> None:
+    """Runs the recipe undisturbed, then with ten kills, and compares every byte."""
     calm = tmp_path / "calm"
-    command = ("run", str(small_recipe), "--to", "merge", "--out")
+    command = ("run", str(recipe), "--to", "merge", "--out")
     total = changes(runner.start(*command, str(calm)), calm)
     assert runner.wait() == 0, runner.log.read_text()
     assert total > 30

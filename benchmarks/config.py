@@ -25,6 +25,8 @@ class QualityConfig(Config):
     """Seed of the bootstrap."""
     controls: bool = True
     """Translate another segment's audio and silence with the teacher as well: does it listen?"""
+    noise_db: float | None = None
+    """Translate with pink noise of this signal-to-noise ratio in dB as well, with every model."""
     comet_checkpoint: str | None = None
     """A COMET model directory (hparams.yaml and checkpoints/model.ckpt) or its model.ckpt."""
     comet_python: str | None = None

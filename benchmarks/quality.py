@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import comet as comet_metric
-from benchmarks import scoring, size
+from benchmarks import conditions, scoring, size
 from benchmarks.config import QualityConfig
 from benchmarks.workload import shuffled_partners, silence_like
 from export.runtime import open_translator
@@ -51,6 +51,10 @@ class _Workload:
 
     def source(self, index: int, reads: str) -> Source:
         return read_source(reads, self.corpus, self.segments[index])
+
+    def noisy(self, index: int, snr_db: float) -> Source:
+        segment = self.segments[index]
+        return conditions.with_noise(self.corpus.audio(segment), snr_db, segment.id)
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ def _translate_all(
     for place, model in enumerate(models):
         reads = family_of(model.path).reads
         heard = _controls(workload, reads) if place == 0 and config.controls else {}
+        if config.noise_db is not None and reads == "audio":
+            heard[conditions.NOISE] = partial(workload.noisy, snr_db=config.noise_db)
         tasks = {model.name: partial(workload.source, reads=reads)} | {
             f"{model.name}.{control}": source for control, source in heard.items()
         }
@@ -281,6 +287,8 @@ def _write_lines(path: Path, workload: _Workload, found: dict[str, _Hypotheses])
     scoring.write_lines(path / "references.txt", workload.references)
     for name, hypotheses in found.items():
         scoring.write_lines(path / "hypotheses" / f"{name}.txt", hypotheses.texts)
+    if heard := conditions.voices(workload.corpus, segments):
+        scoring.write_lines(path / conditions.VOICES, heard)
     write_json(path / "stopped.json", {name: found[name].stopped for name in found})
 
 
@@ -305,6 +313,7 @@ def _entry(
         of_model = comet.scores[model.name]
         mean = round(sum(of_model) / len(of_model), 6)
         entry["scores"]["comet"] = {"score": mean, "signature": comet.signature}
+    entry |= _conditions(config, model.name, workload, found, teacher)
     if model.name == teacher:
         entry["controls"] = {
             control: {
@@ -323,5 +332,30 @@ def _entry(
     if comet.measured:
         entry["retention"]["comet"] = scoring.mean_retention(
             comet.scores[teacher], comet.scores[model.name], **drawn
+        )
+    return entry
+
+
+def _conditions(
+    config: QualityConfig,
+    name: str,
+    workload: _Workload,
+    found: dict[str, _Hypotheses],
+    teacher: str,
+) -> dict[str, Any]:
+    """Scores by voice and with noise, where the corpus and the settings have them."""
+    entry: dict[str, Any] = {}
+    texts, references = found[name].texts, workload.references
+    if heard := conditions.voices(workload.corpus, workload.segments):
+        entry["by_voice"] = conditions.by_voice(texts, references, heard, config.lang)
+    if config.noise_db is not None and f"{name}.{conditions.NOISE}" in found:
+        of_teacher = None if name == teacher else found[f"{teacher}.{conditions.NOISE}"].texts
+        entry["noisy"] = conditions.noisy_entry(
+            found[f"{name}.{conditions.NOISE}"].texts,
+            of_teacher,
+            references,
+            config.lang,
+            config.noise_db,
+            {"resamples": config.resamples, "seed": config.seed},
         )
     return entry

@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare, plots, tables
+from benchmarks import compare, conditions, plots, tables
 from benchmarks.clips import Clips
 from benchmarks.gather import DATA, Gathered, Source, gather
 from benchmarks.tables import Section
@@ -156,6 +156,9 @@ def _quality_section(
     controls = tables.controls_table(result)
     if controls:
         section.tables.append(controls)
+    by_condition = conditions.conditions_table(result)
+    if by_condition:
+        section.tables.append(by_condition)
     section.tables.append(tables.behaviour_table(result))
     if result["students"]:
         section.tables.append(tables.retention_table(result))

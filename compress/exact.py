@@ -14,28 +14,30 @@ padding and decoded together; a finished row leaves. Floating-point sums may be 
 stock `generate`, so that a choice between two all but equal logits can differ.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.crew import Crew
 from compress.layers import LayerRunner, Rotary, open_layers
 from compress.packing import DecodingRows, PackedRows, RowAttention, SlotBin, Tail, packed_attention
 from compress.task import SearchTask
 from halve.models import SpeechModel
 from halve.sources import asked
 
-TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 """Tokens packed into one forward pass: small enough for a CPU's caches, large enough to fill a GPU."""
 LOGITS_PER_PASS = 1 << 25
 """The most logits held at once."""
 DECODED_TOGETHER = 5
 """Candidates whose rows are decoded in one batch; also what a killed search may lose."""
-BINS = {"cpu": 6, "cuda": 2}
-"""Parts of like length that decoding rows attend in: less is read in vain, for a few more operations."""
+BINS = {"cpu": 3, "cuda": 2}
+"""Parts of like length that a lane's rows attend in: less is read in vain, for a few more operations."""
 COMPACT_BELOW = 0.75
 """Slots are moved together once fewer of them than this are still decoding."""
 
@@ -59,12 +61,12 @@ class Pack:
 
 
 @dataclass
-class Decoding:
-    """Rows of one group of candidates: those finished, and those that wait to be decoded on."""
+class Lane:
+    """Some rows of one group of candidates, decoded apart from the others'."""
 
     slots: DecodingRows
     bin_of: dict[int, int]
-    """The bin of each row."""
+    """The bin of each of its rows."""
     found: dict[tuple[int | None, int], list[int]] = field(default_factory=dict)
     """Tokens so far, by candidate and row."""
     waiting: list[list[tuple[int | None, int]]] = field(default_factory=list)
@@ -94,9 +96,10 @@ class ExactTranslator:
         self._device = self._table.weight.device
         self._pass_tokens = TOKENS_PER_PASS.get(self._device.type, TOKENS_PER_PASS["cpu"])
         self._context = ExitStack()
+        self._crew = Crew(self._device)
         self._layers: list[LayerRunner] = []
-        self._slots: DecodingRows | None = None
-        self._slots_shape: list[tuple[int, int]] = []
+        self._slots: list[DecodingRows] = []
+        self._slots_shape: list[list[tuple[int, int]]] = []
         self._prompts = self._embed_prompts(speech)
         # Where the decoder attends to an encoder, equal inputs do not make equal states.
         self._stem = 0 if family.attends_to_encoder else _common_start(self._prompts)
@@ -105,6 +108,7 @@ class ExactTranslator:
         opened: list[AbstractContextManager[Any]] = [
             packed_attention(self._config),
             torch.inference_mode(),
+            self._crew,
         ]
         for context in opened:
             self._context.enter_context(context)
@@ -114,15 +118,17 @@ class ExactTranslator:
 
     def __exit__(self, *error: object) -> None:
         self._context.close()
-        self._slots = None
+        self._slots = []
 
     def _embed_prompts(self, speech: SpeechModel) -> list[Tensor]:
         """Prompt and audio of every segment as decoder inputs (tokens, hidden): the audio tower's only run."""
         family, model, processor = speech.family, speech.model, speech.processor
         prompts = []
-        with torch.inference_mode():
-            for source in self.task.audio:
-                taken = family.take_in(model, processor, source)
+        with torch.inference_mode(), self._crew as crew:
+            heard = crew.map(
+                lambda source: family.take_in(model, processor, source), self.task.audio
+            )
+            for source, taken in zip(self.task.audio, heard, strict=True):
                 instruction = asked(family, self.task.lang, source)
                 prompts.append(family.embed_prompt(model, processor, instruction, taken))
         return prompts
@@ -254,23 +260,21 @@ class ExactTranslator:
         """
         packs = self.pack(rows, drafts)
         waiting = [list(group) for group in candidates]
-        decoding = self._begin(rows, waiting)
+        lanes = self._begin(rows, waiting)
         for index, layer in enumerate(kept):
             if not waiting:
                 return
             below, above = kept[:index], kept[index + 1 :]
             if layer in waiting[0]:
-                self._verify(layer, packs, below, above, decoding)
+                self._verify(layer, packs, below, above, lanes)
                 if layer == waiting[0][-1]:
                     del waiting[0]
-                    yield self._decode(decoding, kept, rows)
-                    decoding.clear()
-            if above:
-                for pack in packs if waiting else ():
-                    self.advance(pack, layer)
+                    yield self._decode(lanes, kept, rows)
+            if above and waiting:
+                self._crew.map(partial(self.advance, layer=layer), packs)
         if waiting:
-            self._verify(None, packs, kept[:-1], kept[-1:], decoding)
-            yield self._decode(decoding, kept, rows)
+            self._verify(None, packs, kept[:-1], kept[-1:], lanes)
+            yield self._decode(lanes, kept, rows)
 
     def _verify(
         self,
@@ -278,25 +282,38 @@ class ExactTranslator:
         packs: Sequence[Pack],
         below: Sequence[int],
         above: Sequence[int],
-        decoding: "Decoding",
+        lanes: Mapping[int, Lane],
     ) -> None:
-        """Checks one candidate's drafts pack by pack; rows that must go on get a slot each."""
-        for pack in packs:
-            hidden, attention = self.branch(pack, above)
-            chosen = torch.cat([block.argmax(-1) for block in self.logits(hidden)])
-            found = self._check(pack, chosen.tolist())
-            for row, tokens in zip(pack.rows, found, strict=True):
-                decoding.found[candidate, row] = tokens
-            for place, row in enumerate(pack.rows):
-                if self._finished(row, found[place]):
-                    continue
-                # Prompt and agreed tokens; a row's newest token is the next step's input.
-                length = pack.prompts[place] + len(found[place]) - 1
-                waiting = decoding.waiting[decoding.bin_of[row]]
-                slots = decoding.slots.bins[decoding.bin_of[row]]
-                slots.fill(len(waiting), pack.attention, below, place, length)
-                slots.fill(len(waiting), attention, above, place, length)
-                waiting.append((candidate, row))
+        """Checks one candidate's drafts; rows that must go on get a slot each.
+
+        As many packs at a time as there are threads: no more than their keys and values are held at once.
+        """
+        for start in range(0, len(packs), self._crew.size):
+            wave = packs[start : start + self._crew.size]
+            seen = self._crew.map(partial(self._see, layers=above), wave)
+            fills: list[Callable[[], None]] = []
+            for pack, (chosen, attention) in zip(wave, seen, strict=True):
+                for place, tokens in enumerate(self._check(pack, chosen)):
+                    row = pack.rows[place]
+                    lane = lanes[row]
+                    lane.found[candidate, row] = tokens
+                    if self._finished(row, tokens):
+                        continue
+                    # Prompt and agreed tokens; a row's newest token is the next step's input.
+                    length = pack.prompts[place] + len(tokens) - 1
+                    waiting = lane.waiting[lane.bin_of[row]]
+                    slots = lane.slots.bins[lane.bin_of[row]]
+                    for source, layers in ((pack.attention, below), (attention, above)):
+                        slots.prepare(source, layers)
+                        fill = partial(slots.fill, len(waiting), source, layers, place, length)
+                        fills.append(fill)
+                    waiting.append((candidate, row))
+            self._crew.map(lambda fill: fill(), fills)
+
+    def _see(self, pack: Pack, layers: Sequence[int]) -> tuple[list[int], PackedRows]:
+        """The tokens that a candidate chooses in place of its drafts' tokens, and its keys and values."""
+        hidden, attention = self.branch(pack, layers)
+        return torch.cat([block.argmax(-1) for block in self.logits(hidden)]).tolist(), attention
 
     def _check(self, pack: Pack, chosen: Sequence[int]) -> list[list[int]]:
         """What each row keeps of its draft, because the candidate chose it too, and its first own token."""
@@ -320,35 +337,53 @@ class ExactTranslator:
     def _finished(self, row: int, tokens: Sequence[int]) -> bool:
         return tokens[-1] in self._ends or len(tokens) >= self.task.limits[row]
 
-    def _begin(self, rows: Sequence[int], groups: Sequence[Sequence[int | None]]) -> "Decoding":
-        """The decoding buffers, made anew only when these rows need larger ones."""
+    def _begin(
+        self, rows: Sequence[int], groups: Sequence[Sequence[int | None]]
+    ) -> dict[int, Lane]:
+        """Each row's lane, one a thread; the buffers are made anew only when larger ones are needed."""
         together = max(map(len, groups), default=0)
         capacity = {row: len(self._prompts[row]) + self.task.limits[row] for row in rows}
         order = sorted(rows, key=lambda row: (capacity[row], row))
-        size = -(-len(order) // BINS.get(self._device.type, BINS["cpu"]))
-        bins = [order[start : start + size] for start in range(0, len(order), size)]
-        shape = [(len(part) * together, capacity[part[-1]]) for part in bins]
-        if self._slots is None or not _fits(shape, self._slots_shape):
-            self._slots = None  # frees the old ones first
+        shares = [order[lane :: self._crew.size] for lane in range(self._crew.size)]
+        parts = [_in_bins(share, BINS.get(self._device.type, BINS["cpu"])) for share in shares]
+        shape = [
+            [(len(part) * together, capacity[part[-1]]) for part in of_lane] for of_lane in parts
+        ]
+        fits = len(self._slots) == len(shape) and all(map(_fits, shape, self._slots_shape))
+        if not fits:
+            self._slots = []  # frees the old ones first
             weight = self._table.weight
-            self._slots = DecodingRows(
-                [SlotBin(*part, weight.dtype, weight.device) for part in shape]
-            )
+            self._slots = [
+                DecodingRows([SlotBin(*part, weight.dtype, weight.device) for part in of_lane])
+                for of_lane in shape
+            ]
             self._slots_shape = shape
-        return Decoding(
-            self._slots, {row: index for index, part in enumerate(bins) for row in part}
-        )
+        lanes: dict[int, Lane] = {}
+        for slots, of_lane in zip(self._slots, parts, strict=True):
+            bin_of = {row: index for index, part in enumerate(of_lane) for row in part}
+            lanes |= dict.fromkeys(bin_of, Lane(slots, bin_of))
+        return lanes
 
     def _decode(
-        self, decoding: "Decoding", kept: Sequence[int], rows: Sequence[int]
+        self, lanes: Mapping[int, Lane], kept: Sequence[int], rows: Sequence[int]
     ) -> dict[int | None, list[list[int]]]:
-        """Decodes all waiting rows on greedily; the rows of each candidate pass by its layer.
+        """Decodes all waiting rows on greedily; the lanes are then free for the next group."""
+        distinct = list({id(lane): lane for lane in lanes.values()}.values())
+        self._crew.map(partial(self._decode_lane, kept=kept), distinct)
+        found = {key: tokens for lane in distinct for key, tokens in lane.found.items()}
+        for lane in distinct:
+            lane.clear()
+        layers = dict.fromkeys(layer for layer, _ in found)
+        return {layer: [found[layer, row] for row in rows] for layer in layers}
+
+    def _decode_lane(self, lane: Lane, kept: Sequence[int]) -> None:
+        """Decodes a lane's rows; those of each candidate pass by its layer.
 
         Each slot holds a row up to its last token.
         """
-        found, slots = decoding.found, decoding.slots
-        slots.use([len(part) for part in decoding.waiting])
-        waiting = [key for part in decoding.waiting for key in part]
+        found, slots = lane.found, lane.slots
+        slots.use([len(part) for part in lane.waiting])
+        waiting = [key for part in lane.waiting for key in part]
         in_slot: list[tuple[int | None, int] | None] = list(waiting)
         tokens = torch.tensor([found[key][-1] for key in waiting], device=self._device)
         places = torch.tensor(
@@ -381,8 +416,6 @@ class ExactTranslator:
                 moved = torch.tensor(order, device=self._device)
                 tokens, places, left_out = tokens[moved], places[moved], left_out[moved]
                 passing = _passing(left_out)
-        layers = dict.fromkeys(layer for layer, _ in found)
-        return {layer: [found[layer, row] for row in rows] for layer in layers}
 
     def _step(
         self,
@@ -400,6 +433,12 @@ class ExactTranslator:
             if layer in passing:
                 hidden[passing[layer]] = before[passing[layer]]
         return hidden
+
+
+def _in_bins(rows: Sequence[int], count: int) -> list[list[int]]:
+    """Rows, in order, in at most so many parts of equal size."""
+    size = max(1, -(-len(rows) // count))
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def _passing(left_out: Tensor) -> dict[int, Tensor]:

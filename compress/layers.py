@@ -7,7 +7,7 @@ both ways are run on random states, and only where they agree to rounding is the
 other layer runs as the stock module that it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +19,17 @@ from halve.families import Family
 
 ROUNDING = 8
 """How far the two ways may differ on average, in units of the number format's rounding."""
+REORDERED_BELOW_BYTES = 1 << 30
+"""Decoder weights up to this size are copied into the order that oneDNN reads: a fifth faster, for their size in memory."""
 PROBE_ROWS = (5, 3)
 """Lengths of the rows of random states that the two ways are compared on."""
 
 Rotary = Any
 """What goes beside the states through all layers, as `Family.enter` gives it: for a layer of the common shape,
 cosines and sines of the tokens' positions, each (1, tokens, head dim)."""
+
+
+Linear = Callable[[Tensor], Tensor]
 
 
 class LayerRunner(Protocol):
@@ -71,16 +76,17 @@ class StockLayer:
 class OpenLayer:
     """A layer of the common shape, computed from its parts; the weights stay the module's own."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, reorder: bool = False) -> None:
         attention, mlp = module.self_attn, module.mlp
+        linear: Callable[[nn.Linear], Linear] = _reordered if reorder else lambda part: part
         self._index = attention.layer_idx
         self._dim = attention.head_dim
         self._scale = attention.scaling
         self._window = getattr(attention, "sliding_window", None)
         self._first, self._second = module.input_layernorm, module.post_attention_layernorm
-        self._query, self._key = attention.q_proj, attention.k_proj
-        self._value, self._output = attention.v_proj, attention.o_proj
-        self._gate, self._up, self._down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self._query, self._key = linear(attention.q_proj), linear(attention.k_proj)
+        self._value, self._output = linear(attention.v_proj), linear(attention.o_proj)
+        self._gate, self._up, self._down = map(linear, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         self._activation = mlp.act_fn
 
     def __call__(
@@ -106,11 +112,11 @@ class OpenLayer:
         hidden = self._output(attended.reshape(len(hidden), -1)).add_(hidden)
         normed = _normed(hidden, self._second)
         gated = self._activation(self._gate(normed)).mul_(self._up(normed))
-        return self._down(gated).add_(hidden)  # type: ignore[no-any-return]
+        return self._down(gated).add_(hidden)
 
-    def _heads(self, states: Tensor, projection: nn.Linear) -> Tensor:
+    def _heads(self, states: Tensor, projection: Linear) -> Tensor:
         """Projected states (tokens, heads, head dim)."""
-        return projection(states).view(len(states), -1, self._dim)  # type: ignore[no-any-return]
+        return projection(states).view(len(states), -1, self._dim)
 
 
 def _normed(states: Tensor, norm: Any) -> Tensor:
@@ -129,15 +135,34 @@ def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def open_layers(layers: Sequence[Any], decoder: Any, family: Family) -> list[LayerRunner]:
     """A runner for each decoder layer. The stock attention must be `halve_packed` when this is called."""
-    return [_open(layer, decoder, family) for layer in layers]
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    reorder = (
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
+        and sum(weight.nbytes for weight in weights) <= REORDERED_BELOW_BYTES
+    )
+    return [_open(layer, decoder, family, reorder) for layer in layers]
 
 
-def _open(module: Any, decoder: Any, family: Family) -> LayerRunner:
+def _open(module: Any, decoder: Any, family: Family, reorder: bool) -> LayerRunner:
     stock = StockLayer(module, family)
     if not _has_parts(module):
         return stock
-    opened = OpenLayer(module)
-    return opened if _agree(stock, opened, module, decoder) else stock
+    for candidate in (OpenLayer(module, reorder), OpenLayer(module)):
+        if _agree(stock, candidate, module, decoder):
+            return candidate
+    return stock
+
+
+def _reordered(part: nn.Linear) -> Linear:
+    """The linear part with its weight in blocks, as oneDNN takes it."""
+    operations: Any = torch.ops.mkldnn
+    weight, bias = operations._reorder_linear_weight(part.weight.detach(), None), part.bias
+
+    def apply(states: Tensor) -> Tensor:
+        return operations._linear_pointwise(states, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+    return apply
 
 
 def _has_parts(module: Any) -> bool:

@@ -6,12 +6,14 @@ says which tokens are whose. The layers themselves stay the stock ones, keep the
 know nothing of it; norms and linear parts see one flat list of tokens, none of them padding.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -59,7 +61,7 @@ class PackedRows:
     """Whole rows one after the other, each attending to itself causally; their keys and values are kept.
 
     What all rows begin with, the stem, stands once before them, and each row attends to it too.
-    `keys[layer]` and `values[layer]` have shape (tokens, key-value heads, dim).
+    `keys[layer]` and `values[layer]` have shape (key-value heads, tokens, dim).
     """
 
     softcap: float | None = None
@@ -85,7 +87,7 @@ class PackedRows:
         tail: Tail | None = None,
     ) -> Tensor:
         """See RowAttention."""
-        self.keys[layer], self.values[layer] = key.transpose(0, 1), value.transpose(0, 1)
+        self.keys[layer], self.values[layer] = key, value
         stem = self.stem
         if window not in self._bands:
             self._bands[window] = _band(stem + max(self.lengths), window, query)
@@ -162,8 +164,9 @@ def _band(length: int, window: int | None, like: Tensor) -> Tensor:
 class SlotBin:
     """Slots for rows of like length that grow by one token a step.
 
-    Keys and values have shape (slots, capacity, key-value heads, dim) for each layer. The buffers
-    outlive the rows: what a finished row left behind is masked, then overwritten.
+    Keys and values have shape (slots, key-value heads, capacity, dim) for each layer: what a head looks
+    back to lies together. The buffers outlive the rows: what a finished row left behind is masked, then
+    overwritten.
     """
 
     softcap: float | None = None
@@ -178,16 +181,23 @@ class SlotBin:
         self._longest = 0
 
     def _buffer(self, layer: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """A layer's buffers, made when its first keys and values (tokens, key-value heads, dim) come.
+        """A layer's buffers, made when its first keys and values (key-value heads, tokens, dim) come.
 
         They begin as zeros: a masked NaN would still spoil a weighted sum.
         """
         if layer not in self._buffers:
+            slots, capacity = self._shape
             keys, values = (
-                torch.zeros(*self._shape, *states.shape[1:], **self._options) for states in like
+                _zeros((slots, states.shape[0], capacity, states.shape[2]), states)
+                for states in like
             )
             self._buffers[layer] = keys, values
         return self._buffers[layer]
+
+    def prepare(self, source: PackedRows, layers: Sequence[int]) -> None:
+        """Makes the buffers that `fill` writes to, which may then be called from several threads."""
+        for layer in layers:
+            self._buffer(layer, (source.keys[layer], source.values[layer]))
 
     def fill(
         self, slot: int, source: PackedRows, layers: Sequence[int], row: int, length: int
@@ -198,8 +208,8 @@ class SlotBin:
         for layer in layers:
             packed = source.keys[layer], source.values[layer]
             for buffer, states in zip(self._buffer(layer, packed), packed, strict=True):
-                buffer[slot, :stem] = states[:stem]
-                buffer[slot, stem:length] = states[start:stop]
+                buffer[slot, :, :stem] = states[:, :stem]
+                buffer[slot, :, stem:length] = states[:, start:stop]
 
     def keep(self, going: Sequence[bool]) -> list[int]:
         """Moves the last of the rows that go on into the slots of those that do not.
@@ -214,8 +224,8 @@ class SlotBin:
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
             for keys, values in self._buffers.values():
-                keys[hole, : self._longest] = keys[mover, : self._longest]
-                values[hole, : self._longest] = values[mover, : self._longest]
+                for buffer in (keys, values):
+                    buffer[hole, :, : self._longest] = buffer[mover, :, : self._longest]
         return order
 
     def begin_step(self, positions: Tensor) -> None:
@@ -238,9 +248,9 @@ class SlotBin:
         window: int | None,
     ) -> Tensor:
         """As RowAttention's, with one token a slot in use."""
-        new = key.transpose(0, 1), value.transpose(0, 1)
-        keys, values = self._buffer(layer, new)
-        keys[self._slots, self._positions], values[self._slots, self._positions] = new
+        keys, values = self._buffer(layer, (key, value))
+        keys[self._slots, :, self._positions] = key.transpose(0, 1)
+        values[self._slots, :, self._positions] = value.transpose(0, 1)
         rows, kv_heads, dim = len(self._slots), key.shape[0], query.shape[-1]
         mask = self._mask
         if window is not None and self._longest > window:
@@ -250,13 +260,21 @@ class SlotBin:
         # Heads that share a key head take the place of query positions: nothing is repeated.
         output = _attention(
             query.transpose(0, 1).reshape(rows, kv_heads, -1, dim),
-            keys[:rows, : self._longest].transpose(1, 2),
-            values[:rows, : self._longest].transpose(1, 2),
+            keys[:rows, :, : self._longest],
+            values[:rows, :, : self._longest],
             attn_mask=mask,
             scale=scale,
             softcap=self.softcap,
         )
         return output.reshape(rows, -1, dim)
+
+
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros; on a CPU numpy's, which cost memory and time only where they are written to."""
+    if like.device.type != "cpu":
+        return torch.zeros(*shape, dtype=like.dtype, device=like.device)
+    size = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(like.dtype).view(*shape)
 
 
 class DecodingRows:

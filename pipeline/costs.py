@@ -358,9 +358,10 @@ def _bench(of: Estimator, step: "Step") -> Cost:
         one = of.translating(teacher, runs * round(clip_s / of.speech.mean_s + 1), 1)
         return Cost((models + 2) * (LOAD_S + one), memory, 1e5)
     segments = of.speech.count(config.split, config.limit)
-    teacher_runs = 3 if config.controls else 1
+    noisy = 0 if config.noise_db is None else 1
+    teacher_runs = (3 if config.controls else 1) + noisy
     time_s = teacher_runs * of.translating(teacher, segments, config.batch_size)
-    time_s += models * (LOAD_S + of.translating(student, segments, config.batch_size))
+    time_s += (1 + noisy) * models * (LOAD_S + of.translating(student, segments, config.batch_size))
     return Cost(time_s + 10, memory, 1000 * segments * (models + 3))
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scoring import recompute_faults
+from benchmarks import conditions
+from benchmarks.scoring import read_result, recompute_faults
 from halve import artefact
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -18,4 +19,5 @@ def test_there_are_committed_results() -> None:
 @pytest.mark.parametrize("result", QUALITY, ids=lambda path: path.name)
 def test_scores_follow_from_the_hypotheses(result: Path) -> None:
     assert recompute_faults(result) == []
+    assert conditions.faults(read_result(result)) == []
     assert artefact.verify(result) == []

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Times halve beside other runtimes on the same weights, two shapes: the demo's teacher, and a generated decoder
+# of 12 layers x 512. Each takes about 6 minutes on 2 cores, after conversions that are kept in runs/peers.
+#   bash benchmarks/latency_peers.sh [prepare | demo | wide]      without a name: all three
+set -euo pipefail
+cd "$(dirname "$0")/.."
+HALVE=${HALVE:-.venv/bin/halve}
+REPEATS=${REPEATS:-5}
+THREADS=${THREADS:-2}
+IN=runs/latency
+OUT=${OUT:-runs/latency-peers}
+PEERS=${PEERS:-transformers-fp32 transformers-fp32-cut transformers-bf16 transformers-nf4 torch-onnx-fp32 torch-onnx-int8
+    torch-onnx-int4 genai-int4 optimum-fp32 optimum-int8 ctranslate2-int8 llama.cpp-f16 llama.cpp-q8_0 llama.cpp-q4_0}
+
+package() { # MODEL NAME PRECISION BLOCK
+    test -d "$IN/$2" || "$HALVE" package --model "$1" --target onnx --precision "$3" --block-size "$4" --lang de --out "$IN/$2"
+}
+
+prepare() {
+    test -d "$IN/wide" || "${HALVE%halve}python" -m benchmarks.shapes --like demo/teacher --layers 12 --hidden 512 --out "$IN/wide"
+    test -d "$IN/nine" || "$HALVE" prune --model demo/teacher --layers 3,5,8 --out "$IN/nine"
+    for SHAPE in teacher wide; do
+        MODEL=$IN/wide
+        if [ $SHAPE = teacher ]; then MODEL=demo/teacher; fi
+        package $MODEL $SHAPE-int4 int4 32
+        package $MODEL $SHAPE-int4-block128 int4 128
+        package $MODEL $SHAPE-fp32 fp32 32
+    done
+    package "$IN/nine" nine-int4 int4 32
+}
+
+bench() { # NAME MODELS…
+    local NAME=$1
+    shift
+    # shellcheck disable=SC2086  the peers are a list
+    "$HALVE" bench latency --models "$@" --corpus demo/corpus --lang de --threads 1 --also-threads "$THREADS" \
+        --new-tokens 32 --repeats "$REPEATS" --warmup 1 --peers $PEERS --peer-folder runs/peers --out "$OUT/$NAME"
+}
+
+for PART in "${@:-prepare demo wide}"; do
+    for ONE in $PART; do
+        case $ONE in
+            prepare) prepare ;;
+            demo) bench demo demo/teacher $IN/teacher-int4 $IN/teacher-int4-block128 $IN/nine-int4 $IN/teacher-fp32 ;;
+            wide) bench wide $IN/wide $IN/wide-int4 $IN/wide-int4-block128 $IN/wide-fp32 ;;
+        esac
+    done
+done

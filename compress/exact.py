@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ class ExactTranslator:
         self._family, self._model = family, speech.model
         self._table = speech.part(family.embeddings)
         self._ends = frozenset(family.end_ids(speech.model))
+        self._blocked = [list(tokens) for tokens in family.suppressed(speech.model)]
         self._config = self.layers[0].self_attn.config
         self._device = self._table.weight.device
         self._pass_tokens = TOKENS_PER_PASS.get(self._device.type, TOKENS_PER_PASS["cpu"])
@@ -229,6 +231,24 @@ class ExactTranslator:
         for block in torch.split(hidden, max(1, LOGITS_PER_PASS // self._table.num_embeddings)):
             yield self._family.logits(self._model, self._norm(block))
 
+    def _choose(self, hidden: Tensor, first: Sequence[int] = ()) -> Tensor:
+        """The most likely tokens (tokens,) after states, of those that stock `generate` may say.
+
+        Args:
+            first: which of the states choose a translation's first token.
+        """
+        always, at_first = self._blocked
+        chosen, start = [], 0
+        for block in self.logits(hidden):
+            if always:
+                block[:, always] = -torch.inf
+            if at_first:
+                here = [place - start for place in first if 0 <= place - start < len(block)]
+                block[torch.tensor(here, dtype=torch.long)[:, None], at_first] = -torch.inf
+            chosen.append(block.argmax(-1))
+            start += len(block)
+        return torch.cat(chosen)
+
     # Translating
 
     def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
@@ -313,7 +333,8 @@ class ExactTranslator:
     def _see(self, pack: Pack, layers: Sequence[int]) -> tuple[list[int], PackedRows]:
         """The tokens that a candidate chooses in place of its drafts' tokens, and its keys and values."""
         hidden, attention = self.branch(pack, layers)
-        return torch.cat([block.argmax(-1) for block in self.logits(hidden)]).tolist(), attention
+        starts = list(accumulate(pack.tail.counts[:-1], initial=0))
+        return self._choose(hidden, starts).tolist(), attention
 
     def _check(self, pack: Pack, chosen: Sequence[int]) -> list[list[int]]:
         """What each row keeps of its draft, because the candidate chose it too, and its first own token."""
@@ -398,7 +419,7 @@ class ExactTranslator:
         while active:
             slots.begin_step(places)
             hidden = self._step(self._embed(tokens), places, slots, kept, passing)
-            tokens = torch.cat([block.argmax(-1) for block in self.logits(hidden)])
+            tokens = self._choose(hidden)
             for slot, token in enumerate(tokens.tolist()):
                 key = in_slot[slot]
                 if key is None:

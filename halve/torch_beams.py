@@ -23,7 +23,7 @@ def _drive(translator: "TorchTranslator", taken: "Taken", lang: str) -> Any:
 
     speech = translator.speech
     family = speech.family
-    decoder, table = speech.part(family.decoder), speech.part(family.embeddings)
+    decoder, device = speech.part(family.decoder), speech.part(family.embeddings).weight.device
     cache = family.new_cache()
 
     def forward(inputs: "torch.Tensor", first: bool) -> FloatArray:
@@ -34,15 +34,18 @@ def _drive(translator: "TorchTranslator", taken: "Taken", lang: str) -> Any:
         }
         with torch.inference_mode():
             states = decoder(
-                inputs_embeds=inputs, past_key_values=cache, use_cache=True, **conditions
+                **family.decoder_inputs(speech.model, inputs),
+                past_key_values=cache,
+                use_cache=True,
+                **conditions,
             ).last_hidden_state[:, -1]
             found: FloatArray = translator.logits(states, first).float().cpu().numpy()
         return found
 
     def step(tokens: list[int], parents: list[int]) -> FloatArray:
         with torch.inference_mode():
-            cache.batch_select_indices(torch.tensor(parents, device=table.weight.device))
-            inputs = table(torch.tensor(tokens, device=table.weight.device))[:, None]
+            cache.batch_select_indices(torch.tensor(parents, device=device))
+            inputs = family.embed(speech.model, torch.tensor(tokens, device=device))[:, None]
         return forward(inputs, first=False)
 
     return forward(translator.inputs(taken, lang)[None], first=True)[0], step

@@ -6,6 +6,7 @@ from typing import Any
 from halve.errors import FamilyError
 from halve.families.base import TRANSCRIBE, Counts, Family, Source, SourceText, resolve
 from halve.families.gemma4 import Gemma4
+from halve.families.gemma4_unified import Gemma4Unified
 from halve.families.qwen2_audio import Qwen2Audio
 from halve.families.text import Text
 from halve.families.whisper import Whisper
@@ -17,6 +18,7 @@ FAMILIES: dict[str, Family] = {
         Text(),
         Whisper(),
         Gemma4(),
+        Gemma4Unified(),
     )
 }
 
@@ -27,10 +29,16 @@ def family_for(config: Mapping[str, Any]) -> Family:
     Raises:
         FamilyError: halve has no file for this architecture.
     """
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     for family in FAMILIES.values():
         if model_type in family.model_types:
             return family
+        if model_type in family.refused:
+            raise FamilyError(
+                f"A {model_type} model as a whole is not taken",
+                expected=f"model type {', '.join(family.model_types)}",
+                mend=family.refused[model_type],
+            )
     raise FamilyError(
         f"Unknown model type {model_type!r}",
         expected=f"one of the families {', '.join(FAMILIES)}",

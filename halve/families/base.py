@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from halve.audio import FloatArray
@@ -66,6 +67,8 @@ class Family(ABC):
 
     name: str
     model_types: tuple[str, ...]
+    refused: Mapping[str, str] = MappingProxyType({})
+    """Model types that look like this family's and are not, and what to do instead."""
     auto_class: str
     """The transformers auto class that stock code loads the model with."""
     reads: Literal["audio", "text"] = "audio"
@@ -298,7 +301,11 @@ class Family(ABC):
 
     def suppressed(self, model: Any) -> tuple[Sequence[int], Sequence[int]]:
         """Tokens that stock `generate` never says, and those that it does not begin with."""
-        return (), ()
+        settings = model.generation_config
+        return (
+            tuple(getattr(settings, "suppress_tokens", None) or ()),
+            tuple(getattr(settings, "begin_suppress_tokens", None) or ()),
+        )
 
     def rotary(self, decoder: Any, hidden: "torch.Tensor", places: "torch.Tensor") -> Any:
         """What tells decoder layers the tokens' positions, or that for each kind of layer.

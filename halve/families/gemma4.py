@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from halve.audio import FloatArray
 from halve.families.base import SYSTEM_PROMPT, Counts, Family, kept_slices, resolve
+from halve.families.processors import load_hearing
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "num_global_key_value_heads": None,
 }
 """What stock code takes for keys that a config leaves out."""
+_PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
 _STACKED = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 """Which tensors of the decoder hold every layer's part side by side, and along which dimension."""
 _SHARED_LEFTOVERS = tuple(f"self_attn.{name}." for name in ("k_proj", "v_proj", "k_norm", "v_norm"))
@@ -232,25 +234,8 @@ class Gemma4(Family):
 
     def load_processor(self, path: Path) -> Any:
         """The stock processor; without torchvision, which only its image and video parts need, one without these."""
-        from transformers.utils.import_utils import is_torchvision_available
-
-        if is_torchvision_available():
-            return super().load_processor(path)
-        import transformers
-
-        processor_class = _without_images(getattr(transformers, self.processor_class))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        extractor = getattr(transformers, self.extractor_class).from_pretrained(
-            str(path), local_files_only=True
-        )
-        template = path / "chat_template.jinja"
-        return processor_class(
-            extractor,
-            None,
-            tokenizer,
-            None,
-            chat_template=template.read_text(encoding="utf8") if template.is_file() else None,
-        )
+        hearing = load_hearing(path, self.processor_class, self.extractor_class)
+        return super().load_processor(path) if hearing is None else hearing
 
     def encode(self, model: Any, processor: Any, audio: Any) -> "torch.Tensor":
         """The tower's states: (positions, width), 25 positions a second."""
@@ -268,10 +253,16 @@ class Gemma4(Family):
     # every layer adds for this token, all layers side by side. Audio adds what the padding token would.
 
     def embed(self, model: Any, ids: "torch.Tensor") -> "torch.Tensor":
-        """See `Family.embed`: (..., hidden + layers x own)."""
+        """See `Family.embed`: (..., hidden + layers x own).
+
+        A placeholder of audio, image or video that the model itself says is read as padding, as in stock code.
+        """
         import torch
 
         decoder = resolve(model, self.decoder)
+        for name in _PLACEHOLDERS:
+            if (placeholder := getattr(model.config, name)) is not None:
+                ids = ids.masked_fill(ids == placeholder, decoder.config.pad_token_id)
         embedded: torch.Tensor = decoder.embed_tokens(ids)
         if not self._own_width(decoder):
             return embedded
@@ -428,24 +419,3 @@ def _count_layer(text: Mapping[str, Any], layer: int) -> int:
         experts, inner = text["num_experts"], text["moe_intermediate_size"]
         count += experts * hidden + hidden + experts + 3 * experts * hidden * inner + 3 * hidden
     return int(count)
-
-
-def _without_images(stock: Any) -> Any:
-    """The stock processor class, content without an image and a video processor."""
-
-    class HearingProcessor(stock):
-        """Reads text and hears; saved, it would not load anywhere else."""
-
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            """As stock, but a part may be missing."""
-            if argument is None:
-                return None
-            return super().check_argument_for_proper_class(argument_name, argument)
-
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            """The stock class's parts, whose names it reads off its own __init__."""
-            parts: list[str] = stock.get_attributes()
-            return parts
-
-    return HearingProcessor

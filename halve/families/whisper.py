@@ -153,14 +153,6 @@ class Whisper(Family):
 
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
-    def suppressed(self, model: Any) -> tuple[Sequence[int], Sequence[int]]:
-        """What Whisper's generation config forbids: signs that stand for no speech, and an empty start."""
-        settings = model.generation_config
-        return (
-            tuple(getattr(settings, "suppress_tokens", None) or ()),
-            tuple(getattr(settings, "begin_suppress_tokens", None) or ()),
-        )
-
     def prompt_text(self, processor: Any, instruction: str) -> str:
         """The prompt's tokens; the audio has no place among them."""
         return instruction

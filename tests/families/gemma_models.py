@@ -10,6 +10,9 @@ from transformers import (
     Gemma4AudioFeatureExtractor,
     Gemma4Config,
     Gemma4ForConditionalGeneration,
+    Gemma4UnifiedAudioFeatureExtractor,
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedForConditionalGeneration,
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
@@ -62,7 +65,7 @@ AUDIO: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "subsampling_conv_channels": [16, 8],
+    "subsampling_conv_channels": [16, 16],
     "output_proj_dims": 64,
 }
 VISION: dict[str, Any] = {
@@ -148,7 +151,12 @@ def save(model: Any, path: Path) -> None:
     """Writes the model with greedy generation settings."""
     text = model.config.text_config
     model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+        do_sample=False,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        # What they would say most: a token anywhere, and one to begin with.
+        suppress_tokens=[12],
+        begin_suppress_tokens=[151],
     )
     model.save_pretrained(path)
 
@@ -165,6 +173,34 @@ def make_gemma4(path: Path, **text: Any) -> Path:
     )
     torch.manual_seed(0)
     model = Gemma4ForConditionalGeneration(config)
+    liven(model)
+    save(model, path)
+    return path
+
+
+def make_gemma4_unified(path: Path, **text: Any) -> Path:
+    """Saves a random Gemma 4 of the 12B kind: no tower, shared key and value projections in full layers."""
+    path.mkdir(parents=True, exist_ok=True)
+    extractor = Gemma4UnifiedAudioFeatureExtractor()
+    tokenizer = make_processor(path, "Gemma4Unified", extractor)
+    own = {"vocab_size_per_layer_input", "hidden_size_per_layer_input", "use_double_wide_mlp"}
+    settings = {key: value for key, value in TEXT.items() if key not in own}
+    settings |= {
+        "num_hidden_layers": 6,
+        "layer_types": PATTERN * 2,
+        "num_kv_shared_layers": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        **text,
+    }
+    config = Gemma4UnifiedConfig(
+        text_config=settings,
+        audio_config={},
+        vision_config={"mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64},
+        **token_ids(tokenizer),
+    )
+    torch.manual_seed(0)
+    model = Gemma4UnifiedForConditionalGeneration(config)
     liven(model)
     save(model, path)
     return path

@@ -27,10 +27,11 @@ from halve.languages import language
 from halve.models import SpeechModel, load_model, read_config
 from halve.translate import TorchTranslator
 from tests import tiny
-from tests.families.gemma_models import make_gemma4
+from tests.families.gemma_models import make_gemma4, make_gemma4_unified
 
 MAKERS: dict[str, tuple[Callable[..., Path], tuple[int, ...]]] = {
     "gemma4": (make_gemma4, (1, 3, 6)),
+    "gemma4_unified": (make_gemma4_unified, (1, 3)),
 }
 """How a small model of each family is made, and some of its layers that may go together."""
 NAMES = sorted(MAKERS)
@@ -146,7 +147,7 @@ def test_qlora_merge_and_packages(
         learning_rate=1e-2,
         precision="float32",
         train_segments=6,
-        select_segments=2,
+        select_segments=0,
     )
     run_tune(config, teacher, tiny_corpus, None, adapter)
     run_merge(MergeConfig(dtype="float32"), teacher, adapter, None, tmp_path / "student")

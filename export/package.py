@@ -129,11 +129,9 @@ def _write_checkpoint(job: _Job) -> None:
 
 
 def _write_onnx(job: _Job) -> dict[str, Any]:
-    if job.family.attends_to_encoder:
+    if job.family.no_onnx:
         raise FamilyError(
-            f"{job.family.name} is not supported as ONNX: its decoder layers attend to an encoder, which the "
-            "graph that halve writes has no place for",
-            expected="a decoder that takes audio among its inputs",
+            f"{job.family.name} is not supported as ONNX: {job.family.no_onnx}",
             mend="package this model with --target checkpoint",
         )
     try:

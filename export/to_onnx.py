@@ -95,11 +95,6 @@ def write_onnx(
     """
     from transformers import AutoConfig
 
-    if family.no_onnx:
-        raise FamilyError(
-            f"{family.name} models cannot be written as ONNX: {family.no_onnx}",
-            mend="package this model with --target checkpoint",
-        )
     config = AutoConfig.from_pretrained(str(student), local_files_only=True)
     read = TensorReader(student)
     listens = family.reads == "audio"

@@ -9,6 +9,7 @@ from halve.families.gemma4 import Gemma4
 from halve.families.gemma4_unified import Gemma4Unified
 from halve.families.qwen2_audio import Qwen2Audio
 from halve.families.text import Text
+from halve.families.voxtral import Voxtral
 from halve.families.whisper import Whisper
 
 FAMILIES: dict[str, Family] = {
@@ -19,6 +20,7 @@ FAMILIES: dict[str, Family] = {
         Whisper(),
         Gemma4(),
         Gemma4Unified(),
+        Voxtral(),
     )
 }
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from halve.errors import FamilyError
 from halve.families.base import TRANSCRIBE, Counts, Family, Source, SourceText, resolve
+from halve.families.gemma3 import Gemma3
 from halve.families.gemma4 import Gemma4
 from halve.families.gemma4_unified import Gemma4Unified
 from halve.families.qwen2_audio import Qwen2Audio
@@ -18,6 +19,7 @@ FAMILIES: dict[str, Family] = {
         Qwen2Audio(),
         Text(),
         Whisper(),
+        Gemma3(),
         Gemma4(),
         Gemma4Unified(),
         Voxtral(),

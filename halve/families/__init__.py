@@ -8,6 +8,7 @@ from halve.families.base import TRANSCRIBE, Counts, Family, Source, SourceText, 
 from halve.families.gemma3 import Gemma3
 from halve.families.gemma4 import Gemma4
 from halve.families.gemma4_unified import Gemma4Unified
+from halve.families.qwen2_5_omni import Qwen25Omni
 from halve.families.qwen2_audio import Qwen2Audio
 from halve.families.text import Text
 from halve.families.voxtral import Voxtral
@@ -23,6 +24,7 @@ FAMILIES: dict[str, Family] = {
         Gemma4(),
         Gemma4Unified(),
         Voxtral(),
+        Qwen25Omni(),
     )
 }
 

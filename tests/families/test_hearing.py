@@ -28,11 +28,13 @@ from halve.models import SpeechModel, load_model, read_config
 from halve.translate import TorchTranslator
 from tests import tiny
 from tests.families.gemma_models import make_gemma4, make_gemma4_unified
+from tests.families.omni_models import make_omni
 from tests.families.voxtral_models import make_voxtral
 
 MAKERS: dict[str, tuple[Callable[..., Path], tuple[int, ...]]] = {
     "gemma4": (make_gemma4, (1, 3, 6)),
     "gemma4_unified": (make_gemma4_unified, (1, 3)),
+    "qwen2_5_omni": (make_omni, (1, 3)),
     "voxtral": (make_voxtral, (1, 3)),
 }
 """How a small model of each family is made, and some of its layers that may go together."""

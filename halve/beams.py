@@ -45,6 +45,8 @@ class BeamSearch:
     """Token id of each logit; its place where None."""
     loops: Callable[[Sequence[int]], bool] | None = None
     """Says which hypotheses are stuck and stop; none where None."""
+    blocked: tuple[Sequence[int], Sequence[int]] = ((), ())
+    """Places in the logits that are never chosen, and those that are not chosen first."""
     finished: list[Hypothesis] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -79,7 +81,13 @@ class BeamSearch:
 
         So many that enough go on even if all others end.
         """
-        totals = log_softmax(logits) + np.array([[one.score] for one in running], np.float32)
+        scores = log_softmax(logits)
+        # As in stock code, what is blocked keeps its share of the probability.
+        always, at_first = self.blocked
+        scores[:, list(always)] = -np.inf
+        if not running[0].tokens:
+            scores[:, list(at_first)] = -np.inf
+        totals = scores + np.array([[one.score] for one in running], np.float32)
         flat = totals.reshape(-1)
         count = min((1 + max(1, len(self.ends))) * self.beams, len(flat))
         best = np.argpartition(-flat, count - 1)[:count]

@@ -26,7 +26,7 @@ def _drive(translator: "TorchTranslator", taken: "Taken", lang: str) -> Any:
     decoder, device = speech.part(family.decoder), speech.part(family.embeddings).weight.device
     cache = family.new_cache()
 
-    def forward(inputs: "torch.Tensor", first: bool) -> FloatArray:
+    def forward(inputs: "torch.Tensor") -> FloatArray:
         rows = len(inputs)
         conditions = {
             name: value.expand(rows, *value.shape[1:])
@@ -39,13 +39,13 @@ def _drive(translator: "TorchTranslator", taken: "Taken", lang: str) -> Any:
                 use_cache=True,
                 **conditions,
             ).last_hidden_state[:, -1]
-            found: FloatArray = translator.logits(states, first).float().cpu().numpy()
+            found: FloatArray = family.logits(speech.model, states).float().cpu().numpy()
         return found
 
     def step(tokens: list[int], parents: list[int]) -> FloatArray:
         with torch.inference_mode():
             cache.batch_select_indices(torch.tensor(parents, device=device))
             inputs = family.embed(speech.model, torch.tensor(tokens, device=device))[:, None]
-        return forward(inputs, first=False)
+        return forward(inputs)
 
-    return forward(translator.inputs(taken, lang)[None], first=True)[0], step
+    return forward(translator.inputs(taken, lang)[None])[0], step

@@ -159,7 +159,13 @@ class TorchTranslator:
             self,
             self.encode_all([source])[0],
             lang,
-            BeamSearch(beams, limit, self._ends, loops=loops),
+            BeamSearch(
+                beams,
+                limit,
+                self._ends,
+                loops=loops,
+                blocked=(self._blocked, self._blocked_first),
+            ),
         )
         return Translation(self.decode(found.tokens), found.tokens, found.stopped)
 

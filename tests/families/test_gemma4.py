@@ -167,8 +167,6 @@ def test_what_models_say_that_stock_code_reads_otherwise(name: str, tmp_path: Pa
     assert set(wanted) <= few
     translator = TorchTranslator(speech)
     assert translator.translate([clip], "de", limits=[32])[0].tokens == wanted
-    settings.suppress_tokens = settings.begin_suppress_tokens = None
-    translator = TorchTranslator(speech)
     beams = family.stock_generate(speech.model, inputs, max_new_tokens=12, num_beams=3)
     assert translator.translate([clip], "de", limits=[12], beams=3)[0].tokens == beams
 

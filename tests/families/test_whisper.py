@@ -63,6 +63,22 @@ def test_parameters_are_those_of_the_class(whisper: Path) -> None:
         assert counts.per_layer == layer
 
 
+def test_beams_are_those_of_stock_code(whisper: Path) -> None:
+    speech = load_model(whisper)
+    translator = TorchTranslator(speech)
+    for index in range(3):
+        clip = tiny.tone(1.2, index)
+        prompt = FAMILY.instruction(language("de"))
+        inputs = FAMILY.stock_inputs(speech.processor, clip, prompt, torch.float32)
+        settings = speech.model.generation_config
+        said = FAMILY.stock_generate(
+            speech.model, inputs, generation_config=settings, max_new_tokens=12, num_beams=3
+        )
+        ends = FAMILY.end_ids(speech.model)
+        found = translator.translate([clip], "de", limits=[12], beams=3)[0].tokens
+        assert found == [token for token in said if token not in ends]
+
+
 def test_the_prompt_names_the_target_language() -> None:
     german, english = language("de"), language("en")
     wanted = "<|startoftranscript|><|de|><|{}|><|notimestamps|>"

@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 
-from compress.config import ImportanceConfig, PruneConfig, TuneConfig
+from compress.config import ImportanceConfig, PruneConfig, TeachConfig, TuneConfig
 from compress.exact import ExactTranslator
 from compress.importance import make_task, run_importance
 from compress.prune import run_prune
 from compress.reference import StockTranslator, only_layers
+from compress.teach import run_teach
 from compress.tune import run_tune
 from export.config import MergeConfig, PackageConfig
 from export.merge import run_merge
@@ -173,6 +174,27 @@ def test_qlora_merge_and_packages(
     package = PackageConfig(target="onnx", precision="fp32", langs=("de",))
     with pytest.raises(FamilyError, match=r"ONNX.*--target checkpoint"):
         run_package(package, student.path, None, tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_teaching_reaches_what_hears(
+    name: str, models: dict[str, Path], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = TeachConfig(
+        langs=("de",),
+        epochs=1,
+        freeze_audio=False,
+        learning_rate=1e-2,
+        precision="float32",
+        train_segments=4,
+        select_segments=0,
+    )
+    run_teach(config, models[name], tiny_corpus, tmp_path / "teacher")
+    before, after = load_model(models[name]), load_model(tmp_path / "teacher")
+    assert own_tokens(after) == stock_tokens(after)
+    for part in filter(None, (after.family.audio_tower, after.family.projector)):
+        weights = zip(before.part(part).parameters(), after.part(part).parameters(), strict=True)
+        assert any((old - new).abs().max() > 5e-3 for old, new in weights), part
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -16,7 +16,7 @@ from serve import chat, translations
 from serve.errors import ApiError
 from serve.guard import Guard
 from serve.registry import Model, OpenTranslator
-from serve.schemas import ModelCard, ModelList, definitions
+from serve.schemas import ErrorBody, ModelCard, ModelList, definitions
 from serve.service import Service
 from serve.settings import ServeSettings
 
@@ -99,12 +99,12 @@ def _card(model: Model) -> ModelCard:
 def _add_information(app: FastAPI, service: Service) -> None:
     models = service.registry.models
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={"4XX": {"model": ErrorBody}})
     async def list_models() -> ModelList:
         """The models that can be asked for."""
         return ModelList(data=[_card(model) for model in models.values()])
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.get("/v1/models/{model_id:path}", responses={"4XX": {"model": ErrorBody}})
     async def get_model(model_id: str) -> ModelCard:
         """One model."""
         return _card(service.registry.find(model_id))
@@ -114,14 +114,14 @@ def _add_information(app: FastAPI, service: Service) -> None:
         """That the process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"model": dict[str, str]}})
     async def ready() -> JSONResponse:
         """Whether new work is welcome: 200, or 503 while loading or shutting down."""
         status = "ready" if service.registry.is_ready else "loading"
         status = "draining" if service.is_draining else status
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters for Prometheus."""
         for model in models.values():

@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +12,9 @@ from serve.errors import internal, unavailable
 from serve.pieces import Outcome, Piece, earliest, pick_batch
 
 log = logging.getLogger("halve.serve")
+
+ENCODED_AHEAD = 2
+"""Pieces whose audio is encoded before their turn: one ready while the next is in work."""
 
 
 @dataclass(eq=False)
@@ -70,29 +75,68 @@ def runner_for(translator: Translator, batch_size: int) -> Runner:
 
 
 class ContinuousRunner:
-    """Rows join at any step and leave when they end or when their client does."""
+    """Rows join at any step and leave when they end or when their client does.
+
+    Audio is encoded in a thread of its own while the rows take their steps, so that two cores have
+    work and a new request holds nobody up for longer than the reading of its prompt.
+    """
 
     def __init__(self, translator: Any, batch_size: int) -> None:
         self._translator = translator
         self._batch = translator.open_batch(batch_size)
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._encoding: deque[tuple[Piece, Future[Any]]] = deque()
         self._rows: list[tuple[Piece, Any, TextStream]] = []
         self._left: list[Finished] = []
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._rows or self._left)
+        return bool(self._rows or self._left or self._encoding)
 
     @property
     def size(self) -> int:
         return len(self._rows)
 
     def choose(self, waiting: list[Piece]) -> list[Piece]:
-        # One a step: reading a prompt holds up the rows that are being written.
-        return earliest(waiting)[:1] if self._batch.free else []
+        places = min(ENCODED_AHEAD, self._batch.free) - len(self._encoding)
+        return earliest(waiting)[: max(0, places)]
 
     def add(self, piece: Piece) -> None:
+        encoded = self._encoder.submit(self._encode, piece)
+        self._encoding.append((piece, encoded))
+
+    def _encode(self, piece: Piece) -> Any:
+        if piece.ticket.cancelled:
+            return None
+        return self._translator.inputs(piece.samples, piece.lang)
+
+    def step(self, crowded: bool) -> list[Finished]:
+        for entry in [entry for entry in self._rows if entry[0].ticket.cancelled]:
+            self._rows.remove(entry)
+            self._batch.remove(entry[1])
+            self._left.append(_cancelled(entry[0]))
+        # One a step: reading a prompt holds up the rows that are being written.
+        if self._encoding and (self._encoding[0][1].done() or not (self._rows or self._left)):
+            self._join(*self._encoding.popleft())
+        left, self._left = self._left, []
+        self._batch.step()
+        running = []
+        for entry in self._rows:
+            if entry[1].stopped:
+                left.append(self._end(*entry))
+            else:
+                self._tell(*entry)
+                running.append(entry)
+        self._rows = running
+        return left
+
+    def _join(self, piece: Piece, encoded: "Future[Any]") -> None:
+        """Reads a prompt, whose encoding is waited for if there is nothing else to do."""
         try:
-            inputs = self._translator.inputs(piece.samples, piece.lang)
+            inputs = encoded.result()
+            if piece.ticket.cancelled:
+                self._left.append(_cancelled(piece))
+                return
             row = self._batch.add(inputs, piece.token_limit())
         except Exception:
             log.exception("a piece of %.1f s failed", piece.duration_s)
@@ -107,23 +151,6 @@ class ContinuousRunner:
             self._rows.append(entry)
             self._tell(*entry)
 
-    def step(self, crowded: bool) -> list[Finished]:
-        left, self._left = self._left, []
-        for entry in [entry for entry in self._rows if entry[0].ticket.cancelled]:
-            self._rows.remove(entry)
-            self._batch.remove(entry[1])
-            left.append(Finished(entry[0], error=unavailable("The request was cancelled.")))
-        self._batch.step()
-        running = []
-        for entry in self._rows:
-            if entry[1].stopped:
-                left.append(self._end(*entry))
-            else:
-                self._tell(*entry)
-                running.append(entry)
-        self._rows = running
-        return left
-
     def _tell(self, piece: Piece, row: Any, stream: TextStream) -> None:
         # Turning tokens into text at each step costs time: only for those who watch it appear.
         if piece.on_text is not None:
@@ -137,11 +164,19 @@ class ContinuousRunner:
 
     def abandon(self) -> list[Piece]:
         pieces = [piece for piece, _, _ in self._rows] + [f.piece for f in self._left]
+        pieces += [piece for piece, _ in self._encoding]
+        # The model must not be freed under its encoder.
+        wait([encoded for _, encoded in self._encoding])
         for _, row, _ in self._rows:
             if not row.stopped:
                 self._batch.remove(row)
         self._rows, self._left = [], []
+        self._encoding.clear()
         return pieces
+
+
+def _cancelled(piece: Piece) -> Finished:
+    return Finished(piece, error=unavailable("The request was cancelled."))
 
 
 class BatchRunner:
@@ -212,7 +247,7 @@ class BatchRunner:
         except Exception:
             log.exception("a stream failed")
             return Finished(piece, error=internal())
-        return Finished(piece, error=unavailable("The request was cancelled."))
+        return _cancelled(piece)
 
     def abandon(self) -> list[Piece]:
         pieces, self._batch = self._batch, []

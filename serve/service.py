@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from halve import environment
 from halve.errors import InputError
 from halve.models import family_of
 from halve.translate import Translator
@@ -146,6 +147,11 @@ def open_model(path: str, settings: ServeSettings) -> Translator:
         from serve.plain import open_plain
 
         return open_plain(path, threads=settings.threads, device=settings.device)
+    from export.manifest import MANIFEST, read_manifest
     from export.runtime import open_translator
 
-    return open_translator(path, threads=settings.threads, device=settings.device)
+    threads, folder = settings.threads, Path(path)
+    if threads is None and (folder / MANIFEST).is_file() and read_manifest(folder).target == "onnx":
+        # One request's audio is encoded while others are written: each has half of the cores.
+        threads = max(1, environment.cores() // 2)
+    return open_translator(path, threads=threads, device=settings.device)

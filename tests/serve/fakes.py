@@ -1,6 +1,7 @@
 """Translators whose speed and failures a test decides."""
 
 import threading
+import time
 from collections.abc import Generator, Sequence
 
 import numpy as np
@@ -85,6 +86,7 @@ class FakeBatch:
     def step(self) -> list[FakeRow]:
         self.owner.entered.set()
         assert self.owner.gate.wait(60)
+        time.sleep(0.005)  # a step takes time: others are encoded meanwhile
         self.owner.batches.append([float(row.limit) for row in self.rows])
         for row in self.rows:
             row.tokens.append(len(row.tokens))

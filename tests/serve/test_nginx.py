@@ -1,5 +1,6 @@
 """The documented load balancer before two servers: one may die under load and nobody notices."""
 
+import os
 import re
 import shutil
 import signal
@@ -39,7 +40,9 @@ def balancer(directory: Path, servers: list[str]) -> Iterator[str]:
         f"{kind}_temp_path {directory / kind};\n"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    whole = f"pid {directory / 'pid'};\nerror_log {directory / 'log'};\nevents {{}}\n"
+    # Started by root, its workers would be a user who may not write here.
+    user = "user root;\n" if os.geteuid() == 0 else ""
+    whole = f"{user}pid {directory / 'pid'};\nerror_log {directory / 'log'};\nevents {{}}\n"
     whole += f"http {{\naccess_log off;\n{spool}{text}\n}}\n"
     (directory / "nginx.conf").write_text(whole)
     command = [str(NGINX), "-p", str(directory), "-c", str(directory / "nginx.conf")]

@@ -17,7 +17,7 @@ from tests.serve.conftest import eventually
 def take(options: argparse.Namespace) -> None:
     """Chooses the audio, translates it, waits until it is done."""
     with (
-        tempfile.TemporaryDirectory() as directory,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
         browser.Page(options.url, Path(directory), size=options.size) as page,
     ):
         if options.dark:

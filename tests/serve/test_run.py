@@ -1,5 +1,6 @@
 """A server process from its first line to its last."""
 
+import platform
 import re
 import signal
 import socket
@@ -130,3 +131,26 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
         settings = ServeSettings(models=(str(tmp_path / "fake"),), port=port)
         with pytest.raises(InputError, match="--port"):
             run_server(settings, open_translator=lambda path, settings: FakeTranslator())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_threads_share_heaps() -> None:
+    script = """
+import ctypes, threading
+from serve.run import limit_heaps
+assert limit_heaps()
+libc = ctypes.CDLL(None)
+together = threading.Barrier(9)
+def allocate():
+    libc.malloc(1000)
+    together.wait()
+for _ in range(8):
+    threading.Thread(target=allocate).start()
+together.wait()
+libc.malloc_stats()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    heaps = [line for line in done.stderr.splitlines() if line.startswith("Arena")]
+    assert 1 <= len(heaps) <= 2

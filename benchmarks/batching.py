@@ -1,16 +1,26 @@
-"""Decoding alone and in company: tokens a second of a runtime that takes steps."""
+"""Decoding alone and in company: tokens a second of a runtime that takes steps.
 
+    python -m benchmarks.batching PACKAGE --corpus demo/corpus --lang de --threads 1 2
+
+Prints one line a number of threads.
+"""
+
+import argparse
 import itertools
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.workload import FloatArray
+from export.runtime import open_translator
+from halve.corpus import read_corpus
 
-TOKENS = 1024
+TOKENS = 3072
 """Tokens of one measurement."""
-ROUNDS = 3
+ROUNDS = 5
+SEGMENTS = 32
 
 
 def decode_rates(
@@ -60,3 +70,25 @@ def _rate(translator: Any, inputs: Sequence[FloatArray], size: int, tokens: int)
         seconds += time.perf_counter() - started
         said += rows
     return said / seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures a package with each number of threads."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--lang", required=True)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=int, default=16)
+    asked = parser.parse_args(arguments)
+    corpus = read_corpus(asked.corpus)
+    clips = [corpus.audio(segment) for segment in corpus.split("test", asked.lang, SEGMENTS)]
+    for threads in asked.threads:
+        translator = open_translator(asked.package, threads=threads)
+        rates = decode_rates(translator, clips, asked.lang, asked.rows)
+        print(f"{threads} threads: {rates or 'this runtime takes no steps of its own'}", flush=True)
+        translator.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -141,7 +141,8 @@ class ExactTranslator:
         """The most that each segment takes: its own and its parent's keys and values, and states."""
         of_token = self._family.cache_width(self._model)
         item = self._table.weight.element_size()
-        copies = DECODED_TOGETHER + 1
+        # The parent's, those of the candidate that is checked, and the slots of a group.
+        copies = DECODED_TOGETHER + 2
         return [
             (len(prompt) + limit) * (copies * of_token + 2 * prompt.shape[1]) * item
             for prompt, limit in zip(self._prompts, self.task.limits, strict=True)
@@ -306,7 +307,7 @@ class ExactTranslator:
     ) -> None:
         """Checks one candidate's drafts; rows that must go on get a slot each.
 
-        As many packs at a time as there are threads: no more than their keys and values are held at once.
+        As many packs at a time as there are threads: a candidate's own keys and values are held for these alone.
         """
         for start in range(0, len(packs), self._crew.size):
             wave = packs[start : start + self._crew.size]

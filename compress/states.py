@@ -6,6 +6,7 @@ chunk being written, and only a memory map is ever open on what may be many giga
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from itertools import accumulate
@@ -132,6 +133,7 @@ def store_states(
                 positions.append(len(states))
                 advance()
             file.flush()
+            os.fsync(file.fileno())  # before the line that says they are there
             append_jsonl(folder / "index.jsonl", {"positions": positions})
     return StoredStates(folder)
 

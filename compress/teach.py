@@ -22,6 +22,7 @@ from halve.families import SourceText
 from halve.languages import language
 from halve.metrics import score
 from halve.models import SpeechModel, load_model, resolve_model
+from halve.origin import origin
 from halve.progress import SILENT, Progress
 from halve.shards import copy_side_files
 from halve.sources import segment_limit
@@ -73,6 +74,7 @@ def run_teach(
             "score": state.best_score,
             "langs": list(config.langs),
             "family": speech.family.name,
+            "origin": origin(base),
         }
         draft.timing("training", state.elapsed_s, steps=state.step)
         if adapter is not None:

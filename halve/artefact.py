@@ -86,12 +86,14 @@ class Draft:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON with sorted keys, readable, ending in a newline, and flushes it to disk."""
+    """Writes JSON with sorted keys, readable, ending in a newline; a kill leaves the old file or the new one."""
     text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
-    with open(path, "w", encoding="utf8") as file:
+    fresh = path.with_name(f".{path.name}.new")
+    with open(fresh, "w", encoding="utf8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    fresh.replace(path)
 
 
 def append_jsonl(path: Path, record: Any) -> None:

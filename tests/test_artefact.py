@@ -14,6 +14,14 @@ from halve import artefact
 from halve.errors import ArtefactError
 
 
+class Died(Exception):
+    """Stands for a kill: nothing after it runs."""
+
+
+def _die(*args: object) -> None:
+    raise Died
+
+
 def make(out: Path, text: str = "hello", recipe: dict | None = None, parents: dict | None = None):
     with artefact.writing(out, "results", recipe or {"n": 1}, 0, parents or {}) as draft:
         (draft.path / "a.txt").write_text(text)
@@ -107,6 +115,21 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     (out / artefact.RECORD).write_text(json.dumps({**record, "schema_version": 99}))
     with pytest.raises(ArtefactError, match="newer halve"):
         artefact.read(out)
+
+
+def test_a_kill_while_writing_leaves_the_old_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "facts.json"
+    artefact.write_json(path, {"age": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", _die)
+        with pytest.raises(Died):
+            artefact.write_json(path, {"age": 2})
+    assert artefact.read_json(path) == {"age": 1}
+    artefact.write_json(path, {"age": 3})
+    assert artefact.read_json(path) == {"age": 3}
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_torn_line_is_dropped_and_mended(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from halve.corpus import read_corpus
 from halve.errors import CorpusError, InputError
 from halve.families import FAMILIES
 from halve.models import load_model
+from halve.origin import origin
 from halve.progress import Advance, Progress
 from halve.translate import TorchTranslator
 from tests.compress import kills
@@ -114,6 +115,7 @@ def test_the_tower_can_train_too_and_the_best_state_is_kept(
     assert [line["step"] for line in lines] == [2, 4]
     best = max(lines, key=lambda line: line["score"])
     assert teacher.extra["score"] == best["score"]
+    assert teacher.extra["origin"] == origin(tiny_model)
     assert progress.notes[-1].startswith("loss ") and ", de " in progress.notes[-1]
     tower = FAMILIES["qwen2_audio"].disk_audio_tower
     before, after = (load_file(path / "model.safetensors") for path in (tiny_model, teacher.path))

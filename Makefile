@@ -35,7 +35,7 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not slow"
 
 slow: $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[ray]" schemathesis
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[ray,gguf]" schemathesis
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.bandwidth import read_bandwidth
 from benchmarks.memory import peak_gpu_memory_bytes, peak_memory_bytes, resident_memory_bytes
+from export.gguf_file import GGUF, decoder_bytes
 from halve.audio import SAMPLE_RATE_HZ, FloatArray, read_audio
 from halve.errors import HalveError
 from halve.languages import token_limit
@@ -129,6 +130,8 @@ def _weight_bytes(translator: Any, path: Path) -> int:
         from benchmarks.peers_onnx import read_bytes
 
         return read_bytes(path / "decoder.onnx")
+    if (path / GGUF).is_file():
+        return decoder_bytes(path / GGUF)
     from benchmarks.baseline import decoder_weight_bytes
     from halve.families import FAMILIES
 

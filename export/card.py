@@ -12,6 +12,7 @@ from halve.models import read_config
 from halve.origin import CARD, origin
 
 _NOT_SHIPPED = {CARD, artefact.RECORD, artefact.TIMINGS, "partial.json"}
+_LIBRARIES = {"onnx": "onnxruntime", "gguf": "llama.cpp"}
 
 
 def stored_bytes(folder: Path) -> int:
@@ -37,7 +38,7 @@ def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any
     facts = {**_recorded(source), **facts}
     name = folder.name.strip(".").removesuffix(".partial")
     head = origin(source)
-    head["library_name"] = "onnxruntime" if facts.get("target") == "onnx" else "transformers"
+    head["library_name"] = _LIBRARIES.get(facts.get("target", ""), "transformers")
     head["pipeline_tag"] = "audio-text-to-text"
     head["tags"] = ["speech-translation", "compression", family_for(config).name]
     if facts.get("languages"):

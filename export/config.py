@@ -33,9 +33,11 @@ class PackageConfig(Config):
     """What a student is packaged as."""
 
     target: Literal["checkpoint", "onnx", "gguf"] = "onnx"
-    """checkpoint: for stock transformers; onnx: for onnxruntime on the CPU."""
+    """checkpoint: for stock transformers; onnx: for onnxruntime; gguf: the decoder for llama.cpp, the rest for
+    onnxruntime."""
     precision: Literal["bf16", "nf4", "fp32", "fp16", "int8", "int4"] = "int8"
-    """bf16, fp16, fp32 or nf4 of a checkpoint; fp32, fp16 (for GPUs), int8 or int4 of an ONNX package."""
+    """bf16, fp16, fp32 or nf4 of a checkpoint; fp32, fp16 (for GPUs), int8 or int4 of an ONNX package;
+    fp32, fp16, int8 (Q8_0) or int4 (Q4_0) of a GGUF package."""
     langs: tuple[str, ...] = ()
     """Languages that the package translates into; those of the corpus where empty."""
     parity_segments: int | None = None
@@ -47,13 +49,13 @@ class PackageConfig(Config):
     force: bool = False
     """Keeps a package that is not faithful enough, and marks it."""
     block_size: int = 32
-    """Weights that share a scale in an int8 or int4 package: 16, 32, 64 or 128."""
+    """Weights that share a scale in an int8 or int4 package: 16, 32, 64 or 128; in GGUF 32."""
     head_bits: Literal[4, 8] | None = None
     """Bits of the head's weights; those of `precision` where None."""
     embedding_bits: Literal[4, 8] | None = None
     """Bits of the embedding table; those of `precision` where None."""
     trim_vocab: bool = False
-    """ONNX: keeps only the tokens that the corpus's translations into `langs` need (`train` and
+    """ONNX and GGUF: keeps only the tokens that the corpus's translations into `langs` need (`train` and
     `select`), and every single byte or character."""
     encoder_bits: Literal[4, 8, 32] | None = None
     """Bits of the audio encoder's linear layers in an int8 or int4 package. Where None, those of

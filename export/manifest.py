@@ -31,7 +31,7 @@ class Manifest:
     decoder_layers: int
     parity: dict[str, Any] = field(default_factory=dict)
     onnx: dict[str, Any] | None = None
-    """Of an ONNX package: front_end, decoder, bits."""
+    """Of an ONNX package, and of a GGUF package, whose encoder is ONNX too: front_end, decoder, bits."""
     template: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Of a model that reads: the prompt's text before and after the source text, by language code."""
     begins: bool = False
@@ -65,7 +65,9 @@ class Manifest:
 
     def _of_onnx(self, key: str) -> Any:
         if self.onnx is None:
-            raise ArtefactError(f"This package is of target {self.target}", expected="target onnx")
+            raise ArtefactError(
+                f"This package is of target {self.target}", expected="target onnx or gguf"
+            )
         return self.onnx[key]
 
 

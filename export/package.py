@@ -10,6 +10,7 @@ from export.card import write_card
 from export.checkpoint import DTYPES, write_nf4, write_plain
 from export.config import PackageConfig
 from export.contest import check_contest, write_contest
+from export.gguf_runtime import check_installed
 from export.manifest import MANIFEST, Manifest, write_manifest
 from export.parity import check_parity
 from export.runtime import open_translator
@@ -29,9 +30,10 @@ from halve.sources import source_language
 PRECISIONS = {
     "checkpoint": ("bf16", "fp16", "fp32", "nf4"),
     "onnx": ("fp32", "fp16", "int8", "int4"),
-    "gguf": (),
+    "gguf": ("fp32", "fp16", "int8", "int4"),
 }
 _BITS = {"fp32": 32, "fp16": 32, "int8": 8, "int4": 4}
+_GGUF_BITS = {**_BITS, "fp16": 16}
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,21 @@ def run_package(
 
 
 def _check_precision(config: PackageConfig) -> None:
-    if config.target == "gguf":
-        raise FamilyError(
-            "Target gguf is not supported yet: llama.cpp's own audio path differs from the model's, and "
-            "halve does not yet feed it embeddings",
-            expected="target onnx (as fast on CPUs) or checkpoint",
-        )
-    if config.trim_vocab and config.target != "onnx":
+    if config.trim_vocab and config.target == "checkpoint":
         raise InputError(
-            "Only ONNX packages can have a trimmed vocabulary: stock transformers takes a token's id for "
-            "its row"
+            "A checkpoint cannot have a trimmed vocabulary: stock transformers takes a token's id for "
+            "its row",
+            expected="target onnx or gguf",
+        )
+    if config.target == "gguf" and config.quantise not in ("auto", "rtn"):
+        raise InputError(
+            f"Target gguf cannot be quantised by {config.quantise}",
+            expected="rtn: llama.cpp's own 8-bit and 4-bit types, to nearest",
+            mend="leave --quantise out, or use --target onnx",
+        )
+    if config.target == "gguf" and config.block_size != 32:
+        raise InputError(
+            f"Target gguf has no blocks of {config.block_size} weights", expected="blocks of 32"
         )
     known = PRECISIONS[config.target]
     if config.precision not in known:
@@ -129,11 +136,7 @@ def _write_checkpoint(job: _Job) -> None:
 
 
 def _write_onnx(job: _Job) -> dict[str, Any]:
-    if job.family.no_onnx:
-        raise FamilyError(
-            f"{job.family.name} is not supported as ONNX: {job.family.no_onnx}",
-            mend="package this model with --target checkpoint",
-        )
+    _check_decoder(job)
     try:
         from export.to_onnx import Bits, write_onnx
     except ImportError:
@@ -155,9 +158,46 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
         job.folder, job.student, job.family, job.processor, chosen, _kept(job), quantise
     )
     facts["quantise"] = method
+    _write_tokenizer(job)
+    return facts
+
+
+def _write_gguf(job: _Job) -> dict[str, Any]:
+    _check_decoder(job)
+    if job.corpus:
+        check_installed()  # what is written here is to be run here
+    try:
+        from export.to_gguf import write_gguf
+        from export.to_onnx import Bits
+    except ImportError as error:
+        lacks_gguf = str(error.name).startswith("gguf")
+        raise MissingExtraError(str(error.name), "gguf" if lacks_gguf else "export") from None
+    config = job.config
+    bits = _GGUF_BITS[config.precision]
+    exact = bits >= 16
+    chosen = Bits(
+        decoder=bits,
+        head=bits if exact else config.head_bits or bits,
+        embeddings=bits if exact else config.embedding_bits or bits,
+        encoder=32 if exact else config.encoder_bits or 8,
+    )
+    facts = write_gguf(job.folder, job.student, job.family, job.processor, chosen, _kept(job))
+    facts["quantise"] = "none" if exact else "rtn"
+    _write_tokenizer(job)
+    return facts
+
+
+def _check_decoder(job: _Job) -> None:
+    if job.family.no_onnx:
+        raise FamilyError(
+            f"{job.family.name} is not supported as {job.config.target}: {job.family.no_onnx}",
+            mend="package this model with --target checkpoint",
+        )
+
+
+def _write_tokenizer(job: _Job) -> None:
     tokenizer = job.processor.tokenizer.backend_tokenizer.to_str()
     (job.folder / "tokenizer.json").write_text(tokenizer, encoding="utf8")
-    return facts
 
 
 def _quantiser(job: _Job, bits: int) -> tuple[str, Quantiser | None]:
@@ -182,14 +222,10 @@ def _quantiser(job: _Job, bits: int) -> tuple[str, Quantiser | None]:
     return method, Calibrated(Calibration(speech, samples))
 
 
-def _refuse(job: _Job) -> None:
-    raise FamilyError(f"Target {job.config.target} is not supported")
-
-
 TARGETS: dict[str, Callable[[_Job], dict[str, Any] | None]] = {
     "checkpoint": _write_checkpoint,
     "onnx": _write_onnx,
-    "gguf": _refuse,
+    "gguf": _write_gguf,
 }
 
 

@@ -74,7 +74,7 @@ def _compare(
         index for index, pair in enumerate(zip(expected, found, strict=True)) if _differ(*pair)
     ]
     ties = []
-    if config.precision == "fp32":
+    if config.precision == "fp32" or (config.target, config.precision) == ("gguf", "fp16"):
         ties = [_first_difference(reference, each, i, expected[i], found[i]) for i in other]
     near = [tie for tie in ties if tie["gap"] < NEAR_TIE_LOGITS]
     student_texts, package_texts = ([row.text for row in rows] for rows in (expected, found))
@@ -148,7 +148,7 @@ def top_two_gap(
 
 
 def _faults(config: PackageConfig, lang: str, found: dict[str, Any]) -> list[str]:
-    if config.precision == "fp32" and config.target == "onnx":
+    if config.precision == "fp32" and config.target != "checkpoint":
         faults = []
         if found["different"]:
             first = found["different"][0]

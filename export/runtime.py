@@ -3,34 +3,24 @@
 An ONNX package needs numpy, onnxruntime and tokenizers; neither torch nor transformers is imported.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from export.manifest import MANIFEST, Manifest, read_manifest
+from export.packaged import PackagedTranslator, cannot_be_opened
+from export.rows import RowBatch
 from halve import environment
-from halve.errors import ArtefactError, InputError, MissingExtraError
-from halve.families import Source, SourceText
-from halve.languages import language
-from halve.sources import limits_for
-from halve.translate import TextStream, Translation, Translator
+from halve.errors import InputError, MissingExtraError
+from halve.translate import Translator
 
-FloatArray = NDArray[np.float32]
-
-# An encoder position pools two of the convolutions' outputs, which takes three frames.
-SHORTEST_FRAMES = 3
+if TYPE_CHECKING:
+    from export.decoding import OnnxDecoder
 
 
-def _never() -> bool:
-    return False
-
-
-class OnnxTranslator:
+class OnnxTranslator(PackagedTranslator):
     """Translates with an ONNX package."""
+
+    _decoder: "OnnxDecoder"
 
     def __init__(
         self,
@@ -58,200 +48,30 @@ class OnnxTranslator:
             raise MissingExtraError("onnxruntime", "cpu") from None
         manifest = read_manifest(path, "onnx")
         self.device = _pick_device(path, manifest, device)
-        self.manifest = manifest
-        self.family = manifest.family
-        self.languages = tuple(manifest.languages)
-        self.max_audio_s = manifest.max_audio_s
-        self.sample_rate_hz = manifest.sample_rate_hz
+        super().__init__(manifest)
         try:
-            self._open(path, manifest, threads, stop_loops)
+            self._open(path, threads, stop_loops)
         except Exception as error:  # onnxruntime and tokenizers raise kinds of their own
-            raise ArtefactError(
-                f"{path}: the package cannot be opened ({str(error).splitlines()[0][:200]})",
-                mend="look at it with `halve inspect`, then copy or make it again",
-            ) from None
+            raise cannot_be_opened(path, error) from None
 
-    def _open(self, path: Path, manifest: Manifest, threads: int | None, stop_loops: bool) -> None:
-        from tokenizers import Tokenizer
-
-        from export.decoding import Decoder, open_session
+    def _open(self, path: Path, threads: int | None, stop_loops: bool) -> None:
+        from export.decoding import OnnxDecoder, open_session
         from export.embeddings import EmbeddingTable
-        from export.frontend import FrontEnd
-        from export.vocabulary import VOCABULARY
 
-        self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        if manifest.reads == "audio":
-            self._front = FrontEnd(manifest.front_end)
-            self._encoder = open_session(
-                path / "encoder.onnx", threads, spin=False, device=self.device
-            )
+        manifest = self.manifest
+        self._open_front(path, threads, self.device)
         session = open_session(path / "decoder.onnx", threads, spin=True, device=self.device)
-        kept = None
-        if manifest.is_trimmed:
-            kept = np.load(path / VOCABULARY, allow_pickle=False).astype(np.int64)
+        kept = self._kept(path)
         self._embed = EmbeddingTable(path, manifest.embedding_bits, manifest.decoder.hidden, kept)
-        self._decoder = Decoder(
+        self._decoder = OnnxDecoder(
             session, manifest.decoder, self._embed, manifest.end_ids, stop_loops, kept
         )
-        self._prompts: dict[str, tuple[FloatArray, FloatArray]] = {}
 
-    def prompt(self, lang: str) -> tuple[FloatArray, FloatArray]:
-        """Embeddings of the prompt before and after the audio, each (tokens, hidden).
-
-        Raises:
-            InputError: the package was not made for this language.
-        """
-        code = language(lang).code
-        if code not in self.manifest.prompt:
-            raise InputError(
-                f"This package does not translate into {language(lang).name}",
-                expected=f"one of {', '.join(self.languages)}",
-                mend="name one of these, or make the package again with this language",
-            )
-        if code not in self._prompts:
-            before, after = self.manifest.prompt[code]
-            self._prompts[code] = (self._embed(before), self._embed(after))
-        return self._prompts[code]
-
-    def encode(self, audio: FloatArray) -> FloatArray:
-        """The decoder's inputs for one clip, (positions, hidden).
-
-        Raises:
-            InputError: the clip is empty.
-        """
-        from export.frontend import encoder_positions
-
-        if not len(audio):
-            raise InputError("The audio holds no samples")
-        shortest = SHORTEST_FRAMES * self.manifest.front_end.hop_samples
-        if len(audio) < shortest:
-            audio = np.pad(audio, (0, shortest - len(audio)))
-        features, frames = self._front(audio)
-        positions = np.array([encoder_positions(frames)], np.int64)
-        feed = {"features": features[None], "positions": positions}
-        embeddings: FloatArray = self._encoder.run(["embeddings"], feed)[0]
-        return embeddings[0]
-
-    def inputs(self, audio: Source, lang: str) -> FloatArray:
-        """Embeddings of the whole prompt with one clip, or text, in it, (positions, hidden)."""
-        if isinstance(audio, SourceText):
-            return self._embed(self._prompt_with(audio.text, lang))
-        before, after = self.prompt(lang)
-        return np.concatenate([before, self.encode(audio), after])
-
-    def _prompt_with(self, text: str, lang: str) -> list[int]:
-        self.prompt(lang)  # refuses a language that the package was not made for
-        before, after = self.manifest.template[language(lang).code]
-        ids: list[int] = self._tokenizer.encode(
-            f"{before}{text.strip()}{after}", add_special_tokens=self.manifest.begins
-        ).ids
-        return ids
-
-    def open_batch(self, slots: int, capacity: int = 512) -> Any:
-        """A `DecodeBatch` for a server: rows are added and removed between steps.
-
-        Add a clip with ``batch.add(translator.inputs(audio, lang), limit)``; every ``batch.step()``
-        gives each row a token and returns the rows that stopped.
-        """
+    def open_batch(self, slots: int, capacity: int = 512) -> RowBatch:
+        """See `PackagedTranslator.open_batch`."""
         from export.decoding import DecodeBatch
 
         return DecodeBatch(self._decoder, slots, capacity)
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens."""
-        decoded: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return decoded.strip()
-
-    def translate(
-        self,
-        audio: Sequence[Source],
-        lang: str,
-        *,
-        limits: Sequence[int] | None = None,
-        batch_size: int = 16,
-        beams: int = 1,
-    ) -> list[Translation]:
-        """See `Translator.translate`; with more than one beam, sources are translated one by one."""
-        if beams > 1:
-            pairs = zip(audio, limits_for(audio, limits), strict=True)
-            return [self._search(source, lang, limit, beams) for source, limit in pairs]
-        found: list[Translation | None] = [None] * len(audio)
-        for index, translation in self.translate_each(
-            audio, lang, limits=limits, batch_size=batch_size
-        ):
-            found[index] = translation
-        return [translation for translation in found if translation is not None]
-
-    def _search(self, source: Source, lang: str, limit: int, beams: int) -> Translation:
-        inputs = self.inputs(source, lang)
-        row = self.open_batch(beams, len(inputs) + limit).search(inputs, limit, beams)
-        return self._translation(row)
-
-    def translate_each(
-        self,
-        audio: Sequence[Source],
-        lang: str,
-        *,
-        limits: Sequence[int] | None = None,
-        batch_size: int = 16,
-        cancelled: Callable[[], bool] = _never,
-    ) -> Iterator[tuple[int, Translation]]:
-        """Yields each clip's index and translation as soon as it is done, longest clips first.
-
-        A clip joins the batch when another leaves it. `cancelled` is asked before every step; once it
-        says yes, nothing more comes.
-        """
-        chosen = limits_for(audio, limits)
-        order = sorted(range(len(audio)), key=lambda index: (-len(audio[index]), index))
-        waiting = deque(order)
-        batch = self.open_batch(max(1, min(batch_size, len(audio))))
-        running: dict[int, int] = {}
-        while (waiting or running) and not cancelled():
-            stopped = batch.step()
-            while waiting and batch.free and not cancelled():
-                index = waiting.popleft()
-                row = batch.add(self.inputs(audio[index], lang), chosen[index])
-                running[id(row)] = index
-                if row.stopped:
-                    stopped.append(row)
-            for row in stopped:
-                yield running.pop(id(row)), self._translation(row)
-
-    def top_two_gap(self, audio: Source, lang: str, tokens: Sequence[int]) -> float:
-        """The difference of the two highest logits after `tokens` have been said."""
-        inputs = self.inputs(audio, lang)
-        if tokens:
-            inputs = np.concatenate([inputs, self._embed(tokens)])
-        logits = self.open_batch(1, len(inputs) + 1).logits_after(inputs)
-        second, best = np.partition(logits, -2)[-2:]
-        return float(best - second)
-
-    def _translation(self, row: Any) -> Translation:
-        return Translation(self.text(row.tokens), list(row.tokens), row.stopped)
-
-    def stream(
-        self, audio: Source, lang: str, *, limit: int | None = None
-    ) -> Generator[str, None, Translation]:
-        """See `Translator.stream`; the generator's value is the whole translation."""
-        (limit,) = limits_for([audio], None if limit is None else [limit])
-        inputs = self.inputs(audio, lang)
-        batch = self.open_batch(1, len(inputs) + limit)
-        row = batch.add(inputs, limit)
-        pieces = TextStream(self.text)
-        while not row.stopped:
-            if piece := pieces.push(row.tokens):
-                yield piece
-            batch.step()
-        if piece := pieces.push(row.tokens, last=True):
-            yield piece
-        return self._translation(row)
-
-    def close(self) -> None:
-        """Frees the graphs."""
-        self._prompts.clear()
-        if self.manifest.reads == "audio":
-            del self._encoder
-        del self._decoder, self._embed
 
 
 def _pick_device(path: Path, manifest: Manifest, device: str) -> str:
@@ -311,6 +131,12 @@ def open_translator(
         if dtype not in (None, computes):
             raise InputError(f"{path} cannot compute in {dtype}", expected=computes)
         return OnnxTranslator(folder, threads=threads, device=device)
+    if manifest.target == "gguf":
+        from export.gguf_runtime import GgufTranslator
+
+        if dtype not in (None, "float32"):
+            raise InputError(f"{path} cannot compute in {dtype}", expected="float32")
+        return GgufTranslator(folder, threads=threads, device=device)
     translator = _open_torch(path, threads, device, dtype or "bfloat16")
     translator.languages = tuple(manifest.languages)
     return translator

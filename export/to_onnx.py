@@ -16,6 +16,7 @@ from export.decoder_graph import DecoderWriter, check_layer, geometry_of
 from export.embeddings import write_table
 from export.encoder_graph import write_encoder
 from export.frontend import LogMel
+from export.geometry import Geometry
 from export.graph import GraphWriter, Stored
 from export.vocabulary import VOCABULARY, TokenIds
 from halve.errors import ArtefactError, FamilyError
@@ -97,24 +98,12 @@ def write_onnx(
 
     config = AutoConfig.from_pretrained(str(student), local_files_only=True)
     read = TensorReader(student)
-    listens = family.reads == "audio"
-    front_end = _front_end(processor) if listens else None
-    geometry = geometry_of(config.get_text_config())
-    rows: Any = slice(None)
-    if kept is not None:
-        rows, geometry = kept, replace(geometry, vocabulary=len(kept))
-        np.save(folder / VOCABULARY, kept.astype(np.int32), allow_pickle=False)
+    geometry, rows = sizes(folder, config, kept)
     biased = check_layer(read.suffixes(f"{family.disk_layers}0."))
     block = bits.block_size
-    files = []
-    stored: dict[str, Stored] = {}
-    if listens:
-        graph = GraphWriter(folder, "encoder", quantise, bits.half)
-        tower, projector = family.disk_audio_tower, family.disk_projector
-        files += write_encoder(
-            graph, config.audio_config, tower, projector, read, bits.encoder, block
-        )
-        stored["encoder"] = sum(graph.stored.values(), Stored())
+    front_end, files, stored = write_listening(
+        folder, config, family, processor, read, bits, quantise
+    )
     graph = GraphWriter(folder, "decoder", quantise, bits.half)
     writer = DecoderWriter(graph, geometry, biased, bits.decoder, bits.head, block)
     norm = family.disk_layers.removesuffix("layers.") + "norm.weight"
@@ -131,15 +120,60 @@ def write_onnx(
     stored["embeddings"] = Stored(values.size, table["size_bytes"])
     stored["all"] = sum(stored.values(), Stored())
     facts = {
-        "front_end": asdict(front_end) if front_end else None,
+        "front_end": front_end,
         "decoder": asdict(geometry),
         "trimmed": kept is not None,
         "bits": {**asdict(bits), "embeddings": table["bits"]},
-        "bits_per_weight": {
-            part: round(8 * each.size_bytes / each.parameters, 3) for part, each in stored.items()
-        },
+        "bits_per_weight": bits_per_weight(stored),
     }
     return facts, [*(path.name for path in files), *table["files"]]
+
+
+def sizes(folder: Path, config: Any, kept: TokenIds | None) -> tuple[Geometry, Any]:
+    """A decoder's geometry and the rows of its tables that a package keeps, which are noted in `folder`."""
+    geometry = geometry_of(config.get_text_config())
+    if kept is None:
+        return geometry, slice(None)
+    np.save(folder / VOCABULARY, kept.astype(np.int32), allow_pickle=False)
+    return replace(geometry, vocabulary=len(kept)), kept
+
+
+def write_listening(
+    folder: Path,
+    config: Any,
+    family: Family,
+    processor: Any,
+    read: TensorReader,
+    bits: Bits,
+    quantise: Quantiser | None = None,
+) -> tuple[dict[str, Any] | None, list[Path], dict[str, Stored]]:
+    """Writes the audio encoder with its projector; nothing for a model that reads.
+
+    Returns:
+        The front end's parameters, the files, and what the weights take under the name "encoder".
+
+    Raises:
+        FamilyError: the encoder or the front end is of a layout that cannot be written.
+    """
+    if family.no_onnx:
+        raise FamilyError(
+            f"{family.name} models cannot be written as ONNX: {family.no_onnx}",
+            mend="package this model with --target checkpoint",
+        )
+    if family.reads != "audio":
+        return None, [], {}
+    front_end = asdict(_front_end(processor))
+    graph = GraphWriter(folder, "encoder", quantise, bits.half)
+    tower, projector = family.disk_audio_tower, family.disk_projector
+    files = write_encoder(
+        graph, config.audio_config, tower, projector, read, bits.encoder, bits.block_size
+    )
+    return front_end, files, {"encoder": sum(graph.stored.values(), Stored())}
+
+
+def bits_per_weight(stored: dict[str, Stored]) -> dict[str, float]:
+    """Stored bits a weight of each part, with scales."""
+    return {part: round(8 * each.size_bytes / each.parameters, 3) for part, each in stored.items()}
 
 
 def _front_end(processor: Any) -> LogMel:

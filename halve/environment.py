@@ -17,6 +17,7 @@ _PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "onnx",
+    "llama-cpp-python",
     "safetensors",
     "sacrebleu",
     "numpy",

@@ -97,6 +97,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     lambda: _package("datasets", "train", "corpora from the Hugging Face hub"),
     lambda: _package("onnxruntime", "cpu", "running ONNX packages"),
     lambda: _package("onnx", "export", "making ONNX packages"),
+    lambda: _package("llama-cpp-python", "gguf", "making and running GGUF packages"),
     lambda: _package("fastapi", "serve", "the server"),
     lambda: _package("uvicorn", "serve", "the server"),
     lambda: _package("matplotlib", "bench", "plots in reports"),

@@ -21,6 +21,8 @@ _EXTRAS = {
     "datasets": "train",
     "onnxruntime": "cpu",
     "onnx": "export",
+    "gguf": "gguf",
+    "llama_cpp": "gguf",
     "fastapi": "serve",
     "uvicorn": "serve",
     "python_multipart": "serve",

@@ -151,7 +151,8 @@ def open_model(path: str, settings: ServeSettings) -> Translator:
     from export.runtime import open_translator
 
     threads, folder = settings.threads, Path(path)
-    if threads is None and (folder / MANIFEST).is_file() and read_manifest(folder).target == "onnx":
+    packaged = (folder / MANIFEST).is_file() and read_manifest(folder).target != "checkpoint"
+    if threads is None and packaged:
         # One request's audio is encoded while others are written: each has half of the cores.
         threads = max(1, environment.cores() // 2)
     return open_translator(path, threads=threads, device=settings.device)

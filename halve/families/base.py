@@ -89,7 +89,7 @@ class Family(ABC):
     """Empty where there is none; likewise the projector."""
     projector: str = ""
     no_onnx: str = ""
-    """Why an ONNX package of this family cannot be written; empty where its graphs are known."""
+    """Why neither an ONNX nor a GGUF package of this family can be written; empty where its graphs are known."""
     unquantised: tuple[str, ...] = ()
     """Further parts with linear layers that are none of the decoder layers'."""
 

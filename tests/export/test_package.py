@@ -133,7 +133,7 @@ def test_without_a_corpus_a_package_is_marked_unchecked(student: Path, tmp_path:
 @pytest.mark.parametrize(
     ("target", "precision", "error"),
     [
-        ("gguf", "int4", FamilyError),
+        ("gguf", "nf4", InputError),
         ("onnx", "nf4", InputError),
         ("checkpoint", "int4", InputError),
     ],

@@ -1,0 +1,180 @@
+"""Greedy decoding and beam search in a batch whose rows come and go, whatever computes the logits.
+
+A new row's prompt is read alone, unpadded, so that it computes what it computes without neighbours; from
+then on all rows take a step together. A row that stops makes way at once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.geometry import Geometry
+from export.vocabulary import TokenIds
+from halve.beams import BeamSearch
+from halve.errors import InputError
+from halve.translate import is_looping
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass
+class Row:
+    """One translation under way."""
+
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    stopped: str = ""
+    """end, limit or loop; empty while it goes on."""
+    length: int = 0
+    """Positions in the cache."""
+
+
+class Decoder:
+    """What a decoder may say and when it stops; a runtime adds how it computes."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        embed: Callable[[Sequence[int]], FloatArray],
+        end_ids: Sequence[int],
+        stop_loops: bool = False,
+        kept: TokenIds | None = None,
+    ) -> None:
+        """`kept`: token id of each logit where the vocabulary is trimmed."""
+        self.geometry = geometry
+        self.embed = embed
+        self._ends = frozenset(end_ids)
+        self._stop_loops = stop_loops
+        self._kept = kept
+
+    def choose(self, logits: FloatArray) -> list[int]:
+        """The most likely token of each row of logits, (rows, vocabulary)."""
+        places = logits.argmax(axis=1)
+        chosen: list[int] = (places if self._kept is None else self._kept[places]).tolist()
+        return chosen
+
+    def beam_search(self, beams: int, limit: int) -> BeamSearch:
+        """A search over this decoder's tokens."""
+        loops = is_looping if self._stop_loops else None
+        return BeamSearch(beams, limit, self._ends, self._kept, loops)
+
+    def take(self, row: Row, token: int) -> None:
+        """Notes the token a row says next, and whether it stops there."""
+        if token in self._ends:
+            row.stopped = "end"
+            return
+        row.tokens.append(token)
+        if len(row.tokens) >= row.limit:
+            row.stopped = "limit"
+        elif self._stop_loops and is_looping(row.tokens):
+            row.stopped = "loop"
+
+
+class RowBatch(ABC):
+    """Up to `slots` rows that take their steps together; row number i keeps its cache in slot i."""
+
+    def __init__(self, decoder: Decoder, slots: int) -> None:
+        self._decoder = decoder
+        self._slots = slots
+        self.rows: list[Row] = []
+
+    @abstractmethod
+    def logits_after(self, inputs: FloatArray) -> FloatArray:
+        """Logits (vocabulary,) of the token after a prompt, which is read into the next free slot."""
+
+    @abstractmethod
+    def _run(self, tokens: list[int], lengths: list[int]) -> FloatArray:
+        """Reads one token into each of the first slots; the logits that follow, (rows, vocabulary)."""
+
+    @abstractmethod
+    def _copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copies the first `length` positions of slots to other slots, all at once."""
+
+    @abstractmethod
+    def _make_room(self, positions: int) -> None:
+        """Makes every slot hold at least so many positions."""
+
+    @property
+    def free(self) -> int:
+        """Slots without a row."""
+        return self._slots - len(self.rows)
+
+    def add(self, inputs: FloatArray, limit: int) -> Row:
+        """Reads a prompt and takes its first token; the row stays unless it stops with that.
+
+        Args:
+            inputs: embeddings of prompt and audio, (positions, hidden).
+
+        Raises:
+            InputError: no slot is free, or the row cannot fit the model's positions.
+        """
+        if not self.free:
+            raise InputError(f"All {self._slots} slots are taken", expected="one free slot")
+        self._reserve(len(inputs), limit)
+        row = Row(limit, length=len(inputs))
+        self._decoder.take(row, self._decoder.choose(self.logits_after(inputs)[None])[0])
+        if not row.stopped:
+            self.rows.append(row)
+        return row
+
+    def step(self) -> list[Row]:
+        """One token for every row; returns the rows that stopped, which have left."""
+        if not self.rows:
+            return []
+        tokens = [row.tokens[-1] for row in self.rows]
+        logits = self._run(tokens, [row.length for row in self.rows])
+        chosen = self._decoder.choose(logits)
+        for row, token in zip(self.rows, chosen, strict=True):
+            row.length += 1
+            self._decoder.take(row, token)
+        stopped = [row for row in self.rows if row.stopped]
+        for row in stopped:
+            self.remove(row)
+        return stopped
+
+    def remove(self, row: Row) -> None:
+        """Frees a row's slot (a cancelled row, or one that stopped); the last row moves into it."""
+        slot = next(i for i, kept in enumerate(self.rows) if kept is row)
+        last = self.rows.pop()
+        if last is row:
+            return
+        self.rows[slot] = last
+        self._copy_rows([len(self.rows)], [slot], last.length)
+
+    def search(self, inputs: FloatArray, limit: int, beams: int) -> Row:
+        """Beam search for one prompt in a batch without rows; each beam takes a slot.
+
+        Raises:
+            InputError: the row cannot fit the model's positions.
+        """
+        decoder = self._decoder
+        if self.rows or beams > self._slots:
+            raise InputError(f"{beams} beams", expected=f"at most {self._slots}, and no other rows")
+        self._reserve(len(inputs), limit)
+        length = len(inputs)
+
+        def step(tokens: list[int], parents: list[int]) -> FloatArray:
+            nonlocal length
+            places = list(range(len(parents)))
+            if parents != places:
+                self._copy_rows(parents, places, length)
+            logits = self._run(tokens, [length] * len(tokens))
+            length += 1
+            return logits
+
+        found = decoder.beam_search(beams, limit).run(self.logits_after(inputs), step)
+        return Row(limit, found.tokens, found.stopped, length)
+
+    def _reserve(self, positions: int, limit: int) -> None:
+        """Makes room for a prompt of so many positions and for new tokens."""
+        need, most = positions + limit, self._decoder.geometry.max_positions
+        if need > most:
+            raise InputError(
+                f"{positions} positions of prompt and audio and {limit} new tokens",
+                expected=f"at most {most} positions together",
+                mend="cut the audio, or lower the token limit",
+            )
+        self._make_room(need)

@@ -12,8 +12,12 @@ OUT=${OUT:-runs/latency-peers}
 PEERS=${PEERS:-transformers-fp32 transformers-fp32-cut transformers-bf16 transformers-nf4 torch-onnx-fp32 torch-onnx-int8
     torch-onnx-int4 genai-int4 optimum-fp32 optimum-int8 ctranslate2-int8 llama.cpp-f16 llama.cpp-q8_0 llama.cpp-q4_0}
 
-package() { # MODEL NAME PRECISION BLOCK
-    test -d "$IN/$2" || "$HALVE" package --model "$1" --target onnx --precision "$3" --block-size "$4" --lang de --out "$IN/$2"
+package() { # MODEL NAME PRECISION BLOCK [TARGET]
+    test -d "$IN/$2" || "$HALVE" package --model "$1" --target "${5:-onnx}" --precision "$3" --block-size "$4" --lang de --out "$IN/$2"
+}
+
+gguf() { # SHAPE: its GGUF package, where there is one
+    if test -d "$IN/$1-gguf-int4"; then echo "$IN/$1-gguf-int4"; fi
 }
 
 prepare() {
@@ -25,6 +29,7 @@ prepare() {
         package $MODEL $SHAPE-int4 int4 32
         package $MODEL $SHAPE-int4-block128 int4 128
         package $MODEL $SHAPE-fp32 fp32 32
+        if "${HALVE%halve}python" -c "import llama_cpp" 2> /dev/null; then package $MODEL $SHAPE-gguf-int4 int4 32 gguf; fi
     done
     package "$IN/nine" nine-int4 int4 32
 }
@@ -41,8 +46,8 @@ for PART in "${@:-prepare demo wide}"; do
     for ONE in $PART; do
         case $ONE in
             prepare) prepare ;;
-            demo) bench demo demo/teacher $IN/teacher-int4 $IN/teacher-int4-block128 $IN/nine-int4 $IN/teacher-fp32 ;;
-            wide) bench wide $IN/wide $IN/wide-int4 $IN/wide-int4-block128 $IN/wide-fp32 ;;
+            demo) bench demo demo/teacher $IN/teacher-int4 $IN/teacher-int4-block128 $IN/nine-int4 $IN/teacher-fp32 $(gguf teacher) ;;
+            wide) bench wide $IN/wide $IN/wide-int4 $IN/wide-int4-block128 $IN/wide-fp32 $(gguf wide) ;;
         esac
     done
 done

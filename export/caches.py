@@ -34,6 +34,11 @@ class HostCaches:
         for array in self._arrays:
             array[list(targets), :, :length] = array[list(sources), :, :length]
 
+    def touch(self, rows: int) -> None:
+        """Writes to every slot but the first `rows`: until then their memory is only promised."""
+        for array in self._arrays:
+            array[rows:] = 0
+
     def take_over(self, old: "HostCaches", slots: int) -> None:
         """Copies the first slots of smaller caches."""
         for before, after in zip(old._arrays, self._arrays, strict=True):
@@ -72,6 +77,9 @@ class DeviceCaches:
             array = np.array(value.numpy())
             array[list(targets), :, :length] = array[list(sources), :, :length]
             value.update_inplace(array)
+
+    def touch(self, rows: int) -> None:
+        """See `HostCaches.touch`; an accelerator's memory is taken when it is asked for."""
 
     def take_over(self, old: "DeviceCaches", slots: int) -> None:
         """See `HostCaches.take_over`."""

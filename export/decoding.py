@@ -25,21 +25,19 @@ CUDA = "CUDAExecutionProvider"
 
 
 def open_session(
-    path: Path, threads: int | None, *, spin: bool, arena: bool = True, device: str = "cpu"
+    path: Path, threads: int | None, *, spin: bool, device: str = "cpu"
 ) -> onnxruntime.InferenceSession:
     """Opens a graph.
 
     Args:
         device: cpu or cuda.
         threads: None leaves the choice to onnxruntime.
-        arena: whether freed memory is kept for the next run: faster, but never smaller than the largest.
         spin: whether idle threads wait actively after a run: right for many short runs.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # shapes change from run to run
-    options.enable_cpu_mem_arena = arena
     options.log_severity_level = 3
     if not spin:
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -104,6 +102,11 @@ class DecodeBatch(RowBatch):
     def _make_room(self, positions: int) -> None:
         if positions > self._caches.capacity:
             self._allocate(positions)
+
+    def reserve(self, positions: int) -> None:
+        """See `RowBatch.reserve`."""
+        super().reserve(positions)
+        self._caches.touch(len(self.rows))
 
     def _allocate(self, capacity: int) -> None:
         """Makes buffers of at least `capacity` positions and keeps the rows' caches."""

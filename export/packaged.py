@@ -72,9 +72,7 @@ class PackagedTranslator(ABC):
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         if self.manifest.reads == "audio":
             self._front = FrontEnd(self.manifest.front_end)
-            self._encoder = open_session(
-                path / "encoder.onnx", threads, spin=False, arena=False, device=device
-            )
+            self._encoder = open_session(path / "encoder.onnx", threads, spin=False, device=device)
 
     def _kept(self, path: Path) -> TokenIds | None:
         """Token id of each logit of a trimmed package."""

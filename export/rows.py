@@ -97,6 +97,10 @@ class RowBatch(ABC):
     def _make_room(self, positions: int) -> None:
         """Makes every slot hold at least so many positions."""
 
+    def reserve(self, positions: int) -> None:
+        """Takes the memory of so many positions in every slot now, and not when rows first need it."""
+        self._make_room(positions)
+
     @property
     def free(self) -> int:
         """Slots without a row."""

@@ -30,13 +30,14 @@ class Engine:
         open_translator: Callable[[], Translator],
         *,
         batch_size: int = 16,
+        reserve: bool = False,
         watcher: Watcher | None = None,
     ) -> None:
         self.name = name
         self.ready: Future[Translator] = Future()
         """The model's facts once it is loaded; the exception if it cannot be."""
         self._open = open_translator
-        self._batch_size = batch_size
+        self._batch_size, self._reserve = batch_size, reserve
         self._watcher = watcher or Watcher()
         self._waiting: list[Piece] = []
         self._changed = threading.Condition()
@@ -74,7 +75,7 @@ class Engine:
     def _run(self) -> None:
         try:
             translator = self._open()
-            runner = runner_for(translator, self._batch_size)
+            runner = runner_for(translator, self._batch_size, self._reserve)
         except BaseException as error:  # handed to whoever waits for the model
             with self._changed:
                 self._closing = True

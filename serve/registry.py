@@ -30,6 +30,8 @@ OVERHEAD = 1.2
 """A loaded model takes about this much more than its weights."""
 CACHE_POSITIONS = 512
 """Positions of prompt, audio and text that a batch makes room for at first."""
+LONGEST_POSITIONS = 1024
+"""The same for 30 s of audio, at 25 positions a second."""
 UNLOAD_WAIT_S = 60.0
 PATIENCE_S = 5.0
 """A model that waits so long for room takes that of a busy one, as soon as its requests are done."""
@@ -101,7 +103,7 @@ def find_models(settings: ServeSettings) -> dict[str, Model]:
             name = f"{path.resolve().parent.name}-{name}"
         if name in models:
             raise InputError(f"The model {given} is given twice", mend="give each model once")
-        models[name] = _describe(name, given, settings.batch_size)
+        models[name] = _describe(name, given, settings)
     if settings.memory_gb is not None:
         for model in models.values():
             if model.size_bytes > settings.memory_gb * GIGABYTE:
@@ -113,7 +115,7 @@ def find_models(settings: ServeSettings) -> dict[str, Model]:
     return models
 
 
-def _describe(name: str, given: str, batch_size: int) -> Model:
+def _describe(name: str, given: str, settings: ServeSettings) -> Model:
     path = Path(given)
     if not path.is_dir():
         return Model(name, given, 0, None, created_s=int(time.time()))
@@ -121,7 +123,7 @@ def _describe(name: str, given: str, batch_size: int) -> Model:
     return Model(
         name,
         given,
-        _size_bytes(path) + _cache_bytes(path, batch_size),
+        _size_bytes(path) + _cache_bytes(path, settings),
         languages[0] if languages else None,
         languages=languages or None,
         created_s=int(path.stat().st_mtime),
@@ -159,14 +161,15 @@ def _size_bytes(path: Path) -> int:
     return int(stored * OVERHEAD * (2 if is_half else 1))
 
 
-def _cache_bytes(path: Path, batch_size: int) -> int:
-    """Keys and values of a full batch, which an ONNX package reserves in 32 bits."""
+def _cache_bytes(path: Path, settings: ServeSettings) -> int:
+    """Keys and values of a full batch, which a package keeps in 32 bits."""
     facts = _read_json(path / "package.json").get("onnx")
     geometry = facts.get("decoder", {}) if isinstance(facts, dict) else {}
     sizes = [geometry.get(key, 0) for key in ("layers", "kv_heads", "head_dim")]
     if not all(isinstance(size, int) for size in sizes):
         return 0
-    return int(2 * 4 * batch_size * CACHE_POSITIONS * math.prod(sizes))
+    positions = LONGEST_POSITIONS if settings.reserve else CACHE_POSITIONS
+    return int(2 * 4 * settings.batch_size * positions * math.prod(sizes))
 
 
 class Registry:
@@ -273,6 +276,7 @@ class Registry:
             model.id,
             lambda: self._open(model.path, self._settings),
             batch_size=1 if self._settings.engine == "plain" else self._settings.batch_size,
+            reserve=self._settings.reserve,
             watcher=self._watcher,
         )
         translator = await asyncio.wrap_future(engine.ready)

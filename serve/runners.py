@@ -7,6 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from halve.languages import token_limit
 from halve.translate import TextStream, Translation, Translator
 from serve.errors import internal, unavailable
 from serve.pieces import Outcome, Piece, earliest, pick_batch
@@ -67,10 +70,14 @@ class Runner(Protocol):
         ...
 
 
-def runner_for(translator: Translator, batch_size: int) -> Runner:
-    """The best way to drive a runtime."""
+def runner_for(translator: Translator, batch_size: int, reserve: bool = False) -> Runner:
+    """The best way to drive a runtime.
+
+    Args:
+        reserve: takes the memory of a full batch of the longest clips now, where the runtime has rows.
+    """
     if hasattr(translator, "open_batch"):
-        return ContinuousRunner(translator, batch_size)
+        return ContinuousRunner(translator, batch_size, reserve)
     return BatchRunner(translator, batch_size)
 
 
@@ -81,9 +88,11 @@ class ContinuousRunner:
     work and a new request holds nobody up for longer than the reading of its prompt.
     """
 
-    def __init__(self, translator: Any, batch_size: int) -> None:
+    def __init__(self, translator: Any, batch_size: int, reserve: bool = False) -> None:
         self._translator = translator
         self._batch = translator.open_batch(batch_size)
+        if reserve:
+            self._take_all()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoding: deque[tuple[Piece, Future[Any]]] = deque()
         self._rows: list[tuple[Piece, Any, TextStream]] = []
@@ -104,6 +113,14 @@ class ContinuousRunner:
     def add(self, piece: Piece) -> None:
         encoded = self._encoder.submit(self._encode, piece)
         self._encoding.append((piece, encoded))
+
+    def _take_all(self) -> None:
+        """Hears the longest clip once, and takes the memory of rows as long as it in every slot."""
+        longest_s = self._translator.max_audio_s
+        silence = np.zeros(round(longest_s * self._translator.sample_rate_hz), np.float32)
+        inputs = self._translator.inputs(silence, self._translator.languages[0])
+        self._batch.reserve(len(inputs) + token_limit(longest_s))
+        self._batch.add(inputs, 1)  # stops at once: its first token is its last
 
     def _encode(self, piece: Piece) -> Any:
         if piece.ticket.cancelled:

@@ -37,6 +37,8 @@ class ServeSettings(Config):
     """Where checkpoints compute: auto, cpu or cuda."""
     batch_size: int = Field(default=16, ge=1, le=256)
     """Most stretches of audio translated together."""
+    reserve: bool = False
+    """Take the memory of a full batch of the longest stretches at the start: more of it, and load cannot make it grow (packages)."""
     segment_s: float | None = Field(default=None, ge=1.0)
     """Longest stretch of audio translated at once; default: as long as the model can hear."""
     max_upload_bytes: int = Field(default=128 * 1024 * 1024, ge=1024)

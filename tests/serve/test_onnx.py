@@ -5,6 +5,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from benchmarks.memory import resident_memory_bytes
 from export.config import PackageConfig
 from export.package import run_package
 from export.runtime import open_translator
@@ -15,14 +19,18 @@ from tests.serve.conftest import eventually, serving, wav
 CLIENTS = 8
 
 
-def test_texts_do_not_depend_on_the_company(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reserve", [False, True])
+def test_texts_do_not_depend_on_the_company(
+    tiny_model: Path, tmp_path: Path, reserve: bool
+) -> None:
     package = tmp_path / "onnx"
     config = PackageConfig(target="onnx", precision="fp32", langs=("de", "zh"), force=True)
     run_package(config, tiny_model, None, package)
     files = [wav(0.4 + index * 0.3, index) for index in range(2 * CLIENTS)]
     langs = ["de", "zh"] * CLIENTS
     expected = _offline(package, files, langs)
-    with serving(ServeSettings(models=(str(package),), threads=1, batch_size=6)) as server:
+    settings = ServeSettings(models=(str(package),), threads=1, batch_size=6, reserve=reserve)
+    with serving(settings) as server:
 
         def ask(index: int) -> str:
             stream = {"stream": "true"} if index % 3 == 0 else {}
@@ -47,3 +55,24 @@ def _offline(package: Path, files: list[bytes], langs: list[str]) -> list[str]:
         texts.append(translator.translate([audio], lang)[0].text)
     translator.close()
     return texts
+
+
+def test_what_is_reserved_is_taken_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    config = PackageConfig(target="onnx", precision="fp32", langs=("de",), force=True)
+    translator = open_translator(run_package(config, tiny_model, None, tmp_path / "p").path)
+    batch = translator.open_batch(4)
+    first = batch.add(translator.inputs(np.zeros(16000, np.float32), "de"), 20)
+    said = list(first.tokens)
+    before_bytes = resident_memory_bytes()
+    batch.reserve(40_000)
+    geometry = translator.manifest.decoder
+    row_bytes = 2 * 4 * geometry.layers * geometry.kv_heads * geometry.head_dim * 40_000
+    assert resident_memory_bytes() - before_bytes > 2.9 * row_bytes  # row 0's is left alone
+    capacity_bytes = resident_memory_bytes()
+    while not first.stopped:
+        batch.step()
+    clip = np.zeros(16000, np.float32)
+    assert first.tokens == translator.translate([clip], "de", limits=[20])[0].tokens
+    assert first.tokens[: len(said)] == said
+    assert resident_memory_bytes() - capacity_bytes < row_bytes
+    translator.close()

@@ -37,6 +37,17 @@ class QualityConfig(Config):
     """Compute threads; all cores where not given."""
 
 
+class LongformConfig(Config):
+    """What `halve bench longform` measures."""
+
+    lang: str
+    """Language of the texts (de, zh, …)."""
+    resamples: int = Field(default=1000, ge=100)
+    """Bootstrap resamples behind each interval."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
 class LatencyConfig(Config):
     """What `halve bench latency` measures."""
 

@@ -27,6 +27,8 @@ class Branch:
     """Prompt tokens after the audio."""
     target: tuple[int, ...]
     """Tokens of the text, its end token last."""
+    row: int = -1
+    """Its line in rows.jsonl, from 0; -1 where it comes from elsewhere."""
 
 
 @dataclass(frozen=True)

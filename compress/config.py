@@ -165,6 +165,8 @@ class DistillConfig(Config):
     """Drop a translation whose length in characters is more than so many times the reference's, or less than its inverse."""
     min_score: Annotated[float, Field(ge=0, le=100)] = 5.0
     """Drop a translation whose sentence score in the selection metric is below this: a wrong one."""
+    logits: Annotated[int, Field(ge=0, le=256)] = 0
+    """Also keep so many of the teacher's likeliest tokens at every position, with their probabilities, for `tune --logit-weight`."""
     dtype: str = "float32"
     """Arithmetic of the teacher."""
     device: str = "auto"
@@ -178,6 +180,10 @@ class TuneConfig(AdapterConfig):
 
     method: Literal["qlora", "lora", "full"] = "qlora"
     """qlora trains an adapter over NF4 weights, lora over plain ones; full trains the decoder and writes a student."""
+    logit_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the loss that is the divergence from the teacher's distribution; needs translations made with `--logits`."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """forward covers all that the teacher thinks likely; reverse keeps to what it thinks likeliest."""
     patience: Positive | None = 3
     """Stop after so many scores in a row that are no better than the best."""
     precision: Precision = "bfloat16"

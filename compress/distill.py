@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.config import DistillConfig
-from compress.rows import Row, segments_for
+from compress.logits import store_logits
+from compress.rows import Row, build_sequences, read_rows, segments_for
+from compress.states import open_states
 from halve import artefact
 from halve.artefact import Artefact, Draft, append_jsonl, read_jsonl
 from halve.corpus import Corpus, Segment, read_corpus
@@ -42,8 +44,8 @@ def run_distill(
 ) -> Artefact:
     """Translates the training audio greedily, batch by batch, and joins what is good with the references.
 
-    Writes `translations.jsonl` (all of the teacher's), `rows.jsonl` (what a student learns) and
-    `dropped.jsonl` (what it does not, and why). Batches are the same in every run and each is on disk once
+    Writes `translations.jsonl` (all of the teacher's), `rows.jsonl` (what a student learns),
+    `dropped.jsonl` (what it does not, and why) and, if asked, the teacher's distributions over the rows' tokens. Batches are the same in every run and each is on disk once
     it is translated: a killed run goes on there and ends with the same bytes.
 
     Raises:
@@ -61,6 +63,8 @@ def run_distill(
         ]
         found = _translate(config, base, data, segments, draft, progress)
         counts = _write(config, segments, found, draft.path)
+        if config.logits:
+            _keep_logits(config, base, data, segments, draft, progress)
         draft.extra = {"langs": list(config.langs), **counts}
         progress.message(_told(counts))
     return artefact.read(out, "translations")
@@ -196,6 +200,22 @@ def repeats_itself(tokens: Sequence[int]) -> bool:
             if run >= needed:
                 return True
     return False
+
+
+def _keep_logits(
+    config: DistillConfig,
+    base: Path,
+    corpus: Corpus,
+    segments: Sequence[Segment],
+    draft: Draft,
+    progress: Progress,
+) -> None:
+    """The teacher reads every row and says what else it would have written."""
+    speech = load_model(base, dtype=config.dtype, device=config.device)
+    rows = read_rows(draft.path / "rows.jsonl", segments, config.langs)
+    sequences = build_sequences(speech, segments, rows, share_audio=True)
+    audio = open_states(speech, corpus, segments, draft.work / "states", progress)
+    store_logits(speech, sequences, audio, draft.path, config.logits, progress)
 
 
 def _write_jsonl(path: Path, lines: list[Any]) -> None:

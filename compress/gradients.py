@@ -5,7 +5,7 @@ batch is therefore split by sequences over as many threads as torch has, each co
 gradients are summed in a fixed order, so that a run depends on the number of threads and on nothing else.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +24,22 @@ from halve.models import SpeechModel
 def sequence_loss(
     speech: SpeechModel, batch: Batch, states: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross entropy summed over the batch's target tokens.
+    """Cross entropy summed over the batch's target tokens; arguments as `target_logits` takes them."""
+    return cross_entropy(target_logits(speech, batch, states), batch, label_smoothing)
+
+
+def cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
+    """The loss of logits, (targets, vocabulary), summed over the batch's target tokens."""
+    return functional.cross_entropy(
+        logits.float(),
+        batch.labels.to(logits.device),
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+
+
+def target_logits(speech: SpeechModel, batch: Batch, states: Tensor) -> Tensor:
+    """The logits that predict each target token, (targets, vocabulary).
 
     Args:
         states: tower states of all sequences, one after the other: (audio positions, width); as many for
@@ -50,13 +65,11 @@ def sequence_loss(
     ).last_hidden_state
     # The head sees the learnt positions only: a vocabulary of 156,000 makes the rest unaffordable.
     # Where layers are spread over GPUs, the last one holds these states.
-    logits = family.logits(model, hidden.flatten(0, 1)[batch.places.to(hidden.device)])
-    return functional.cross_entropy(
-        logits.float(),
-        batch.labels.to(logits.device),
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
+    return family.logits(model, hidden.flatten(0, 1)[batch.places.to(hidden.device)])
+
+
+SoftLoss = Callable[[Tensor, Tensor, Sequence[TrainingSequence]], Tensor]
+"""Makes the loss that is learnt of the cross entropy, the logits and the sequences that they belong to."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,7 @@ class GradientMaker:
     pool: ThreadPoolExecutor | None
     threads: int
     team: Team = field(default_factory=Team)
+    soft: SoftLoss | None = None
 
     def accumulate(self, sequences: Sequence[TrainingSequence], seed: int) -> float:
         """Sets the weights' gradients of the mean loss over the target tokens; returns that loss.
@@ -121,7 +135,11 @@ class GradientMaker:
         batch = collate(sequences, [0] * len(lengths) if apart else lengths)
         batch = batch.to(self.speech.device)
         with autocast(self.speech.device, self.autocast):
-            loss = sequence_loss(self.speech, batch, states, self.label_smoothing) / count
+            logits = target_logits(self.speech, batch, states)
+            loss = cross_entropy(logits, batch, self.label_smoothing)
+            if self.soft is not None:
+                loss = self.soft(loss, logits, sequences)
+            loss = loss / count
         gradients = torch.autograd.grad(loss, self.weights, allow_unused=True)
         return loss.item(), list(gradients)
 

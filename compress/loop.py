@@ -27,7 +27,7 @@ from compress.checkpoints import (
 )
 from compress.collate import TrainingSequence, plan_epoch
 from compress.config import TrainingConfig
-from compress.gradients import GradientMaker, all_threads, gradient_threads
+from compress.gradients import GradientMaker, SoftLoss, all_threads, gradient_threads
 from compress.parallel import Team
 from compress.states import AudioStates
 from halve.errors import InputError
@@ -59,6 +59,8 @@ class Training:
     """Let the untrained state compete for the best."""
     projector: frozenset[str] = frozenset()
     """Names of weights with the projector's learning rate."""
+    soft: SoftLoss | None = None
+    """What else than the rows' own tokens is learnt."""
     autocast: bool = False
     """Compute in bfloat16 over weights of another type."""
     max_minutes: float | None = None
@@ -128,6 +130,7 @@ def _gradient_maker(
         pool=pool,
         threads=threads,
         team=training.team,
+        soft=training.soft,
     )
 
 

@@ -24,6 +24,8 @@ class Row:
     text: str
     origin: str
     """reference, teacher, or transcript."""
+    number: int = -1
+    """Its line in rows.jsonl, from 0; -1 where it comes from elsewhere."""
 
     def record(self) -> dict[str, str]:
         """The line of rows.jsonl."""
@@ -67,7 +69,7 @@ def read_rows(path: Any, segments: Sequence[Segment], langs: Sequence[str]) -> l
         CorpusError: none of its rows fits.
     """
     ids = {segment.id for segment in segments}
-    rows = [Row(**record) for record in read_jsonl(path)]
+    rows = [Row(**record, number=number) for number, record in enumerate(read_jsonl(path))]
     found = [row for row in rows if row.id in ids and row.lang in langs]
     if not found:
         raise CorpusError(
@@ -96,7 +98,8 @@ def build_sequences(
         heads: dict[tuple[int, ...], list[Branch]] = {}
         for row in by_segment.get(segment.id, ()):
             head, tail = _prompt(speech, segment, row, prompts)
-            heads.setdefault(head, []).append(Branch(tail, (*_tokens(speech, row.text), end)))
+            target = (*_tokens(speech, row.text), end)
+            heads.setdefault(head, []).append(Branch(tail, target, row.number))
         for head, branches in heads.items():
             parts = [tuple(branches)] if share_audio else [(branch,) for branch in branches]
             sequences += [TrainingSequence(place, head, part) for part in parts]

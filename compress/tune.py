@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from compress import parallel
 from compress.adapters import decoder_linears, put_adapter_on
 from compress.config import TuneConfig
+from compress.logits import LogitLoss, StoredLogits
 from compress.loop import Training, checkpoint_activations, train
 from compress.parallel import Team
 from compress.rows import Row, build_sequences, read_rows, reference_rows, segments_for
@@ -20,6 +21,7 @@ from compress.teach import run_teach, save_model, scorer, select_weights, traina
 from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
+from halve.errors import InputError
 from halve.models import SpeechModel, load_model, resolve_model
 from halve.progress import SILENT, Progress
 
@@ -53,6 +55,7 @@ def run_tune(
     if translations is not None:
         artefact.read(translations, "translations")
         parents["translations"] = Path(translations)
+    soft = _soft_loss(config, translations)
     kind = "student" if config.method == "full" else "adapter"
     recipe = config.model_dump(mode="json")
     team = parallel.team(config.device)
@@ -64,6 +67,7 @@ def run_tune(
         rows = _rows(config, segments, translations)
         adapter = None if config.method == "full" else put_adapter_on(config, speech)
         training = _prepare(config, speech, data, segments, rows, draft, team, progress)
+        training.soft = soft
         state = train(training, progress)
         if not team.is_main:
             return parallel.published(team, Path(out), kind)
@@ -94,6 +98,19 @@ def _rows(config: TuneConfig, segments: list[Segment], translations: Path | None
     if translations is None:
         return reference_rows(segments, config.langs)
     return read_rows(translations / "rows.jsonl", segments, config.langs)
+
+
+def _soft_loss(config: TuneConfig, translations: Path | None) -> LogitLoss | None:
+    if not config.logit_weight:
+        return None
+    if translations is None:
+        raise InputError(
+            f"A logit weight of {config.logit_weight} and no translations",
+            expected="translations that hold the teacher's distributions",
+            mend="make them with `halve distill --logits 8`",
+        )
+    store = StoredLogits(Path(translations))
+    return LogitLoss(store, config.logit_weight, config.divergence)
 
 
 def _prepare(

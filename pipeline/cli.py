@@ -10,6 +10,7 @@ import typer
 from benchmarks.config import (
     ImportanceBenchConfig,
     LatencyConfig,
+    LongformConfig,
     QualityConfig,
     ServeBenchConfig,
 )
@@ -217,6 +218,25 @@ def bench_quality(
     given = students or []
     place = shell.place(out, "quality", config, teacher, corpus, *given)
     return shell.bench(steps.quality(config, teacher, given, corpus, place), "quality.json")
+
+
+@command(bench, "longform", LongformConfig)
+def bench_longform(
+    config: LongformConfig,
+    hypotheses: Annotated[
+        list[Path],
+        typer.Option(
+            "--hypothesis", metavar="FILE...", help="Translations of the whole recording, as text."
+        ),
+    ],
+    references: Annotated[
+        Path, typer.Option("--references", metavar="FILE", help="References, one segment a line.")
+    ],
+    out: Out = None,
+) -> Result:
+    """Scores translations of a whole recording: cuts them to fit the references' segments first."""
+    place = shell.place(out, "longform", config, *hypotheses, references)
+    return shell.bench(steps.longform(config, hypotheses, references, place), "longform.json")
 
 
 class LatencyOptions(LatencyConfig):

@@ -101,6 +101,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     lambda: _package("fastapi", "serve", "the server"),
     lambda: _package("uvicorn", "serve", "the server"),
     lambda: _package("matplotlib", "bench", "plots in reports"),
+    lambda: _package("mweralign", "longform", "scoring whole recordings"),
     lambda: _package("ray", "ray", "the importance search on several workers"),
     _comet,
     lambda: _program("ffmpeg", "serving audio that libsndfile does not read (m4a, webm)"),

@@ -22,6 +22,7 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "onnx": "export",
     "gguf": "gguf",
+    "mweralign": "longform",
     "llama_cpp": "gguf",
     "fastapi": "serve",
     "uvicorn": "serve",

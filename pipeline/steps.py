@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks.config import (
     ImportanceBenchConfig,
     LatencyConfig,
+    LongformConfig,
     QualityConfig,
     ServeBenchConfig,
 )
@@ -151,6 +152,19 @@ def quality(
         return run_quality(config, teacher, list(students), speech, out, progress)
 
     return Step("bench", "results", out, config, (teacher, *students, speech), work)
+
+
+def longform(
+    config: LongformConfig, hypotheses: Sequence[Path], references: Path, out: Path
+) -> Step:
+    """Scores whole recordings' translations."""
+
+    def work(progress: Progress) -> Artefact:
+        from benchmarks.longform import run_longform
+
+        return run_longform(config, list(hypotheses), references, out)
+
+    return Step("bench", "results", out, config, (*hypotheses, references), work)
 
 
 def latency(config: LatencyConfig, models: Sequence[Model], speech: Path, out: Path) -> Step:

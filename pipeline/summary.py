@@ -98,7 +98,7 @@ def of_run(run: Run, ran: list[Planned]) -> Result:
 
 def of_bench(made: Artefact, data: Mapping[str, Any]) -> Result:
     """A bench: its object for machines, its main table for people."""
-    texts = {"quality": _quality, "latency": _latency}
+    texts = {"quality": _quality, "latency": _latency, "longform": _longform}
     find = texts.get(str(data.get("bench") or made.extra.get("bench")), _facts)
     table_text = find(data)
     return Result(f"{table_text}\nresults: {made.path}".strip(), data)
@@ -123,6 +123,21 @@ def _quality(data: Mapping[str, Any]) -> str:
     header = ["model", "stored", "BLEU", "chrF", "chrF++", "TER", f"% of teacher's {metric} (95 %)"]
     title = f"{data['segments']} {data['split']} segments, {data['lang']}"
     return f"{title}\n{table(header, rows, right=(1, 2, 3, 4, 5))}"
+
+
+def _longform(data: Mapping[str, Any]) -> str:
+    rows = []
+    for system in data["systems"]:
+        kept = system.get("retention", {}).get(data["metric"])
+        retained = f"{kept['percent']:.1f} [{kept['low']:.1f}, {kept['high']:.1f}]" if kept else ""
+        scores = [
+            f"{system['scores'][name]['score']:.2f}" for name in ("bleu", "chrf", "chrf++", "ter")
+        ]
+        rows.append([system["name"], *scores, retained])
+    first = data["systems"][0]["name"]
+    header = ["text", "BLEU", "chrF", "chrF++", "TER", f"% of {first}'s {data['metric']} (95 %)"]
+    title = f"{data['segments']} segments, {data['lang']}"
+    return f"{title}\n{table(header, rows, right=(1, 2, 3, 4))}"
 
 
 def _facts(data: Mapping[str, Any]) -> str:

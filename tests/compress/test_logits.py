@@ -1,0 +1,135 @@
+"""Logit distillation: the divergence is the textbook's, the store the teacher's, and a student learns it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from compress.config import DistillConfig, TuneConfig
+from compress.distill import run_distill
+from compress.logits import SoftTargets, StoredLogits, divergence
+from compress.rows import build_sequences, read_rows, segments_for
+from compress.tune import run_tune
+from halve import artefact
+from halve.corpus import read_corpus
+from halve.errors import ArtefactError, InputError
+from halve.models import load_model
+from tests.compress import kills
+
+TOP = 8
+DISTIL = DistillConfig(langs=("de", "zh"), min_score=0.0, max_length_ratio=50, logits=TOP)
+
+
+@pytest.fixture(scope="module")
+def translations(
+    tiny_model: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("soft") / "translations"
+    return run_distill(DISTIL, tiny_model, tiny_corpus, out).path
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_over_the_whole_vocabulary_it_is_kullback_and_leibler_s(direction: str) -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 5, 12)
+    likeliest = torch.topk(functional.log_softmax(teacher, -1), 12)
+    found = divergence(student, SoftTargets(likeliest.indices, likeliest.values), direction)
+    pair = (functional.log_softmax(student, -1), functional.log_softmax(teacher, -1))
+    if direction == "reverse":
+        pair = pair[::-1]
+    expected = functional.kl_div(*pair, log_target=True, reduction="sum")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_of_few_tokens_it_is_least_for_the_teacher_itself(direction: str) -> None:
+    torch.manual_seed(0)
+    teacher = 3 * torch.randn(6, 40)
+    likeliest = torch.topk(functional.log_softmax(teacher, -1), 4)
+    targets = SoftTargets(likeliest.indices, likeliest.values)
+    assert divergence(teacher, targets, direction).item() == pytest.approx(0.0, abs=1e-5)
+    student = torch.zeros(6, 40, requires_grad=True)
+    off = divergence(student, targets, direction)
+    assert off.item() > 1
+    (gradient,) = torch.autograd.grad(off, [student])
+    closer = student - 0.1 * gradient
+    assert divergence(closer, targets, direction).item() < off.item()
+
+
+def test_the_store_holds_what_the_teacher_thinks(
+    translations: Path, tiny_model: Path, tiny_corpus: Path
+) -> None:
+    assert not artefact.verify(translations)
+    corpus, speech = read_corpus(tiny_corpus), load_model(tiny_model, device="cpu")
+    segments = segments_for(corpus, "train", DISTIL.langs, None)
+    rows = read_rows(translations / "rows.jsonl", segments, ("de", "zh"))
+    store = StoredLogits(translations)
+    said = 0
+    for sequence in build_sequences(speech, segments, rows, share_audio=False):
+        (branch,) = sequence.branches
+        soft = store.read([sequence])
+        assert soft.tokens.shape == (len(branch.target), TOP)
+        assert (soft.log_probabilities.exp().sum(-1) <= 1.01).all()
+        assert (soft.log_probabilities.diff(dim=-1) <= 0).all()
+        if rows[branch.row].origin == "teacher":
+            # It wrote this itself, greedily. Tokens that merge otherwise when read again are not the same text.
+            same = (soft.tokens[:, 0] == torch.tensor(branch.target)).float().mean()
+            said += bool(same == 1)
+    taught = [row for row in rows if row.origin == "teacher"]
+    assert taught and said >= len(taught) / 2
+    together = build_sequences(speech, segments[:3], rows, share_audio=True)
+    apart = build_sequences(speech, segments[:3], rows, share_audio=False)
+    assert torch.equal(store.read(together).tokens, store.read(apart).tokens)
+
+
+def test_a_student_learns_the_distribution_alone(
+    translations: Path, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for direction in ("forward", "reverse"):
+        config = TuneConfig(
+            langs=("de", "zh"),
+            method="lora",
+            logit_weight=1.0,
+            divergence=direction,
+            epochs=4,
+            batch_size=8,
+            learning_rate=1e-3,
+            select_segments=0,
+            precision="float32",
+        )
+        pruned = _without_a_layer(tiny_model, tmp_path)
+        done = run_tune(config, pruned, tiny_corpus, translations, tmp_path / direction)
+        found[direction] = artefact.read_jsonl(done.path / "history.jsonl")
+    for history in found.values():
+        losses = [line["loss"] for line in history if "loss" in line]
+        assert losses[-1] < 0.8 * losses[0]
+
+
+def _without_a_layer(model: Path, folder: Path) -> Path:
+    from compress.config import PruneConfig
+    from compress.prune import run_prune
+
+    out = folder / "pruned"
+    return out if out.exists() else run_prune(PruneConfig(layers=(1,)), model, None, out).path
+
+
+def test_what_is_missing_is_named(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    plain = DistillConfig(langs=("de",), limit=2)
+    made = run_distill(plain, tiny_model, tiny_corpus, tmp_path / "plain").path
+    config = TuneConfig(langs=("de",), method="lora", logit_weight=0.5)
+    with pytest.raises(ArtefactError, match="no distributions"):
+        run_tune(config, tiny_model, tiny_corpus, made, tmp_path / "out")
+    with pytest.raises(InputError, match="no translations"):
+        run_tune(config, tiny_model, tiny_corpus, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_distill_with_logits_ends_with_the_same_bytes(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = DistillConfig(langs=("de", "zh"), batch_size=4, min_score=0.0, logits=TOP)
+    calm, struck = ((run_distill, (config, tiny_model, tiny_corpus, tmp_path / n)) for n in "cs")
+    kills.survives(calm, struck, 2, seed=5)
+    kills.same_files(tmp_path / "c", tmp_path / "s")

@@ -11,7 +11,7 @@ from halve.errors import ArtefactError
 
 DATA = "data"
 """Folder of a report with copies of the small artefacts it was made of."""
-_BENCHES = ("quality", "latency", "serve", "importance")
+_BENCHES = ("quality", "latency", "serve", "importance", "longform")
 _SHOWN = ("results", "importance", "pruned", "adapter", "package", "report")
 
 
@@ -44,6 +44,8 @@ class Gathered:
     adapters: list[tuple[Source, list[dict[str, Any]]]] = field(default_factory=list)
     packages: list[tuple[Source, dict[str, Any]]] = field(default_factory=list)
     pruned: list[Source] = field(default_factory=list)
+    merged: list[Source] = field(default_factory=list)
+    """Students whose merge was chosen by scores."""
 
     def of_bench(self, name: str) -> list[tuple[Source, dict[str, Any]]]:
         """The results of one bench."""
@@ -70,7 +72,7 @@ def _expand(path: Path, run: str) -> Iterator[tuple[str, Artefact]]:
     artefact = read(path)
     if artefact.kind == "report":
         yield from _children(path / DATA, path.resolve().name)
-    elif artefact.kind in _SHOWN:
+    elif _is_shown(artefact):
         yield run, artefact
     else:
         raise ArtefactError(
@@ -82,7 +84,7 @@ def _children(path: Path, run: str) -> Iterator[tuple[str, Artefact]]:
     """The artefacts directly inside a run's directory; those that no report shows are passed over."""
     records = sorted(path.glob(f"*/{RECORD}")) + sorted(path.glob(f"*/*/{RECORD}"))
     found = [read(record.parent) for record in records]
-    shown = [artefact for artefact in found if artefact.kind in _SHOWN[:-1]]
+    shown = [each for each in found if _is_shown(each) and each.kind != "report"]
     if not shown:
         raise ArtefactError(
             f"{path} holds no results" if path.exists() else f"{path} does not exist",
@@ -90,6 +92,11 @@ def _children(path: Path, run: str) -> Iterator[tuple[str, Artefact]]:
         )
     for artefact in shown:
         yield run, artefact
+
+
+def _is_shown(artefact: Artefact) -> bool:
+    """Of students, those alone whose merge was chosen by scores."""
+    return artefact.kind in _SHOWN or (artefact.kind == "student" and "merge" in artefact.extra)
 
 
 def _labelled(found: Sequence[tuple[str, Artefact]]) -> list[Source]:
@@ -120,6 +127,8 @@ def _sort(source: Source, gathered: Gathered) -> None:
         gathered.packages.append((source, read_json(path / "package.json")))
     elif kind == "pruned":
         gathered.pruned.append(source)
+    elif kind == "student":
+        gathered.merged.append(source)
     elif (path / scoring.RESULT).is_file():
         gathered.quality.append((source, scoring.read_result(path)))
     else:

@@ -10,17 +10,19 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from benchmarks import scoring
 from benchmarks.config import LongformConfig
+from benchmarks.tables import METRIC_TITLES, Table
 from halve import environment
 from halve.artefact import Artefact, read, write_json, writing
 from halve.errors import HalveError, InputError, MissingExtraError
 from halve.languages import language
+from halve.metrics import METRICS
 
 RESULT = "longform.json"
 _WORKER = """
@@ -160,6 +162,26 @@ def _result(
         "machine": environment.machine(),
         "versions": environment.versions(),
     }
+
+
+def longform_table(result: Mapping[str, Any]) -> Table:
+    """Each text's scores, and what it keeps of the first's."""
+    rows = []
+    for system in result["systems"]:
+        kept = system.get("retention", {}).get(result["metric"])
+        retained = f"{kept['percent']:.1f} [{kept['low']:.1f}, {kept['high']:.1f}]" if kept else ""
+        scores = [f"{system['scores'][metric]['score']:.2f}" for metric in METRICS]
+        rows.append([system["name"], *scores, retained])
+    title = METRIC_TITLES[result["metric"]]
+    first = result["systems"][0]["name"]
+    return Table(
+        f"{language(result['lang']).name}: {result['segments']} segments",
+        ["text", *(METRIC_TITLES[metric] for metric in METRICS), f"% of {first}'s {title} (95 %)"],
+        rows,
+        note="Texts were cut to fit the references' segments by mweralign. Signatures: "
+        + "; ".join(result["systems"][0]["scores"][metric]["signature"] for metric in METRICS)
+        + ".",
+    )
 
 
 def _names(paths: Sequence[Path]) -> dict[str, Path]:

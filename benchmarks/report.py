@@ -10,6 +10,8 @@ from typing import Any
 from benchmarks import compare, conditions, plots, tables
 from benchmarks.clips import Clips
 from benchmarks.gather import DATA, Gathered, Source, gather
+from benchmarks.longform import longform_table
+from benchmarks.package_tables import merge_table, packages_table
 from benchmarks.tables import Section
 from halve.artefact import Artefact, read, write_json, writing
 from halve.errors import InputError, MissingExtraError
@@ -133,13 +135,20 @@ def _sections(
     sections += [_latency_section(s, result) for s, result in gathered.of_bench("latency")]
     for source, result in gathered.of_bench("serve"):
         sections.append(Section(f"Serving: {source.label}", tables=[tables.serve_table(result)]))
+    for source, result in gathered.of_bench("longform"):
+        table = longform_table(result)
+        sections.append(Section(f"Whole recordings: {source.label}", tables=[table]))
     sections += [_search_section(*search) for search in gathered.searches]
     for source, result in gathered.of_bench("importance"):
         table = tables.facts_table("Exact search against the paper's procedure", result)
         sections.append(Section(f"Speed of the search: {source.label}", tables=[table]))
     sections += [_adapter_section(source, rows) for source, rows in gathered.adapters]
+    sections += [
+        Section(f"Merging: {student.label}", tables=[merge_table(student, gathered.packages)])
+        for student in gathered.merged
+    ]
     if gathered.packages:
-        sections.append(Section("Packages", tables=[tables.packages_table(gathered.packages)]))
+        sections.append(Section("Packages", tables=[packages_table(gathered.packages)]))
     return sections
 
 

@@ -349,36 +349,6 @@ def _search_note(source: Source, rows: Sequence[Mapping[str, Any]], plan: Mappin
     return " ".join(parts)
 
 
-def packages_table(packages: Sequence[tuple[Source, Mapping[str, Any]]]) -> Table:
-    """Packages with their parity to the student."""
-    rows = [
-        [
-            source.label,
-            package["target"],
-            package["precision"],
-            ", ".join(package.get("languages", [])),
-            megabytes(sum(record.size_bytes for record in source.artefact.files.values())),
-            _parity(package.get("parity") or {}),
-        ]
-        for source, package in packages
-    ]
-    return Table("Packages", ["package", "target", "precision", "languages", "MB", "parity"], rows)
-
-
-def _parity(parity: Mapping[str, Any]) -> str:
-    if parity.get("reason"):
-        return str(parity["reason"])
-    found = [
-        f"{lang}: same tokens in {of['equal']} of {of['segments']} select segments, "
-        f"{METRIC_TITLES.get(of['metric'], of['metric'])} {of['difference']:+.2f} "
-        f"[{of['difference_low']:+.2f}, {of['difference_high']:+.2f}]"
-        for lang, of in parity.get("languages", {}).items()
-    ]
-    if parity.get("forced"):
-        found.append("kept by force")
-    return "; ".join(found) or "not recorded"
-
-
 def comparison_table(first: str, second: str, found: Mapping[str, Any]) -> Table:
     """Two results: the second minus the first."""
     rows = [

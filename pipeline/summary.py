@@ -126,18 +126,10 @@ def _quality(data: Mapping[str, Any]) -> str:
 
 
 def _longform(data: Mapping[str, Any]) -> str:
-    rows = []
-    for system in data["systems"]:
-        kept = system.get("retention", {}).get(data["metric"])
-        retained = f"{kept['percent']:.1f} [{kept['low']:.1f}, {kept['high']:.1f}]" if kept else ""
-        scores = [
-            f"{system['scores'][name]['score']:.2f}" for name in ("bleu", "chrf", "chrf++", "ter")
-        ]
-        rows.append([system["name"], *scores, retained])
-    first = data["systems"][0]["name"]
-    header = ["text", "BLEU", "chrF", "chrF++", "TER", f"% of {first}'s {data['metric']} (95 %)"]
-    title = f"{data['segments']} segments, {data['lang']}"
-    return f"{title}\n{table(header, rows, right=(1, 2, 3, 4))}"
+    from benchmarks.longform import longform_table
+
+    shown = longform_table(data)
+    return f"{shown.title}\n{table(shown.header, shown.rows, right=(1, 2, 3, 4))}"
 
 
 def _facts(data: Mapping[str, Any]) -> str:

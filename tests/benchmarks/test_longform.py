@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.config import LongformConfig
 from benchmarks.longform import resegment, run_longform
+from benchmarks.report import run_report
 from halve import artefact
 from halve.errors import InputError, MissingExtraError
 from halve.metrics import score
@@ -58,7 +59,7 @@ def test_the_command_scores_each_text(tmp_path: Path, capsys: pytest.CaptureFixt
     arguments = ["bench", "longform", "--lang", "de", "--references", str(tmp_path / "refs.txt")]
     texts = [str(tmp_path / "good.txt"), str(tmp_path / "worse.txt")]
     assert main([*arguments, "--hypothesis", *texts, "--out", str(out)]) == 0
-    assert "good's chrf++" in capsys.readouterr().out
+    assert "good's chrF++" in capsys.readouterr().out
     result = json.loads((out / "longform.json").read_text())
     assert not artefact.verify(out)
     first, second = result["systems"]
@@ -70,6 +71,9 @@ def test_the_command_scores_each_text(tmp_path: Path, capsys: pytest.CaptureFixt
         "signature": again.signature,
     }
     assert second["retention"]["chrf++"]["percent"] < 100
+    report = run_report([out], tmp_path / "report").path
+    page = (report / "report.md").read_text(encoding="utf8")
+    assert "| worse |" in page and "mweralign" in page
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff\xfe\x00"])

@@ -299,3 +299,34 @@ def test_pareto_front() -> None:
 )
 def test_subsets_are_said(used: int, total: int | None, text: str) -> None:
     assert tables.segments_text(used, total, "select") == text
+
+
+def test_merges_stand_beside_packages_of_their_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def scored(value: float) -> dict[str, Any]:
+        return {"de": {"metric": "chrf++", "score": value, "signature": "s"}}
+
+    rows = [
+        {"form": "adapter on", "onto": "dequantized", "precision": "nf4", "scores": scored(27.5)},
+        {"form": "merged", "onto": "base", "precision": "bfloat16", "scores": scored(28.25)},
+    ]
+    with artefact.writing(run / "student", "student", {}, 0, {}) as draft:
+        (draft.path / "model.safetensors").write_bytes(b"weights")
+        draft.extra |= {
+            "onto": "base",
+            "merge": {"split": "select", "segments": 120, "rows": rows},
+        }
+    with artefact.writing(run / "plain", "student", {}, 0, {}) as draft:
+        (draft.path / "model.safetensors").write_bytes(b"others")
+    of_package = {"metric": "chrf++", "equal": 20, "segments": 30, "package_score": 26.75}
+    of_package |= {"difference": -1.5, "difference_low": -2.0, "difference_high": -1.0}
+    facts = {"target": "onnx", "precision": "int4", "parity": {"languages": {"de": of_package}}}
+    with artefact.writing(run / "packages" / "onnx-int4", "package", {}, 0, {}) as draft:
+        artefact.write_json(draft.path / "package.json", facts)
+    report = run_report([run], tmp_path / "report").path
+    page = (report / "report.md").read_text(encoding="utf8")
+    assert "| adapter on | dequantized | nf4 | chrF++ 27.50 | 120 |" in page
+    assert "| onnx package | base | int4 | chrF++ 26.75 | 30 |" in page
+    assert "plain" not in page
+    assert not list(report.rglob("*.safetensors"))

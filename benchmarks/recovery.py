@@ -1,0 +1,87 @@
+"""Puts the results of recovery.sh side by side.
+
+    python -m benchmarks.recovery runs/recovery      (bash benchmarks/recovery.sh runs it at the end)
+
+Writes recovery.json and README.md into the folder: each way's best score on `select`, by seed and on average.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from halve import environment
+from halve.artefact import RECORD, TIMINGS, Artefact, read, read_jsonl, write_json
+from halve.errors import ArtefactError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads FOLDER/tuned, writes the table, and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args(arguments).folder
+    result = collect(folder)
+    write_json(folder / "recovery.json", result)
+    page = table(result)
+    (folder / "README.md").write_text(page, encoding="utf8")
+    print(page)
+    return 0
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """What each run scored, by way and seed.
+
+    Raises:
+        ArtefactError: no run is there.
+    """
+    runs = [read(path.parent) for path in sorted(folder.glob(f"tuned/*/{RECORD}"))]
+    if not runs:
+        raise ArtefactError(
+            f"{folder} holds no tuned models", mend="bash benchmarks/recovery.sh makes them"
+        )
+    ways: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        name = run.path.name.rpartition("-")[0]
+        ways.setdefault(name, []).append(_facts(run))
+    return {
+        "ways": ways,
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+    }
+
+
+def _facts(run: Artefact) -> dict[str, Any]:
+    extra = run.extra
+    facts = {
+        key: extra[key]
+        for key in ("score", "untuned_score", "steps", "best_step", "method", "rows")
+    }
+    timings = read_jsonl(run.path / TIMINGS)
+    seconds = [line["seconds"] for line in timings if line["event"] == "training"]
+    return {"seed": run.seed, **facts, "recipe": run.recipe, "training_s": sum(seconds)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The comparison as Markdown, best first."""
+    lines = [
+        "Best score on `select` of each run.",
+        "",
+        "| way | untuned | mean | by seed | steps | minutes of training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, runs in sorted(
+        result["ways"].items(), key=lambda way: -mean(run["score"] for run in way[1])
+    ):
+        scores = [run["score"] for run in sorted(runs, key=lambda run: run["seed"])]
+        minutes = mean(run["training_s"] for run in runs) / 60
+        shown = ", ".join(f"{score:.2f}" for score in scores)
+        lines.append(
+            f"| {name} | {runs[0]['untuned_score']:.2f} | {mean(scores):.2f} | {shown} "
+            f"| {runs[0]['steps']} | {minutes:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.drafts import Ending
 from compress.task import SearchTask
 from halve.models import SpeechModel
 from halve.sources import asked
@@ -61,7 +62,7 @@ class CrossTranslator:
         self._norm = speech.part(family.norm)
         self._table = speech.part(family.embeddings)
         self._device = self._table.weight.device
-        self._ends = frozenset(family.end_ids(speech.model))
+        self._ending = Ending(task.limits, frozenset(family.end_ids(speech.model)))
         self._blocked, self._blocked_first = family.suppressed(speech.model)
         instruction = asked(family, task.lang, task.audio[0] if task.audio else None)
         before, after = family.prompt_ids(speech.processor, instruction)
@@ -121,7 +122,7 @@ class CrossTranslator:
         """Feeds prompts and drafts, and computes what layers attend to in the encoder's states."""
         fed = [[*self._prompt, *draft[:-1]] for draft in drafts]
         longest = max(map(len, fed))
-        end = min(self._ends)
+        end = min(self._ending.ends)
         ids = torch.tensor([row + [end] * (longest - len(row)) for row in fed], device=self._device)
         places = torch.arange(longest, device=self._device).expand_as(ids)
         heard = torch.stack([self._heard[row] for row in rows])
@@ -187,7 +188,9 @@ class CrossTranslator:
         hidden = self._through(chunk.hidden, above, branch, chunk.heard)
         found = self._check(chunk, hidden)
         going = [
-            place for place, row in enumerate(chunk.rows) if not self._finished(row, found[place])
+            place
+            for place, row in enumerate(chunk.rows)
+            if not self._ending.reached(row, found[place])
         ]
         if going:
             own = self._family.new_cache().self_attention_cache
@@ -209,10 +212,7 @@ class CrossTranslator:
             if self._blocked_first:
                 logits[0, list(self._blocked_first)] = -torch.inf
             own: list[int] = logits.argmax(-1).tolist()
-            agreed = 0
-            while agreed < len(draft) and own[agreed] == draft[agreed]:
-                agreed += 1
-            found.append(self._cut(row, own[: agreed + 1]))
+            found.append(self._ending.kept(row, draft, own))
         return found
 
     def _logits(self, states: Tensor) -> Tensor:
@@ -221,16 +221,6 @@ class CrossTranslator:
         if self._blocked:
             logits[:, list(self._blocked)] = -torch.inf
         return logits
-
-    def _cut(self, row: int, tokens: Sequence[int]) -> list[int]:
-        """Tokens up to the first end token or the limit: a draft may go on past either."""
-        for place, token in enumerate(tokens[: self.task.limits[row]]):
-            if token in self._ends:
-                return list(tokens[: place + 1])
-        return list(tokens[: self.task.limits[row]])
-
-    def _finished(self, row: int, tokens: Sequence[int]) -> bool:
-        return tokens[-1] in self._ends or len(tokens) >= self.task.limits[row]
 
     def _decode(
         self,
@@ -248,7 +238,7 @@ class CrossTranslator:
         fed = [len(self._prompt) + len(found[place]) - 1 for place in going]
         places = torch.tensor(fed, device=self._device)
         seen = torch.arange(width, device=self._device)[None, :] < places[:, None]
-        while any(not self._finished(chunk.rows[place], found[place]) for place in going):
+        while any(not self._ending.reached(chunk.rows[place], found[place]) for place in going):
             seen = torch.cat([seen, seen.new_ones(len(going), 1)], dim=1)
             ids = torch.tensor([found[place][-1] for place in going], device=self._device)
             hidden = self._enter(ids[:, None], places[:, None])
@@ -257,7 +247,7 @@ class CrossTranslator:
             alive = []
             for slot, (place, token) in enumerate(zip(going, chosen, strict=True)):
                 # A finished row says the same again, unheard, until the rows are moved together.
-                if not self._finished(chunk.rows[place], found[place]):
+                if not self._ending.reached(chunk.rows[place], found[place]):
                     found[place].append(token)
                     alive.append(slot)
             places = (places + 1).clamp(max=self._last_place())

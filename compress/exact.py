@@ -16,7 +16,7 @@ stock `generate`, so that a choice between two all but equal logits can differ.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from compress.crew import Crew
+from compress.drafts import Ending
+from compress.lanes import Lane, LanePool
 from compress.layers import LayerRunner, Rotary, open_layers
-from compress.packing import DecodingRows, PackedRows, RowAttention, SlotBin, Tail, packed_attention
+from compress.packing import PackedRows, RowAttention, Tail, packed_attention
 from compress.task import SearchTask
 from halve.models import SpeechModel
 from halve.sources import asked
@@ -37,8 +39,6 @@ LOGITS_PER_PASS = 1 << 25
 """The most logits held at once."""
 DECODED_TOGETHER = 5
 """Candidates whose rows are decoded in one batch; also what a killed search may lose."""
-BINS = {"cpu": 3, "cuda": 2}
-"""Parts of like length that a lane's rows attend in: less is read in vain, for a few more operations."""
 COMPACT_BELOW = 0.75
 """Slots are moved together once fewer of them than this are still decoding."""
 
@@ -61,26 +61,6 @@ class Pack:
     """The parent's keys and values so far."""
 
 
-@dataclass
-class Lane:
-    """Some rows of one group of candidates, decoded apart from the others'."""
-
-    slots: DecodingRows
-    bin_of: dict[int, int]
-    """The bin of each of its rows."""
-    found: dict[tuple[int | None, int], list[int]] = field(default_factory=dict)
-    """Tokens so far, by candidate and row."""
-    waiting: list[list[tuple[int | None, int]]] = field(default_factory=list)
-    """Candidate and row of each slot in use, by bin."""
-
-    def __post_init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets the group; the slots stay."""
-        self.found, self.waiting = {}, [[] for _ in self.slots.bins]
-
-
 class ExactTranslator:
     """Translates with layers left out. Open it as a context: the decoder attends its own way inside."""
 
@@ -92,7 +72,7 @@ class ExactTranslator:
         self._norm = speech.part(family.norm)
         self._family, self._model = family, speech.model
         self._table = speech.part(family.embeddings)
-        self._ends = frozenset(family.end_ids(speech.model))
+        self._ending = Ending(task.limits, frozenset(family.end_ids(speech.model)))
         self._blocked = [list(tokens) for tokens in family.suppressed(speech.model)]
         self._config = self.layers[0].self_attn.config
         self._device = self._table.weight.device
@@ -100,8 +80,7 @@ class ExactTranslator:
         self._context = ExitStack()
         self._crew = Crew(self._device)
         self._layers: list[LayerRunner] = []
-        self._slots: list[DecodingRows] = []
-        self._slots_shape: list[list[tuple[int, int]]] = []
+        self._pool = LanePool(self._crew.size, self._table.weight.dtype, self._device)
         self._prompts = self._embed_prompts(speech)
         # Where the decoder attends to an encoder, equal inputs do not make equal states.
         self._stem = 0 if family.attends_to_encoder else _common_start(self._prompts)
@@ -120,7 +99,7 @@ class ExactTranslator:
 
     def __exit__(self, *error: object) -> None:
         self._context.close()
-        self._slots = []
+        self._pool.free()
 
     def _embed_prompts(self, speech: SpeechModel) -> list[Tensor]:
         """Prompt and audio of every segment as decoder inputs (tokens, hidden): the audio tower's only run."""
@@ -318,7 +297,7 @@ class ExactTranslator:
                     row = pack.rows[place]
                     lane = lanes[row]
                     lane.found[candidate, row] = tokens
-                    if self._finished(row, tokens):
+                    if self._ending.reached(row, tokens):
                         continue
                     # Prompt and agreed tokens; a row's newest token is the next step's input.
                     length = pack.prompts[place] + len(tokens) - 1
@@ -343,48 +322,15 @@ class ExactTranslator:
         for row, draft, count in zip(pack.rows, pack.drafts, pack.tail.counts, strict=True):
             own = chosen[start : start + count]
             start += count
-            agreed = 0
-            while agreed < len(draft) and own[agreed] == draft[agreed]:
-                agreed += 1
-            found.append(self._cut(row, own[: agreed + 1]))
+            found.append(self._ending.kept(row, draft, own))
         return found
-
-    def _cut(self, row: int, tokens: Sequence[int]) -> list[int]:
-        """Tokens up to the first end token or the limit: a draft may go on past either."""
-        for place, token in enumerate(tokens[: self.task.limits[row]]):
-            if token in self._ends:
-                return list(tokens[: place + 1])
-        return list(tokens[: self.task.limits[row]])
-
-    def _finished(self, row: int, tokens: Sequence[int]) -> bool:
-        return tokens[-1] in self._ends or len(tokens) >= self.task.limits[row]
 
     def _begin(
         self, rows: Sequence[int], groups: Sequence[Sequence[int | None]]
     ) -> dict[int, Lane]:
-        """Each row's lane, one a thread; the buffers are made anew only when larger ones are needed."""
-        together = max(map(len, groups), default=0)
-        capacity = {row: len(self._prompts[row]) + self.task.limits[row] for row in rows}
-        order = sorted(rows, key=lambda row: (capacity[row], row))
-        shares = [order[lane :: self._crew.size] for lane in range(self._crew.size)]
-        parts = [_in_bins(share, BINS.get(self._device.type, BINS["cpu"])) for share in shares]
-        shape = [
-            [(len(part) * together, capacity[part[-1]]) for part in of_lane] for of_lane in parts
-        ]
-        fits = len(self._slots) == len(shape) and all(map(_fits, shape, self._slots_shape))
-        if not fits:
-            self._slots = []  # frees the old ones first
-            weight = self._table.weight
-            self._slots = [
-                DecodingRows([SlotBin(*part, weight.dtype, weight.device) for part in of_lane])
-                for of_lane in shape
-            ]
-            self._slots_shape = shape
-        lanes: dict[int, Lane] = {}
-        for slots, of_lane in zip(self._slots, parts, strict=True):
-            bin_of = {row: index for index, part in enumerate(of_lane) for row in part}
-            lanes |= dict.fromkeys(bin_of, Lane(slots, bin_of))
-        return lanes
+        """Each row's lane, one a thread."""
+        positions = {row: len(self._prompts[row]) + self.task.limits[row] for row in rows}
+        return self._pool.lanes(positions, max(map(len, groups), default=0))
 
     def _decode(
         self, lanes: Mapping[int, Lane], kept: Sequence[int], rows: Sequence[int]
@@ -426,7 +372,7 @@ class ExactTranslator:
                 if key is None:
                     continue
                 found[key].append(token)
-                if self._finished(key[1], found[key]):
+                if self._ending.reached(key[1], found[key]):
                     in_slot[slot] = None
                     active -= 1
             going = [key is not None for key in in_slot]
@@ -457,12 +403,6 @@ class ExactTranslator:
         return hidden
 
 
-def _in_bins(rows: Sequence[int], count: int) -> list[list[int]]:
-    """Rows, in order, in at most so many parts of equal size."""
-    size = max(1, -(-len(rows) // count))
-    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-
 def _passing(left_out: Tensor) -> dict[int, Tensor]:
     """For each layer, the slots whose rows pass by it; -1 passes by none."""
     return {
@@ -479,11 +419,3 @@ def _common_start(prompts: Sequence[Tensor]) -> int:
     for prompt in prompts:
         same &= (prompt[:shortest] == prompts[0][:shortest]).all(-1)
     return min(int(same.long().cumprod(0).sum()), shortest - 1)
-
-
-def _fits(need: Sequence[tuple[int, int]], have: Sequence[tuple[int, int]]) -> bool:
-    """Whether bins of (slots, capacity) are as large as those that are needed."""
-    return len(need) <= len(have) and all(
-        slots <= own_slots and capacity <= own_capacity
-        for (slots, capacity), (own_slots, own_capacity) in zip(need, have, strict=False)
-    )

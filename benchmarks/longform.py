@@ -67,9 +67,8 @@ def run_longform(
     with writing(out, "results", config.model_dump(), config.seed, parents) as draft:
         cut = {name: resegment(text, wanted, lang) for name, text in texts.items()}
         (draft.path / "hypotheses").mkdir(exist_ok=True)
-        for name, lines in {"references": wanted} | {
-            f"hypotheses/{name}": lines for name, lines in cut.items()
-        }.items():
+        shown = {"references": wanted} | {f"hypotheses/{name}": each for name, each in cut.items()}
+        for name, lines in shown.items():
             text = "".join(f"{line}\n" for line in lines)
             (draft.path / f"{name}.txt").write_text(text, encoding="utf8")
         write_json(draft.path / RESULT, _result(config, lang, cut, wanted))

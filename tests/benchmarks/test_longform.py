@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,29 @@ def test_no_word_is_lost(said: list[str], references: list[list[str]]) -> None:
     assert " ".join(piece for piece in found if piece) == " ".join(said)
 
 
-def test_the_command_scores_each_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_scores_each_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "refs.txt").write_text("\n".join(REFERENCES) + "\n", encoding="utf8")
     (tmp_path / "good.txt").write_text(" ".join(REFERENCES), encoding="utf8")
     worse = " ".join(REFERENCES).replace("Drucker", "Haus").replace("zuletzt", "")
     (tmp_path / "worse.txt").write_text(worse, encoding="utf8")
     out = tmp_path / "out"
-    arguments = ["bench", "longform", "--lang", "de", "--references", str(tmp_path / "refs.txt")]
+    arguments = [
+        "halve",
+        "bench",
+        "longform",
+        "--lang",
+        "de",
+        "--references",
+        str(tmp_path / "refs.txt"),
+    ]
     texts = [str(tmp_path / "good.txt"), str(tmp_path / "worse.txt")]
-    assert main([*arguments, "--hypothesis", *texts, "--out", str(out)]) == 0
+    arguments += ["--hypothesis", *texts, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
     assert "good's chrF++" in capsys.readouterr().out
     result = json.loads((out / "longform.json").read_text())
     assert not artefact.verify(out)

@@ -190,7 +190,7 @@ def _write_gguf(job: _Job) -> dict[str, Any]:
 def _check_decoder(job: _Job) -> None:
     if job.family.no_onnx:
         raise FamilyError(
-            f"{job.family.name} is not supported as {job.config.target}: {job.family.no_onnx}",
+            f"{job.family.name} is not supported as {job.config.target.upper()}: {job.family.no_onnx}",
             mend="package this model with --target checkpoint",
         )
 

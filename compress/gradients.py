@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
+from compress.attention import training_attention
 from compress.collate import Batch, TrainingSequence, collate, span_mask
 from compress.parallel import Team
 from compress.states import AudioStates
@@ -110,10 +111,9 @@ class GradientMaker:
         parts = [part for n in range(self.threads) if (part := sequences[n :: self.threads])]
         first = (seed + self.team.rank) * self.threads
         seeds = [first + n for n in range(len(parts))]
-        if self.pool is None:
-            results = [self._part(*each, count) for each in zip(parts, seeds, strict=True)]
-        else:
-            results = list(self.pool.map(self._part, parts, seeds, [count] * len(parts)))
+        with training_attention(self.speech):
+            run = map if self.pool is None else self.pool.map
+            results = list(run(self._part, parts, seeds, [count] * len(parts)))
         loss, gradients = results[0]
         for more_loss, more in results[1:]:
             loss += more_loss

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,10 +95,12 @@ class DecoderShape:
     initializer_range: float = 0.04
 
 
-def read_sentences(path: Path, split: str) -> list[dict[str, str]]:
-    """Triples (id, page, split, en, de, zh) of one split from a JSON-lines file, in file order."""
-    with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
+def read_sentences(paths: Sequence[Path], split: str) -> list[dict[str, str]]:
+    """Entries (id, page, split, en, and de or zh or both) of one split from JSON-lines files, in their order."""
+    rows = []
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            rows += [json.loads(line) for line in lines if line.strip()]
     return [row for row in rows if row["split"] == split]
 
 
@@ -268,13 +270,13 @@ def save_base(
 
 
 def load_or_train_tokenizer(
-    text_path: Path, work_dir: Path, vocab_size: int
+    text_paths: Sequence[Path], work_dir: Path, vocab_size: int
 ) -> PreTrainedTokenizerFast:
     """The tokenizer kept in `work_dir`, trained first if it is not there."""
     tokenizer_dir = work_dir / "tokenizer"
     if not (tokenizer_dir / "tokenizer.json").is_file():
-        rows = read_sentences(text_path, "train")
-        texts = [row[lang] for row in rows for lang in ("en", "de", "zh")]
+        rows = read_sentences(text_paths, "train")
+        texts = [row[lang] for row in rows for lang in ("en", "de", "zh") if lang in row]
         train_tokenizer(texts, vocab_size).save_pretrained(tokenizer_dir)
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
 
@@ -283,7 +285,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Command line of this script; the warm-up's options are those of demo/warm_up.py."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--text", type=Path, required=True, help="JSON lines: id, split, en, de, zh"
+        "--text", type=Path, nargs="+", required=True, help="JSON lines: id, split, en, de, zh"
     )
     parser.add_argument("--work-dir", type=Path, required=True, help="downloads and checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="the base model's directory")

@@ -18,6 +18,12 @@ PACKAGES_SHA256 = {
     "libreoffice-help-zh-cn": "db867cdece4c2f9c7eebe65e519c6cf386fdcf49d6e061db3dffec893b3e1dee",
 }
 HELP_ROOT = Path("usr/share/libreoffice/help")
+# The translations of LibreOffice's own interface: text for the teacher's warm-up alone.
+INTERFACE_SHA256 = {
+    "libreoffice-l10n-de": "aee22c8e3b3c0431f6e1b0bc66f757ba36c860e2651a05eb050fde4897f06548",
+    "libreoffice-l10n-zh-cn": "06b2800923811a11ddadc9e1e09ef8bda2a89ba118470403b2f6a897152e0809",
+}
+INTERFACE_ROOT = Path("usr/lib/libreoffice/program/resource")
 COMMAND_PACKAGES = {"espeak-ng": "espeak-ng", "flite": "flite", "opusenc": "opus-tools"}
 
 
@@ -31,8 +37,22 @@ def fetch_help(cache: Path) -> Path:
 
     Nothing is installed. Raises InputError if a package cannot be had or is another one.
     """
+    _fetch(cache, PACKAGES_SHA256)
+    return cache / "unpacked" / HELP_ROOT
+
+
+def fetch_interface(cache: Path) -> Path:
+    """Unpacks the interface's translations under `cache`; returns the folder of de and zh_CN.
+
+    Raises InputError as `fetch_help` does.
+    """
+    _fetch(cache, INTERFACE_SHA256)
+    return cache / "unpacked" / INTERFACE_ROOT
+
+
+def _fetch(cache: Path, packages: dict[str, str]) -> None:
     cache.mkdir(parents=True, exist_ok=True)
-    for package, sha256 in PACKAGES_SHA256.items():
+    for package, sha256 in packages.items():
         archive = cache / f"{package}_{PACKAGE_VERSION.replace(':', '%3a')}_all.deb"
         if not archive.is_file():
             _run_apt(["apt-get", "download", f"{package}={PACKAGE_VERSION}"], cache)
@@ -43,10 +63,9 @@ def fetch_help(cache: Path) -> Path:
                 f"sha256 {sha256}",
                 f"put {package} {PACKAGE_VERSION} there, for example from snapshot.debian.org",
             )
-        if not (cache / "unpacked" / HELP_ROOT / f".{package}").exists():
+        if not (cache / "unpacked" / f".{package}").exists():
             subprocess.run(["dpkg-deb", "-x", archive, cache / "unpacked"], check=True)
-            (cache / "unpacked" / HELP_ROOT / f".{package}").touch()
-    return cache / "unpacked" / HELP_ROOT
+            (cache / "unpacked" / f".{package}").touch()
 
 
 def _run_apt(command: Sequence[str], folder: Path) -> None:

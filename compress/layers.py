@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.activations import SiLUActivation
 
 from compress.packing import PackedRows, RowAttention, Tail
 from halve.families import Family
@@ -86,8 +87,8 @@ class OpenLayer:
         self._first, self._second = module.input_layernorm, module.post_attention_layernorm
         self._query, self._key = linear(attention.q_proj), linear(attention.k_proj)
         self._value, self._output = linear(attention.v_proj), linear(attention.o_proj)
-        self._gate, self._up, self._down = map(linear, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self._activation = mlp.act_fn
+        self._gate = _activated(mlp.gate_proj, mlp.act_fn, reorder)
+        self._up, self._down = linear(mlp.up_proj), linear(mlp.down_proj)
 
     def __call__(
         self, hidden: Tensor, rotary: Rotary, rows: RowAttention, tail: Tail | None = None
@@ -111,7 +112,7 @@ class OpenLayer:
         )
         hidden = self._output(attended.reshape(len(hidden), -1)).add_(hidden)
         normed = _normed(hidden, self._second)
-        gated = self._activation(self._gate(normed)).mul_(self._up(normed))
+        gated = self._gate(normed).mul_(self._up(normed))
         return self._down(gated).add_(hidden)
 
     def _heads(self, states: Tensor, projection: Linear) -> Tensor:
@@ -154,13 +155,23 @@ def _open(module: Any, decoder: Any, family: Family, reorder: bool) -> LayerRunn
     return stock
 
 
-def _reordered(part: nn.Linear) -> Linear:
-    """The linear part with its weight in blocks, as oneDNN takes it."""
+def _activated(part: nn.Linear, activation: Callable[[Tensor], Tensor], reorder: bool) -> Linear:
+    """A linear part and the activation after it; SiLU is made while oneDNN writes the products."""
+    if not reorder:
+        return lambda states: activation(part(states))
+    if type(activation) in (nn.SiLU, SiLUActivation):
+        return _reordered(part, "swish")
+    linear = _reordered(part)
+    return lambda states: activation(linear(states))
+
+
+def _reordered(part: nn.Linear, then: str = "none") -> Linear:
+    """The linear part with its weight in blocks, as oneDNN takes it, and what is done to each product."""
     operations: Any = torch.ops.mkldnn
     weight, bias = operations._reorder_linear_weight(part.weight.detach(), None), part.bias
 
     def apply(states: Tensor) -> Tensor:
-        return operations._linear_pointwise(states, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+        return operations._linear_pointwise(states, weight, bias, then, [], "")  # type: ignore[no-any-return]
 
     return apply
 

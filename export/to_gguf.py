@@ -22,7 +22,7 @@ from export.graph import Stored
 from export.to_onnx import Bits, TensorReader, bits_per_weight, sizes, write_listening
 from export.vocabulary import TokenIds
 from halve.errors import FamilyError
-from halve.families import Family
+from halve.families import Family, GgufLayout
 from halve.shards import tensor_shapes
 
 FloatArray = NDArray[np.float32]
@@ -33,8 +33,6 @@ _KINDS = {
     8: GGMLQuantizationType.Q8_0,
     4: GGMLQuantizationType.Q4_0,
 }
-_ARCHITECTURES = {"qwen2": "qwen2", "llama": "llama", "mistral": "llama"}
-"""llama.cpp's name for the decoders of transformers' model types."""
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -95,12 +93,12 @@ def write_gguf(
 
     config = AutoConfig.from_pretrained(str(student), local_files_only=True)
     text = config.get_text_config()
-    architecture = _architecture(text)
+    layout = _layout(family, text)
     geometry, rows = sizes(folder, config, kept)
     read = TensorReader(student)
     check_layer(read.suffixes(f"{family.disk_layers}0."))
-    tensors = list(_tensors(student, family, geometry, architecture, read, bits, rows))
-    writer = GGUFWriter(folder / GGUF, architecture)
+    tensors = list(_tensors(student, family, geometry, layout, read, bits, rows))
+    writer = GGUFWriter(folder / GGUF, layout.architecture)
     _write_sizes(writer, geometry, text)
     for each in tensors:
         kind = each.kind
@@ -129,14 +127,14 @@ def write_gguf(
     }
 
 
-def _architecture(text: Any) -> str:
-    if text.model_type not in _ARCHITECTURES:
+def _layout(family: Family, text: Any) -> GgufLayout:
+    if text.model_type not in family.gguf_layouts:
         raise FamilyError(
             f"A decoder of type {text.model_type!r} cannot be written as GGUF yet",
-            expected=", ".join(_ARCHITECTURES),
+            expected=", ".join(family.gguf_layouts),
             mend="package this model with --target checkpoint",
         )
-    return _ARCHITECTURES[text.model_type]
+    return family.gguf_layouts[text.model_type]
 
 
 def _write_sizes(writer: GGUFWriter, geometry: Geometry, text: Any) -> None:
@@ -159,7 +157,7 @@ def _tensors(
     student: Path,
     family: Family,
     geometry: Geometry,
-    architecture: str,
+    layout: GgufLayout,
     read: TensorReader,
     bits: Bits,
     rows: Any,
@@ -191,12 +189,12 @@ def _tensors(
         for suffix in sorted(read.suffixes(prefix)):
             stem, _, kind = suffix.rpartition(".")
             name = f"blk.{layer}.{_LAYER_NAMES[stem]}.{kind}"
-            change = _rotary_order(stem, geometry) if architecture == "llama" else None
+            change = _rotary_order(stem, geometry) if layout.neighbours else None
             yield tensor(name, "decoder", f"{prefix}{suffix}", bits.decoder, change)
 
 
 def _rotary_order(stem: str, geometry: Geometry) -> Callable[[FloatArray], FloatArray] | None:
-    """llama.cpp's Llama rotates neighbouring channels, transformers' a channel and that half a head on."""
+    """From a channel beside that half a head on, as transformers has them, to the two as neighbours."""
     heads = {"self_attn.q_proj": geometry.heads, "self_attn.k_proj": geometry.kv_heads}.get(stem)
     if heads is None:
         return None

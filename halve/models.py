@@ -75,7 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """A model directory's config.json.
 
     Raises:
-        ArtefactError: none there, or not JSON.
+        ArtefactError: none there, not JSON, or without what its model type must have.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -104,16 +104,28 @@ def family_of(path: Path) -> Family:
 
 
 def pick_device(device: str) -> str:
-    """`auto` is the GPU where there is one; `split` needs one, or it is the CPU too."""
-    if device == "split":
-        import torch
+    """`auto` is the GPU where there is one; `split` needs one, or it is the CPU too.
 
         return "split" if torch.cuda.is_available() else "cpu"
     if device != "auto":
         return device
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    there = torch.cuda.is_available()
+    kind, _, number = device.partition(":")
+    if device not in ("auto", "split", "cuda") and not (kind == "cuda" and number.isdecimal()):
+        raise InputError(
+            f"Unknown device {device!r}", expected="cpu, cuda, cuda:N, auto or (in training) split"
+        )
+    if kind == "cuda" and not there:
+        raise InputError(
+            f"This torch {torch.__version__} finds no GPU",
+            expected="a CUDA build of torch and a GPU that its driver can use",
+            mend="name --device cpu, or install torch for CUDA; `halve doctor` says what there is",
+        )
+    if device == "auto":
+        return "cuda" if there else "cpu"
+    return device if there else "cpu"
 
 
 def load_processor(path: Path) -> Any:
@@ -153,9 +165,28 @@ def load_model(
 
     Raises:
         ArtefactError: files missing or damaged, or weights that do not fit the config.
+    _check_config(file, config)
         FamilyError: an architecture halve does not know.
     """
     path = resolve_model(path)
+def _check_config(file: Path, config: Any) -> None:
+    """Refuses what is no config, or lacks the part that tells how many layers there are."""
+    if not isinstance(config, dict):
+        raise ArtefactError(f"{file} holds no settings", expected="a model's config.json")
+    kind = str(config.get("model_type"))
+    for family in FAMILIES.values():
+        if kind not in family.model_types:
+            continue
+        try:
+            family.num_layers(config)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtefactError(
+                f"{file} is damaged ({type(error).__name__}: {error})",
+                expected=f"the whole config of a {kind} model",
+                mend="copy it again from where the model is from",
+            ) from None
+
+
     config = read_config(path)
     family = family_for(config)
     device = pick_device(device)
@@ -250,6 +281,7 @@ def quantization_config(family: Family, quantization: str) -> Any:
             llm_int8_skip_modules=skip,
         )
     if quantization == "int8":
+    from huggingface_hub.errors import StrictDataclassError
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     raise InputError(f"Unknown quantisation {quantization!r}", expected="nf4 or int8")
 
@@ -271,6 +303,11 @@ def keep_trainable_on_cpu(model: Any) -> None:
     """Stops bitsandbytes from repacking 4-bit weights in a first eval pass on avx512_bf16.
 
     Repacked weights cannot be trained on or saved again.
+    except StrictDataclassError as error:
+        raise ArtefactError(
+            f"{path / 'config.json'} contradicts itself ({' '.join(str(error).split())})",
+            expected="the config that the weights were saved with",
+        ) from None
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,10 +1,11 @@
 """The model families: one file each, one row here."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from halve.errors import FamilyError
-from halve.families.base import TRANSCRIBE, Counts, Family, Source, SourceText, resolve
+from halve.families.base import TRANSCRIBE, Counts, Family, GgufLayout, Source, SourceText, resolve
 from halve.families.gemma3 import Gemma3
 from halve.families.gemma4 import Gemma4
 from halve.families.gemma4_unified import Gemma4Unified
@@ -27,6 +28,8 @@ FAMILIES: dict[str, Family] = {
         Qwen25Omni(),
     )
 }
+DEFAULT_FAMILY = next(iter(FAMILIES))
+"""Whose limits hold where no model is named yet."""
 
 
 def family_for(config: Mapping[str, Any]) -> Family:
@@ -52,13 +55,24 @@ def family_for(config: Mapping[str, Any]) -> Family:
     )
 
 
+def released_config(model: str) -> dict[str, Any] | None:
+    """The shapes of a model on the hub, by its id; None where no family knows it."""
+    for family in FAMILIES.values():
+        if model in family.released:
+            return copy.deepcopy(dict(family.released[model]))
+    return None
+
+
 __all__ = [
+    "DEFAULT_FAMILY",
     "FAMILIES",
     "TRANSCRIBE",
     "Counts",
     "Family",
+    "GgufLayout",
     "Source",
     "SourceText",
     "family_for",
+    "released_config",
     "resolve",
 ]

@@ -43,6 +43,15 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class GgufLayout:
+    """How llama.cpp knows a decoder of transformers."""
+
+    architecture: str
+    neighbours: bool = False
+    """Whether it rotates neighbouring channels, where transformers rotates a channel and that half a head on."""
+
+
+@dataclass(frozen=True)
 class SourceText:
     """What a text model is given: a sentence, and the language it is in."""
 
@@ -79,6 +88,8 @@ class Family(ABC):
     """The longest audio that the model hears at once; 0 for one that reads."""
     onnx_layouts: frozenset[str] = frozenset()
     """Decoder model types whose layers are of the layout that ONNX packages know."""
+    gguf_layouts: Mapping[str, GgufLayout] = MappingProxyType({})
+    """The same for GGUF packages, each as llama.cpp knows it."""
 
     layers: str
     decoder: str
@@ -92,6 +103,10 @@ class Family(ABC):
     """Why neither an ONNX nor a GGUF package of this family can be written; empty where its graphs are known."""
     unquantised: tuple[str, ...] = ()
     """Further parts with linear layers that are none of the decoder layers'."""
+    text_defaults: Mapping[str, Any] = MappingProxyType({})
+    """What stock code takes for decoder settings that a config leaves out, as released ones do."""
+    released: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """Configs of models by their hub ids, the shapes alone: what a run costs is known before a download."""
 
     disk_layers: str
     """Prefix of a decoder layer's keys, before the layer's number."""
@@ -115,9 +130,8 @@ class Family(ABC):
         return AutoProcessor.from_pretrained(str(path), local_files_only=True)
 
     def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The decoder's part of a config."""
-        part: Mapping[str, Any] = config["text_config"]
-        return part
+        """The decoder's part of a config, the stock class's defaults filled in."""
+        return {**self.text_defaults, **config["text_config"]}
 
     def num_layers(self, config: Mapping[str, Any]) -> int:
         """How many decoder layers a config has."""

@@ -85,7 +85,7 @@ class Gemma4(Family):
 
     def must_stay(self, config: Mapping[str, Any]) -> dict[int, str]:
         """The last layer, and those whose keys and values later layers read."""
-        text = self.full_text_config(config)
+        text = self.text_config(config)
         types, shared = layer_types(text), int(text["num_kv_shared_layers"])
         first_shared = len(types) - shared
         found = {len(types) - 1: "the last layer must be one of full attention"}
@@ -99,15 +99,11 @@ class Gemma4(Family):
 
     # Config and tensors
 
-    def full_text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The decoder's part of a config, the stock class's defaults filled in."""
-        return {**self.text_defaults, **config["text_config"]}
-
     def kept_config(self, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
         """The config after pruning: everything that counts or names layers."""
         kept = self.check_kept(config, kept)
         new = copy.deepcopy(dict(config))
-        text, before = new["text_config"], self.full_text_config(config)
+        text, before = new["text_config"], self.text_config(config)
         types = layer_types(before)
         first_shared = len(types) - int(before["num_kv_shared_layers"])
         text["num_hidden_layers"] = len(kept)
@@ -126,7 +122,7 @@ class Gemma4(Family):
         if not key.startswith(self.disk_layers):
             return False
         number, _, rest = key[len(self.disk_layers) :].partition(".")
-        text = self.full_text_config(config)
+        text = self.text_config(config)
         shares = int(number) >= text["num_hidden_layers"] - text["num_kv_shared_layers"]
         return shares and rest.startswith(_SHARED_LEFTOVERS)
 
@@ -171,7 +167,7 @@ class Gemma4(Family):
 
     def count_parameters(self, config: Mapping[str, Any]) -> Counts:
         """Counted from the shapes in the config; missing keys have the stock class's defaults."""
-        text = self.full_text_config(config)
+        text = self.text_config(config)
         layers = len(layer_types(text))
         hidden, own = text["hidden_size"], text["hidden_size_per_layer_input"] or 0
         decoder = sum(_count_layer(text, layer) for layer in range(layers))

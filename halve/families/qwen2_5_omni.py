@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from halve.audio import FloatArray
-from halve.families.base import Counts, resolve
+from halve.families.base import Counts, GgufLayout, resolve
 from halve.families.processors import load_hearing
 from halve.families.qwen2_audio import Qwen2Audio, count_tower
 
@@ -50,7 +50,10 @@ class Qwen25Omni(Qwen2Audio):
             "Qwen2_5OmniProcessor.from_pretrained(MODEL).save_pretrained(DIR)"
         }
     )
+    text_defaults: Mapping[str, Any] = TEXT_DEFAULTS
+    released: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     onnx_layouts: frozenset[str] = frozenset()
+    gguf_layouts: Mapping[str, GgufLayout] = MappingProxyType({})
     no_onnx = "its encoder works in pieces of 2 s, which have no graph yet"
     projector = ""
     unquantised = ("model.visual",)
@@ -59,10 +62,6 @@ class Qwen25Omni(Qwen2Audio):
     disk_embeddings = "model.embed_tokens."
     disk_head = "lm_head."
     disk_projector = ""
-
-    def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The decoder's part of a config, the stock class's defaults filled in."""
-        return {**TEXT_DEFAULTS, **config["text_config"]}
 
     def count_parameters(self, config: Mapping[str, Any]) -> Counts:
         """Counted from the shapes in the config; the class never ties its head."""

@@ -2,12 +2,13 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from halve.audio import FloatArray
-from halve.families.base import SYSTEM_PROMPT, Counts, Family, resolve
+from halve.families.base import SYSTEM_PROMPT, Counts, Family, GgufLayout, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,30 @@ FRAME_MULTIPLE = 4
 MARGIN_FRAMES = 4
 """Frames past the last valid one that the convolutions look at; without them the output differs."""
 
+TEXT_DEFAULTS: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+"""What stock code takes for keys that a config leaves out: the released ones name few of these."""
+SEVEN_B: dict[str, Any] = {
+    "model_type": "qwen2_audio",
+    "audio_config": {
+        "num_mel_bins": 128,
+        "d_model": 1280,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "max_source_positions": 1500,
+    },
+    "text_config": {**TEXT_DEFAULTS, "vocab_size": 156_032, "intermediate_size": 11_008},
+}
+"""The shapes of Qwen2-Audio-7B: 8,397,094,912 parameters."""
+
 
 class Qwen2Audio(Family):
     """Qwen2-Audio-7B and models of its class (transformers: Qwen2AudioForConditionalGeneration)."""
@@ -24,8 +49,13 @@ class Qwen2Audio(Family):
     name = "qwen2_audio"
     model_types = ("qwen2_audio",)
     onnx_layouts = frozenset({"qwen2"})
+    gguf_layouts: Mapping[str, GgufLayout] = MappingProxyType({"qwen2": GgufLayout("qwen2")})
     auto_class = "AutoModelForMultimodalLM"
     max_audio_s = 30.0
+    text_defaults: Mapping[str, Any] = TEXT_DEFAULTS
+    released: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+        {"Qwen/Qwen2-Audio-7B": SEVEN_B, "Qwen/Qwen2-Audio-7B-Instruct": SEVEN_B}
+    )
 
     layers = "model.language_model.layers"
     decoder = "model.language_model"
@@ -57,16 +87,16 @@ class Qwen2Audio(Family):
 
     def count_parameters(self, config: Mapping[str, Any]) -> Counts:
         """Counted from the shapes in the config; missing keys have the stock class's defaults."""
-        text, audio = config["text_config"], config["audio_config"]
-        hidden, ffn = text.get("hidden_size", 4096), text.get("intermediate_size", 22016)
-        heads = text.get("num_attention_heads", 32)
-        kv_heads = text.get("num_key_value_heads") or heads
+        text, audio = self.text_config(config), config.get("audio_config") or {}
+        hidden, ffn, heads = (
+            int(text[key]) for key in ("hidden_size", "intermediate_size", "num_attention_heads")
+        )
+        kv_heads = text["num_key_value_heads"] or heads
         head_dim = text.get("head_dim") or hidden // heads
         query, key_value = heads * head_dim, kv_heads * head_dim
         attention = 2 * hidden * query + query + 2 * (hidden * key_value + key_value)
         per_layer = attention + 3 * hidden * ffn + 2 * hidden
-        layers = int(text.get("num_hidden_layers", 32))
-        vocabulary = text.get("vocab_size", 151936)
+        layers, vocabulary = int(text["num_hidden_layers"]), int(text["vocab_size"])
         tower = count_tower(audio)
         projector = audio.get("d_model", 1280) * hidden + hidden
         total = tower + projector + 2 * vocabulary * hidden + hidden + per_layer * layers

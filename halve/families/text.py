@@ -7,9 +7,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from halve.families.base import Counts, Family, SourceText, resolve
+from halve.families.base import Counts, Family, GgufLayout, SourceText, resolve
 from halve.languages import ENGLISH, Language
 
 if TYPE_CHECKING:
@@ -84,6 +85,13 @@ class Text(Family):
     name = "text"
     model_types = tuple(LAYOUTS)
     onnx_layouts = frozenset({"llama", "mistral", "qwen2"})
+    gguf_layouts: Mapping[str, GgufLayout] = MappingProxyType(
+        {
+            "qwen2": GgufLayout("qwen2"),
+            "llama": GgufLayout("llama", neighbours=True),
+            "mistral": GgufLayout("llama", neighbours=True),
+        }
+    )
     auto_class = "AutoModelForCausalLM"
     reads = "text"
 

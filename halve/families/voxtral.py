@@ -22,6 +22,22 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "head_dim": 128,
 }
 """What stock code takes for keys that a config leaves out."""
+RELEASED: dict[str, dict[str, Any]] = {
+    "mistralai/Voxtral-Mini-3B-2507": {
+        "model_type": "voxtral",
+        "audio_config": {},
+        "text_config": {},
+    },
+    "mistralai/Voxtral-Small-24B-2507": {
+        "model_type": "voxtral",
+        "audio_config": {},
+        "text_config": {
+            "hidden_size": 5120,
+            "intermediate_size": 32_768,
+            "num_hidden_layers": 40,
+        },
+    },
+}
 _WHISPER = {
     "d_model": "hidden_size",
     "encoder_ffn_dim": "intermediate_size",
@@ -40,6 +56,8 @@ class Voxtral(Family):
     model_types = ("voxtral",)
     auto_class = "AutoModelForMultimodalLM"
     max_audio_s = float(WINDOW_S)
+    text_defaults = TEXT_DEFAULTS
+    released = RELEASED
     no_onnx = (
         "its encoder stacks four states, and its projector has two layers, which have no graph yet"
     )
@@ -57,10 +75,6 @@ class Voxtral(Family):
     disk_head = "language_model.lm_head."
     disk_audio_tower = "audio_tower."
     disk_projector = "multi_modal_projector."
-
-    def text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The decoder's part of a config, the stock class's defaults filled in."""
-        return {**TEXT_DEFAULTS, **config["text_config"]}
 
     def kept_config(self, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
         """The config after pruning: layer count, per-layer lists, and an explicit untied head."""

@@ -3,12 +3,16 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from halve.config import Config
+from pydantic import Field, model_validator
+
+from halve.config import Config, Seed
 from halve.errors import CorpusError
+from halve.families import DEFAULT_FAMILY
 from halve.languages import LANGUAGES, language
 
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 
 
@@ -25,11 +29,11 @@ class CorpusConfig(Config):
     """Only these target languages; all that the source has where none is named."""
     source_lang: str = "en"
     """The language that is spoken."""
-    family: str = "qwen2_audio"
+    family: str = DEFAULT_FAMILY
     """The model family whose longest audio no segment may exceed."""
-    select_share: float = 0.1
+    select_share: Share = 0.1
     """Share of the segments that go to select, where halve splits."""
-    test_share: float = 0.1
+    test_share: Share = 0.1
     """Share of the segments that go to test, where halve splits."""
     faulty: Literal["refuse", "drop"] = "refuse"
     """refuse: any fault stops the import; drop: faulty segments are left out and listed in dropped.json."""
@@ -43,8 +47,14 @@ class CorpusConfig(Config):
     """hf: the columns that hold transcript and translations, by language."""
     group_column: str | None = None
     """hf: the column that says which talk or speaker a segment is of; without it each is its own."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides which groups or segments go to which split."""
+
+    @model_validator(mode="after")
+    def _train_is_left(self) -> "CorpusConfig":
+        if self.select_share + self.test_share >= 1:
+            raise ValueError("select_share and test_share leave nothing to train on")
+        return self
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,45 @@ def test_read_only_place(halve: Halve, tiny_model: Path, mounted: Path) -> None:
     refused(done, 1, "read-only", "--out")
 
 
+def test_configs_that_contradict_themselves(halve: Halve, tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 8
+    (model / "config.json").write_text(json.dumps(config))
+    sound = tmp_path / "tone.wav"
+    soundfile.write(sound, tiny.tone(1.0, 3), 16_000)
+    done = halve("prune", "--model", model, "--layers", 2, "--out", "pruned")
+    refused(done, 2, "config.json contradicts itself", "(8)")
+    refused(halve("translate", "--model", model, "--lang", "de", sound), 2, "contradicts itself")
+    config.pop("text_config")
+    (model / "config.json").write_text(json.dumps(config))
+    refused(halve("inspect", model), 2, "config.json", "text_config")
+    (model / "config.json").write_text("[]")
+    refused(halve("inspect", model), 2, "config.json", "no settings")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "tone.wav"}
+
+
+def test_settings_that_make_no_sense(
+    halve: Halve, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    data = ("--model", tiny_model, "--corpus", tiny_corpus, "--lang", "de", "--out", "made")
+    refused(halve("package", *data, "--parity-segments", 0), 2, "--parity-segments", "found 0")
+    refused(halve("package", *data, "--block-size", 7), 2, "--block-size", "16, 32")
+    refused(halve("tune", *data, "--learning-rate", "inf"), 2, "--learning-rate", "finite")
+    refused(halve("distill", *data, "--dtype", "float8"), 2, "--dtype")
+    refused(halve("distill", *data, "--device", "tpu"), 2, "'tpu'", "cpu, cuda")
+    refused(halve("random-name", *data), 2, "random-name")
+    refused(halve("importance", *data, "--remove", 1, "--seed", -1), 2, "--seed")
+    place = ("merge", "--model", tiny_model, "--out", "made", "--adapter")
+    refused(halve(*place, tmp_path), 2, "neither an adapter nor a model")
+    refused(halve(*place, tmp_path / "gone"), 2, "gone", "no directory")
+    sound = ("translate", "--model", tiny_model, "--lang", "de", "--input-dir", tmp_path, "x.wav")
+    refused(halve(*sound), 2, "--input-dir", "--segments")
+    corpus = ("corpus", tiny_corpus, "--format", "halve", "--out", "made")
+    refused(halve(*corpus, "--select-share", 0.5, "--test-share", 0.5), 2, "nothing to train on")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_place_taken(halve: Halve, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "love.txt").write_text("dear")

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from benchmarks.peer_names import PeerName
-from halve.config import Config
+from halve.config import Config, Seed
 
 
 class QualityConfig(Config):
@@ -21,7 +21,7 @@ class QualityConfig(Config):
     """Segments translated together."""
     resamples: int = Field(default=1000, ge=100)
     """Bootstrap resamples behind each interval."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
     controls: bool = True
     """Translate another segment's audio and silence with the teacher as well: does it listen?"""
@@ -44,7 +44,7 @@ class LongformConfig(Config):
     """Language of the texts (de, zh, …)."""
     resamples: int = Field(default=1000, ge=100)
     """Bootstrap resamples behind each interval."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
 
 
@@ -77,7 +77,7 @@ class LatencyConfig(Config):
     """Other runtimes to time on the first unquantised model's weights; they need --new-tokens."""
     peer_folder: str = "runs/peers"
     """Where peers keep converted weights, and environments made by benchmarks/peer_environments.sh."""
-    seed: int = 0
+    seed: Seed = 0
     """Kept for the record; nothing here is left to chance."""
     timeout_s: float = Field(default=3600.0, gt=0)
     """The longest one model may take."""
@@ -108,7 +108,7 @@ class ServeBenchConfig(Config):
     """The longest one request may take."""
     threads: int | None = Field(default=None, ge=1)
     """Compute threads of each server; all cores where not given."""
-    seed: int = 0
+    seed: Seed = 0
     """Kept for the record; nothing here is left to chance."""
 
 
@@ -129,5 +129,5 @@ class ImportanceBenchConfig(Config):
     """Further methods to time in the same run."""
     tie_gap: float = Field(default=1e-4, gt=0)
     """A segment that differs first where the best two logits were nearer than this is a near tie."""
-    seed: int = 0
+    seed: Seed = 0
     """Kept for the record; nothing here is left to chance."""

@@ -4,9 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from halve.config import Config
+from halve.config import Config, Positive, Seed
 
-Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Langs = Annotated[tuple[str, ...], Field(min_length=1)]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -54,7 +53,7 @@ class TrainingConfig(Config):
     """Use so many segments of `train`, spread evenly; all if not given."""
     device: str = "auto"
     """cpu, cuda, auto, or split: the layers spread over all GPUs of this machine."""
-    seed: int = 0
+    seed: Seed = 0
     """Order of the batches and every other choice made by chance."""
 
 
@@ -136,7 +135,7 @@ class ImportanceConfig(Config):
     """Processes with a model each, on Ray; threads and memory are divided by their number. Any number finds the same."""
     ray_address: str | None = None
     """An existing Ray cluster, such as 10.0.0.1:6379 or auto; a local one is started if not given."""
-    seed: int = 0
+    seed: Seed = 0
     """Choices made by chance: random's layers, racing's resamples."""
 
 
@@ -167,11 +166,11 @@ class DistillConfig(Config):
     """Drop a translation whose sentence score in the selection metric is below this: a wrong one."""
     logits: Annotated[int, Field(ge=0, le=256)] = 0
     """Also keep so many of the teacher's likeliest tokens at every position, with their probabilities, for `tune --logit-weight`."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the teacher."""
     device: str = "auto"
     """cpu, cuda or auto."""
-    seed: int = 0
+    seed: Seed = 0
     """Kept with the artefact; greedy translation leaves nothing to chance."""
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from halve.config import Config
+from halve.config import Config, Positive, Seed
 
 
 class MergeConfig(Config):
@@ -15,9 +15,9 @@ class MergeConfig(Config):
     """Type that the student's weights are stored in."""
     langs: tuple[str, ...] = ()
     """Languages that `auto` scores; those that the adapter was tuned for where empty."""
-    select_segments: int | None = None
+    select_segments: Positive | None = None
     """`auto` scores at most so many segments of `select`, spread evenly over it."""
-    batch_size: int = 16
+    batch_size: Positive = 16
     """Segments translated at once while scoring."""
     requantized: bool = False
     """With `auto`: also scores the adapter on its quantised base and each student quantised to NF4
@@ -25,7 +25,7 @@ class MergeConfig(Config):
     verify: Literal["structure", "full"] = "structure"
     """structure: compares the headers of the student's files with the base model's, in little memory;
     full: also loads the student in stock transformers."""
-    max_shard_bytes: int = 1_000_000_000
+    max_shard_bytes: Positive = 1_000_000_000
     """A file of weights is at most so large."""
 
 
@@ -40,7 +40,7 @@ class PackageConfig(Config):
     fp32, fp16, int8 (Q8_0) or int4 (Q4_0) of a GGUF package."""
     langs: tuple[str, ...] = ()
     """Languages that the package translates into; those of the corpus where empty."""
-    parity_segments: int | None = None
+    parity_segments: Positive | None = None
     """Compares the package with its student on at most so many segments of `select`; all where None."""
     max_drop: float = 1.0
     """The most points of the selection metric that a quantised package may lose to its student."""
@@ -48,7 +48,7 @@ class PackageConfig(Config):
     """Also write what a compression track's organisers run and want to know."""
     force: bool = False
     """Keeps a package that is not faithful enough, and marks it."""
-    block_size: int = 32
+    block_size: Literal[16, 32, 64, 128] = 32
     """Weights that share a scale in an int8 or int4 package: 16, 32, 64 or 128; in GGUF 32."""
     head_bits: Literal[4, 8] | None = None
     """Bits of the head's weights; those of `precision` where None."""
@@ -64,11 +64,11 @@ class PackageConfig(Config):
     """ONNX: how weights become 4-bit codes. rtn: to nearest, the scale holds a block's extreme; search: with
     the scale of least squared error; k-quant: that, and a zero point a block; gptq: calibrated on `train`,
     each weight's error made up for by the others. auto: gptq where a corpus is named, else search."""
-    calibration_segments: int = 128
+    calibration_segments: Positive = 128
     """gptq reads so many segments of `train`, spread evenly over it and over the languages."""
-    batch_size: int = 8
+    batch_size: Positive = 8
     """Segments translated at once in the parity check."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the bootstrap that gives the score difference its interval."""
-    max_shard_bytes: int = 1_000_000_000
+    max_shard_bytes: Positive = 1_000_000_000
     """A file of a checkpoint's weights is at most so large."""

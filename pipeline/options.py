@@ -81,7 +81,8 @@ def settings_from(config: type[Config], given: dict[str, Any], fixed: dict[str, 
         values[key] = _split_commas(value) if isinstance(value, list) and key != "models" else value
         if key in _LANGUAGES:
             codes = values[key] if isinstance(values[key], list) else [values[key]]
-            known = [language(code).code for code in codes]
+            # Named twice is meant once.
+            known = list(dict.fromkeys(language(code).code for code in codes))
             values[key] = known if isinstance(values[key], list) else known[0]
     # A setting that a command takes by itself (serve's --model) comes with the others.
     values |= {key: value for key, value in fixed.items() if key in config.model_fields}
@@ -90,10 +91,11 @@ def settings_from(config: type[Config], given: dict[str, Any], fixed: dict[str, 
     except pydantic.ValidationError as error:
         faults = [
             f"{option_name(str(fault['loc'][0]))}: {fault_text(fault)}"
-            for fault in error.errors(include_url=False)
             if fault["loc"]
+            else fault_text(fault)
+            for fault in error.errors(include_url=False)
         ]
-        raise RecipeError("; ".join(faults) or str(error), mend="see --help") from None
+        raise RecipeError("; ".join(faults), mend="see --help") from None
 
 
 def _split_commas(values: list[Any]) -> list[str]:

@@ -117,7 +117,7 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> None:
     try:
         code = app(args=spread_lists(given), prog_name="halve", standalone_mode=False)
     except _UsageError as error:
-        _complain(f"{error.format_message()} See `{_help_for(error)}`.", error, debug)
+        _complain(f"{_usage(error)} See `{_help_for(error)}`.", error, debug)
         code = 2
     except typer.Exit as stop:
         code = stop.exit_code
@@ -126,6 +126,12 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> None:
         _complain(failure.message, error, debug)
         code = failure.exit_code
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """What typer says of wrong usage, as a sentence and without the name of pydantic's exception."""
+    text = str(error.format_message()).replace(": Value error, ", ": ").rstrip()
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _help_for(error: Any) -> str:

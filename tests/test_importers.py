@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from pydantic import ValidationError
 
 from halve import artefact
 from halve.corpus import read_corpus
@@ -282,6 +283,12 @@ def test_unknown_things(tmp_path: Path) -> None:
     )
     table = tsv(tmp_path, header="sound\twords")
     assert "tab-separated" in faults_of(CorpusConfig(format="tsv"), table, tmp_path / "c")
+
+
+def test_shares_must_leave_something_to_train_on() -> None:
+    for shares in ((0.6, 0.4), (-0.1, 0.1), (0.1, 1.5)):
+        with pytest.raises(ValidationError):
+            CorpusConfig(format="tsv", select_share=shares[0], test_share=shares[1])
 
 
 def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

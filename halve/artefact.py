@@ -172,15 +172,31 @@ def read(path: str | Path, kind: str | tuple[str, ...] | None = None) -> Artefac
         wanted = f"a directory with {RECORD}" + (f" of kind {kind}" if kind else "")
         raise ArtefactError(found, expected=wanted, mend="name the directory a halve stage wrote")
     record = read_json(path / RECORD)
-    if record["schema_version"] > SCHEMA_VERSION:
+    try:
+        _check_version(path, record["schema_version"])
+        made = _from_record(path, record)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(
-            f"{path} has schema version {record['schema_version']}",
+            f"{path / RECORD} is no record of an artefact ({type(error).__name__}: {error})",
+            expected="the file that a halve stage wrote",
+            mend="make the artefact again",
+        ) from None
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if kinds and made.kind not in kinds:
+        raise ArtefactError(f"{path} is of kind {made.kind}", expected=" or ".join(kinds))
+    return made
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{path} has schema version {version}",
             expected=f"{SCHEMA_VERSION} or older",
             mend="use a newer halve, or make the artefact again with this one",
         )
-    kinds = (kind,) if isinstance(kind, str) else kind
-    if kinds and record["kind"] not in kinds:
-        raise ArtefactError(f"{path} is of kind {record['kind']}", expected=" or ".join(kinds))
+
+
+def _from_record(path: Path, record: dict[str, Any]) -> Artefact:
     files = {
         name: FileRecord(entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()
     }
@@ -287,11 +303,12 @@ def writing(
     """Writes an artefact: complete in its place at the end, or not there at all.
 
     Raises:
-        ArtefactError: `out` is taken by something else.
+        ArtefactError: `out` is taken by something else, is one of the inputs, or lies inside an artefact.
     """
     out = Path(out)
     _finish_publishing(out)
     _check_place(out, kind)
+    _check_inputs(out, parents.values())
     hashes = {name: identity(path) for name, path in parents.items()}
     claim = _fingerprint(kind, recipe, seed, hashes)
     partial = partial_path(out)
@@ -347,6 +364,20 @@ def _check_place(out: Path, kind: str) -> None:
         expected=f"a new directory, or an older artefact of kind {kind}",
         mend="choose another --out",
     )
+
+
+def _check_inputs(out: Path, parents: Iterable[Path]) -> None:
+    """An output must not replace its own input, nor change what another artefact or a model consists of."""
+    place, inputs = out.resolve(), [Path(path).resolve() for path in parents]
+    if place in inputs:
+        raise ArtefactError(f"{out} would replace its own input", mend="choose another --out")
+    for folder in place.parents:
+        model = folder in inputs and (folder / "config.json").is_file()
+        if model or (folder / RECORD).is_file():
+            raise ArtefactError(
+                f"{out} would lie inside {folder}, which would then no longer be whole",
+                mend="choose another --out",
+            )
 
 
 def _open_draft(partial: Path, claim: str) -> Draft:

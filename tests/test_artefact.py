@@ -117,6 +117,32 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
         artefact.read(out)
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"schema_version": "new"}', '{"kind": ', '"x"'])
+def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / artefact.RECORD).write_text(text)
+    with pytest.raises(ArtefactError, match=r"artefact\.json.*(no record|not JSON)"):
+        artefact.read(tmp_path)
+
+
+def test_an_output_never_replaces_or_changes_its_input(tmp_path: Path) -> None:
+    first = make(tmp_path / "first").path
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (tmp_path / "alias").symlink_to(first)
+    before = artefact.identity(first), artefact.identity(model)
+    for out, why in (
+        (first, "replace its own input"),
+        (tmp_path / "alias", "replace its own input"),
+        (first / "below" / "second", "inside"),
+        (model / "second", "inside"),
+    ):
+        with pytest.raises(ArtefactError, match=why):
+            make(out, text="other", parents={"first": first, "model": model})
+    assert before == (artefact.identity(first), artefact.identity(model))
+    assert artefact.verify(first) == []
+
+
 def test_a_kill_while_writing_leaves_the_old_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

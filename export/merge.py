@@ -49,6 +49,13 @@ def run_merge(
         ArtefactError: the adapter does not fit the model, or files are damaged.
         InputError: ``auto`` without a corpus.
     """
+    if not is_adapter(adapter) and not (adapter / "config.json").is_file():
+        raise ArtefactError(
+            f"{adapter} holds neither an adapter nor a model"
+            if adapter.is_dir()
+            else f"{adapter} is no directory",
+            expected="what `halve tune` wrote",
+        )
     parents = {"model": model, "adapter": adapter}
     if config.onto == "auto" and is_adapter(adapter):
         if corpus is None:

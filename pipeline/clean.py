@@ -34,13 +34,23 @@ def find(root: Path) -> list[Removable]:
 
 
 def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
+    taken: set[Path] = set()
     for path in sorted(entry for entry in root.rglob("*") if entry.is_dir()):
-        if path.name.startswith(".") and path.name.endswith(".partial"):
-            yield path, "unfinished: a run that was stopped would go on from here"
-        elif path.name.startswith(".") and path.name.endswith(".old"):
-            yield path, "an older version that was being replaced"
-        elif path.name in _INTERMEDIATE and _is_whole(path) and _is_whole(path.parent / "student"):
-            yield path, "made on the way to the student, which is finished"
+        why = "" if path.is_symlink() or taken & set(path.parents) else _why(path)
+        if why:
+            taken.add(path)
+            yield path, why
+
+
+def _why(path: Path) -> str:
+    """Why a directory can go; nothing for one that must stay."""
+    if path.name.startswith(".") and path.name.endswith(".partial"):
+        return "unfinished: a run that was stopped would go on from here"
+    if path.name.startswith(".") and path.name.endswith(".old"):
+        return "an older version that was being replaced"
+    if path.name in _INTERMEDIATE and _is_whole(path) and _is_whole(path.parent / "student"):
+        return "made on the way to the student, which is finished"
+    return ""
 
 
 def _is_whole(path: Path) -> bool:

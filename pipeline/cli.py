@@ -389,10 +389,13 @@ def translate(
 
     if segments is not None and files:
         raise InputError("Files and --segments exclude each other")
+    if input_dir is not None and segments is None:
+        raise InputError("--input-dir is where the audio of --segments lies: name both, or neither")
+    spoken = language(source_lang).code
     target = language(lang).code if lang else None
     how = (batch_size, threads, console.progress(), beams)
     if segments is None and family_of(resolve_model(model)).reads == "text":
-        texts = translating.lines_of_files(files or [], language(source_lang).code)
+        texts = translating.lines_of_files(files or [], spoken)
         lines = list(translating.translate_lines(model, target, texts, *how))
         lengths: list[float] = [len(source.text) for _, source in texts]
     else:

@@ -7,13 +7,15 @@ from halve import artefact
 from halve.errors import ArtefactError
 from halve.families import family_for
 from halve.models import read_config
+from halve.shards import tensor_shapes
 from pipeline.console import Result, size
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens")
 
 
 def inspect(path: Path) -> Result:
-    """Describes an artefact and compares its files with their hashes; describes any model directory.
+    """Describes an artefact and compares its files with their hashes; describes any model directory,
+    and checks its weights' headers.
 
     Raises:
         ArtefactError: neither of them, or damaged.
@@ -27,9 +29,21 @@ def inspect(path: Path) -> Result:
             raise ArtefactError(
                 f"{path}: {'; '.join(faults)}", mend="copy the model's own tokenizer files"
             )
+        _check_weights(path)
         return Result(_text(f"{path}: a model from elsewhere (no {artefact.RECORD})", facts), facts)
     artefact.read(path)
     raise ArtefactError(f"{path} is no artefact")
+
+
+def _check_weights(path: Path) -> None:
+    """Checks what shows without hashes: every shard there, each as long as its header says.
+
+    Raises:
+        ArtefactError: no weights, a missing shard or a damaged one.
+    """
+    if not any(path.glob("*.safetensors*")) and any(path.glob("*.bin")):
+        return  # weights of the older kind, which halve does not read
+    tensor_shapes(path)
 
 
 def _artefact(path: Path) -> Result:

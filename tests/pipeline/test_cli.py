@@ -109,6 +109,19 @@ def test_clean_and_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (tmp_path / "run").exists()
 
 
+def test_clean_takes_leftovers_within_leftovers_and_follows_no_links(tmp_path: Path) -> None:
+    outer = tmp_path / "run" / ".importance.partial"
+    (outer / ".inner.partial" / "work").mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "run" / ".tune.partial").symlink_to(elsewhere)
+    with pytest.raises(SystemExit) as stop:
+        main(["clean", str(tmp_path / "run"), "--yes"])
+    assert stop.value.code == 0
+    assert not outer.exists()
+    assert elsewhere.exists()
+
+
 def test_translate_reads_the_organisers_layout(
     halve: Halve, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:

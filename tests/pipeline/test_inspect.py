@@ -97,6 +97,19 @@ def test_a_foreign_tokenizer_is_named_without_a_record(
         inspect(tmp_path / "model")
 
 
+def test_weights_without_a_record_are_looked_at(whole: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(whole, tmp_path / "model")
+    (model / artefact.RECORD).unlink()
+    inspect(model)
+    shards_there = sorted(model.glob("*.safetensors"))
+    shards_there[0].write_bytes(shards_there[0].read_bytes()[:-10])
+    with pytest.raises(ArtefactError, match=f"{shards_there[0].name} is damaged"):
+        inspect(model)
+    shards_there[0].unlink()
+    with pytest.raises(ArtefactError, match=f"shards missing: {shards_there[0].name}"):
+        inspect(model)
+
+
 def test_shards_hold_what_the_single_file_held(whole: Path, tiny_model: Path) -> None:
     assert len(list(whole.glob("*.safetensors"))) > 3
     family = family_for(read_config(tiny_model))

@@ -53,20 +53,33 @@ class Service:
 
     @property
     def directory(self) -> Path:
-        """The private directory for uploads (0700)."""
+        """The private directory for uploads (0700).
+
+        Raises:
+            InputError: it cannot be made.
+        """
         if self._directory is None:
-            made = tempfile.mkdtemp(prefix="halve-serve-", dir=self.settings.temp_dir)
+            try:
+                made = tempfile.mkdtemp(prefix="halve-serve-", dir=self.settings.temp_dir)
+            except OSError as error:
+                place = self.settings.temp_dir or tempfile.gettempdir()
+                raise InputError(
+                    f"No directory for uploads can be made in {place} ({error.strerror})",
+                    mend="name a directory that can be written with --temp-dir",
+                ) from None
             self._directory = Path(made)
         return self._directory
 
     async def start(self) -> None:
-        """Loads the first model; a second call does nothing.
+        """Makes the directory for uploads and loads the first model; a second call does nothing.
 
         Raises:
-            HalveError: it cannot be loaded.
+            InputError: the directory cannot be made.
+            HalveError: the model cannot be loaded.
         """
         if not self._started:
             self._started = True
+            self._directory = self.directory
             await self.registry.load_first()
 
     async def drain(self) -> bool:

@@ -133,6 +133,17 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
             run_server(settings, open_translator=lambda path, settings: FakeTranslator())
 
 
+def test_no_place_for_uploads_is_said_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "file").touch()
+    for place in ("gone", "file"):
+        settings = ServeSettings(
+            models=(str(tmp_path / "fake"),), port=0, temp_dir=tmp_path / place
+        )
+        with pytest.raises(InputError, match="--temp-dir"):
+            run_server(settings, open_translator=lambda path, settings: FakeTranslator())
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_threads_share_heaps() -> None:
     script = """

@@ -12,8 +12,20 @@ from typing import Any
 
 from halve.artefact import read_json
 from halve.errors import ArtefactError, FamilyError, InputError, MissingExtraError
-from halve.families import FAMILIES, Family, family_for, resolve
+from halve.families import FAMILIES, Family, family_for, released_config, resolve
 
+_WEIGHTS = [
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.onnx",
+    "*.onnx_data",
+    "*.msgpack",
+    "*.h5",
+]
+"""Files of a repository on the hub that hold weights."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -38,8 +50,11 @@ class SpeechModel:
         return resolve(self.model, dotted)
 
 
-def resolve_model(model: str | Path) -> Path:
+def resolve_model(model: str | Path, weights: bool = True) -> Path:
     """The directory of a model: a local one, or a hub id's snapshot.
+
+    Args:
+        weights: False leaves them on the hub: for what a tokenizer or a config tells.
 
     Raises:
         ArtefactError: not there, and not to be had from the hub.
@@ -47,21 +62,72 @@ def resolve_model(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
-    if path.exists() or not _is_hub_id(str(model)):
+    _need_hub_id(path, str(model))
+    return _download(str(model), ignore_patterns=None if weights else _WEIGHTS)
+
+
+def find_config(model: str | Path) -> dict[str, Any]:
+    """The config of a model whose weights need not be here.
+
+    Of a directory, or of the hub's cache; else the shapes of a release that a family knows; else the hub's
+    config.json, and nothing but that.
+
+    Raises:
+        ArtefactError: not there, and not to be had from the hub.
+    """
+    here = local_model(model)
+    if here is not None:
+        return read_config(here)
+    known = released_config(str(model))
+    if known is not None:
+        return known
+    _need_hub_id(Path(model), str(model))
+    return read_config(_download(str(model), allow_patterns="config.json"))
+
+
+def local_model(model: str | Path) -> Path | None:
+    """A model's directory without asking the hub: a local one, or one that holds its config in the hub's cache."""
+    if Path(model).is_dir():
+        return Path(model)
+    if not _is_hub_id(str(model)):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(str(model), "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _need_hub_id(path: Path, model: str) -> None:
+    if path.exists() or not _is_hub_id(model):
         raise ArtefactError(f"{model} is no model directory", mend="check the path")
+
+
+def _download(model: str, **patterns: Any) -> Path:
+    """A hub id's snapshot, or the part of it that the patterns name; a refusal says what to do about it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return Path(snapshot_download(str(model)))
+        return Path(snapshot_download(model, **patterns))
     except GatedRepoError:
         raise ArtefactError(
             f"{model} is gated on the hub", mend="accept its terms there and run `hf auth login`"
         ) from None
+    except RepositoryNotFoundError:
+        raise ArtefactError(
+            f"{model} is neither a directory here nor a model that the hub shows you",
+            mend="check the path or the hub id; for a private model run `hf auth login`",
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ArtefactError(
-            f"{model} is neither a directory here nor a model the hub gives ({type(error).__name__})",
-            mend="check the path or the hub id; without a network, download the model first",
+            f"{model} is not a directory here, and the hub does not give it ({type(error).__name__})",
+            mend=f"check the network; or run `hf download {model} --local-dir DIR` where there is one, "
+            "and name DIR",
         ) from None
 
 
@@ -87,7 +153,26 @@ def read_config(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf8"))
     except ValueError as error:
         raise ArtefactError(f"{file} is not JSON ({error})") from None
+    _check_config(file, config)
     return config
+
+
+def _check_config(file: Path, config: Any) -> None:
+    """Refuses what is no config, or lacks the part that tells how many layers there are."""
+    if not isinstance(config, dict):
+        raise ArtefactError(f"{file} holds no settings", expected="a model's config.json")
+    kind = str(config.get("model_type"))
+    for family in FAMILIES.values():
+        if kind not in family.model_types:
+            continue
+        try:
+            family.num_layers(config)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtefactError(
+                f"{file} is damaged ({type(error).__name__}: {error})",
+                expected=f"the whole config of a {kind} model",
+                mend="copy it again from where the model is from",
+            ) from None
 
 
 def family_of(path: Path) -> Family:
@@ -106,8 +191,10 @@ def family_of(path: Path) -> Family:
 def pick_device(device: str) -> str:
     """`auto` is the GPU where there is one; `split` needs one, or it is the CPU too.
 
-        return "split" if torch.cuda.is_available() else "cpu"
-    if device != "auto":
+    Raises:
+        InputError: no such device, or a GPU where torch finds none.
+    """
+    if device == "cpu":
         return device
     import torch
 
@@ -165,28 +252,9 @@ def load_model(
 
     Raises:
         ArtefactError: files missing or damaged, or weights that do not fit the config.
-    _check_config(file, config)
         FamilyError: an architecture halve does not know.
     """
     path = resolve_model(path)
-def _check_config(file: Path, config: Any) -> None:
-    """Refuses what is no config, or lacks the part that tells how many layers there are."""
-    if not isinstance(config, dict):
-        raise ArtefactError(f"{file} holds no settings", expected="a model's config.json")
-    kind = str(config.get("model_type"))
-    for family in FAMILIES.values():
-        if kind not in family.model_types:
-            continue
-        try:
-            family.num_layers(config)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtefactError(
-                f"{file} is damaged ({type(error).__name__}: {error})",
-                expected=f"the whole config of a {kind} model",
-                mend="copy it again from where the model is from",
-            ) from None
-
-
     config = read_config(path)
     family = family_for(config)
     device = pick_device(device)
@@ -213,12 +281,13 @@ def _from_pretrained(
     import safetensors
     import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     stored = config.get("quantization_config") is not None
     if quantization and not stored:
         options["quantization_config"] = quantization_config(family, quantization)
-    if quantization or stored:
+    if quantization or stored or device == "meta":
         options["device_map"] = {"": device}
     if device == "split":
         options["device_map"] = "auto"
@@ -226,10 +295,19 @@ def _from_pretrained(
     try:
         with _quiet():
             model, info = loader.from_pretrained(
-                str(path), local_files_only=True, output_loading_info=True, **options
+                str(path),
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, with their names
+                **options,
             )
     except FamilyError:
         raise
+    except StrictDataclassError as error:
+        raise ArtefactError(
+            f"{path / 'config.json'} contradicts itself ({' '.join(str(error).split())})",
+            expected="the config that the weights were saved with",
+        ) from None
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise ArtefactError(
             f"{path}: its weights cannot be loaded ({_first_line(error)})",
@@ -245,7 +323,7 @@ def _from_pretrained(
 
 def _check_loading(path: Path, info: dict[str, Any]) -> None:
     faults = [
-        f"{kind} {', '.join(sorted(map(str, info[key]))[:4])}{' …' if len(info[key]) > 4 else ''}"
+        f"{kind} {', '.join(sorted(map(_named, info[key]))[:4])}{' …' if len(info[key]) > 4 else ''}"
         for key, kind in (
             ("missing_keys", "missing"),
             ("unexpected_keys", "unexpected"),
@@ -257,7 +335,26 @@ def _check_loading(path: Path, info: dict[str, Any]) -> None:
         raise ArtefactError(
             f"{path}: config and weights disagree: {'; '.join(faults)}",
             expected="every tensor of the config, and no other",
+            mend="copy or download the model again, or correct its config.json",
         )
+
+
+def _named(key: Any) -> str:
+    """A differing key; one of another shape comes with what is stored and what the config asks for."""
+    if isinstance(key, str):
+        return key
+    name, stored, wanted = key
+    return f"{name} ({' x '.join(map(str, stored))} stored, {' x '.join(map(str, wanted))} by the config)"
+
+
+def check_weights(path: Path) -> None:
+    """Compares a model's stored tensors with its config as the stock class does, without keeping any.
+
+    Raises:
+        ArtefactError: they disagree; the differing keys are named.
+    """
+    config = read_config(path)
+    _from_pretrained(path, config, family_for(config), "auto", "meta", None)
 
 
 def quantization_config(family: Family, quantization: str) -> Any:
@@ -281,7 +378,6 @@ def quantization_config(family: Family, quantization: str) -> Any:
             llm_int8_skip_modules=skip,
         )
     if quantization == "int8":
-    from huggingface_hub.errors import StrictDataclassError
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     raise InputError(f"Unknown quantisation {quantization!r}", expected="nf4 or int8")
 
@@ -303,11 +399,6 @@ def keep_trainable_on_cpu(model: Any) -> None:
     """Stops bitsandbytes from repacking 4-bit weights in a first eval pass on avx512_bf16.
 
     Repacked weights cannot be trained on or saved again.
-    except StrictDataclassError as error:
-        raise ArtefactError(
-            f"{path / 'config.json'} contradicts itself ({' '.join(str(error).split())})",
-            expected="the config that the weights were saved with",
-        ) from None
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

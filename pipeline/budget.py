@@ -20,7 +20,7 @@ from halve.errors import InputError
 from halve.families import Family, family_for
 from halve.families.base import Counts
 from halve.languages import language
-from halve.models import load_processor, read_config, resolve_model
+from halve.models import find_config, load_processor, local_model, read_config, resolve_model
 from pipeline.console import Result, size, table
 from pipeline.costs import NF4_BYTES
 
@@ -277,10 +277,11 @@ def plan(
     """
     budget_bytes = parse_bytes(budget)
     code = language(lang).code if lang is not None else None
-    place = resolve_model(model)
-    config = read_config(place)
-    side_bytes = _side_bytes(place)
-    kept = _kept_tokens(place, corpus, code) if corpus else None
+    # Of a model on the hub the config tells the sizes, and the tokenizer what its vocabulary can lose.
+    place = resolve_model(model, weights=False) if corpus else local_model(model)
+    config = find_config(model)
+    side_bytes = _side_bytes(place) if place else 0.0
+    kept = _kept_tokens(place, corpus, code) if place and corpus else None
     measured = read_table(importance) if importance else None
     found = choices(config, budget_bytes, side_bytes, kept, measured)
     if not found:
@@ -303,7 +304,7 @@ def plan(
     text = f"{title}\n{_listed(found, whole, measured)}"
     if write is not None:
         chosen = _chosen(found, choice)
-        _write_recipe(write, place, corpus, code, chosen, whole.decoder_layers)
+        _write_recipe(write, model, corpus, code, chosen, whole.decoder_layers)
         data["recipe"] = str(write)
         text += f"\n{write}: {chosen.layers} layers, {chosen.package}; halve run {write} --dry-run says what it takes"
     return Result(text, data)
@@ -348,7 +349,7 @@ def _kept_tokens(model: Path, corpus: Path, code: str | None) -> int:
 
 
 def _write_recipe(
-    path: Path, model: Path, corpus: Path | None, code: str | None, chosen: Choice, layers: int
+    path: Path, model: str, corpus: Path | None, code: str | None, chosen: Choice, layers: int
 ) -> None:
     if corpus is None or code is None:
         raise InputError("A recipe needs a corpus and a language", mend="name --corpus and --lang")
@@ -357,7 +358,7 @@ def _write_recipe(
     removed = layers - chosen.layers
     recipe: dict[str, Any] = {
         "lang": code,
-        "teacher": str(model.resolve()),
+        "teacher": str(Path(model).resolve()) if Path(model).is_dir() else model,
         "corpus": {"source": str(Path(corpus).resolve()), "format": "halve"},
     }
     if removed:

@@ -17,10 +17,10 @@ import numpy as np
 
 from halve import environment
 from halve.corpus import read_corpus
-from halve.errors import HalveError
+from halve.errors import ArtefactError, HalveError
 from halve.families import Counts, Family, family_for
 from halve.importers.base import CorpusConfig, Row, Sound
-from halve.models import read_config
+from halve.models import find_config
 from pipeline.console import duration, size
 
 if TYPE_CHECKING:
@@ -85,14 +85,15 @@ class Estimator:
 
     def __init__(self, run: "Run") -> None:
         self.run = run
+        self.unknown = ""
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        """The teacher's (or base's) config, where it is on this machine."""
-        model = str(self.run.recipe.teacher or self.run.recipe.base)
+        """The teacher's (or base's) config, where it can be had without the weights; else `unknown` says why not."""
         try:
-            return read_config(_local(model))
-        except HalveError:
+            return find_config(str(self.run.recipe.teacher or self.run.recipe.base))
+        except ArtefactError as error:
+            self.unknown = error.found
             return None
 
     @cached_property
@@ -118,8 +119,15 @@ class Estimator:
         if self.config is None:
             return None
         family: Family = family_for(self.config)
-        kept = max(1, family.num_layers(self.config) - self.removed)
-        return family.count_parameters(family.kept_config(self.config, list(range(kept))))
+        return family.count_parameters(family.kept_config(self.config, self._kept(family)))
+
+    def _kept(self, family: Family) -> list[int]:
+        """The layers that stay: those of the recipe, or as many as a search will leave."""
+        assert self.config is not None
+        layers, prune = family.num_layers(self.config), self.run.recipe.prune
+        if prune is not None and prune.layers is not None:
+            return [layer for layer in range(layers) if layer not in prune.layers]
+        return family.some_kept(self.config, max(1, layers - self.removed))
 
     @cached_property
     def speech(self) -> Speech:
@@ -184,16 +192,6 @@ class Estimator:
         )
         work = factor * (counts.decoder + counts.head) * positions * rows * epochs
         return work / (self.flops * TRAIN_EFFICIENCY)
-
-
-def _local(model: str) -> Path:
-    """A model's directory without touching the network."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
-    return Path(found).parent if isinstance(found, str) else Path(model)
 
 
 def _imported(path: Path) -> Speech:
@@ -315,10 +313,16 @@ def _teach(of: Estimator, step: "Step") -> Cost:
     counts = of.teacher
     assert counts is not None
     rows = of.speech.count("train", config.train_segments) * (len(config.langs) + config.transcribe)
-    time_s = of.training(counts, rows, _steps_of(config, rows), 6)
+    lora = config.method == "lora"
+    time_s = of.training(counts, rows, _steps_of(config, rows), 4 if lora else 6)
     if config.max_minutes is not None:
         time_s = min(time_s, config.max_minutes * 60)
-    each = 16 if config.weights == "float32" else 8
+    if lora:
+        learnt = 16 * _adapter(counts, config.rank)
+        frozen = counts.total * _bytes(config.weights)
+        return Cost(LOAD_S + time_s, 1e9 + frozen + learnt, counts.total * 2 + learnt)
+    # Weights, gradients and two moments, each of the same precision.
+    each = 4 * _bytes(config.weights)
     return Cost(LOAD_S + time_s, 1e9 + counts.total * each, counts.total * (2 + each))
 
 

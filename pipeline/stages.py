@@ -269,6 +269,6 @@ def total(planned: list[Planned]) -> str:
     left = [one.cost for one in planned if not one.done]
     seconds = [cost.time_s for cost in left]
     if any(value is None for value in seconds):
-        return "The whole time cannot be estimated: the model is not on this machine."
+        return "The whole time cannot be estimated: the model's config is not known."
     disk = sum(cost.disk_bytes or 0 for cost in left)
     return f"About {duration(sum(s or 0 for s in seconds))} and {size(disk)} of disk in all (estimates)."

@@ -10,6 +10,9 @@ from pipeline.console import Result, duration, size, table
 from pipeline.costs import Cost, Estimator
 from pipeline.stages import Planned, Run, total
 
+BYTES = 2
+"""Of a parameter in bfloat16, as models are stored."""
+
 
 def of_plan(run: Run, planned: list[Planned], estimator: Estimator) -> Result:
     """`halve run --dry-run`: sizes before and after, and what each stage will cost here."""
@@ -40,11 +43,12 @@ def _cost(cost: Cost) -> list[str]:
 
 def _sizes(estimator: Estimator) -> str:
     if estimator.teacher is None or estimator.student is None:
-        return "The model is not on this machine: its sizes are not known before it is downloaded."
+        return f"The model's sizes are not known: {estimator.unknown}."
     teacher, student = estimator.teacher, estimator.student
     return (
-        f"Teacher: {teacher.total:,} parameters, {teacher.decoder_layers} decoder layers; "
-        f"student: {student.total:,} parameters, {student.decoder_layers} decoder layers (exact, from the config)."
+        f"Teacher: {teacher.total:,} parameters, {teacher.decoder_layers} decoder layers, "
+        f"{size(teacher.total * BYTES)} in bfloat16; student: {student.total:,} parameters, "
+        f"{student.decoder_layers} decoder layers, {size(student.total * BYTES)} in bfloat16 (exact, from the config)."
     )
 
 
@@ -63,6 +67,8 @@ def _plan_data(run: Run, planned: list[Planned], estimator: Estimator) -> dict[s
         "out": str(run.out),
         "teacher_parameters": teacher.total if teacher else None,
         "student_parameters": student.total if student else None,
+        "teacher_bytes": teacher.total * BYTES if teacher else None,
+        "student_bytes": student.total * BYTES if student else None,
         "corpus": vars(estimator.speech),
         "stages": [
             {

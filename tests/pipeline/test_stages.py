@@ -12,6 +12,8 @@ from pipeline import stages
 from pipeline.cli import main
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.stages import Run
+from tests.families.gemma_models import make_gemma4
+from tests.pipeline.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +126,79 @@ def test_dry_run_counts_the_papers_parameters(
     assert costs["importance"]["memory_bytes"] > 16.8e9
     assert all(one["time_s"] > 0 for one in found["stages"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen2-audio-7b-de", "qwen2-audio-7b-zh"])
+def test_dry_run_of_the_papers_recipe_needs_no_download(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the hub id alone: parameters and bytes before and after, and what every stage needs."""
+    recipe = str(ROOT / "recipes" / f"{name}.yaml")
+    with pytest.raises(SystemExit) as stop:
+        main(["run", recipe, "--dry-run", "--json"])
+    assert stop.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["teacher_parameters"], found["student_parameters"]) == (
+        8_397_094_912,
+        6_777_929_728,
+    )
+    assert (found["teacher_bytes"], found["student_bytes"]) == (16_794_189_824, 13_555_859_456)
+    costs = {one["stage"]: one for one in found["stages"]}
+    assert set(costs) > {"teach", "importance", "prune", "distill", "tune", "merge", "report"}
+    assert all(one["memory_bytes"] and one["disk_bytes"] for one in found["stages"])
+    assert 67e9 < costs["teach"]["memory_bytes"] < 70e9
+
+
+def test_dry_run_says_what_an_adapter_saves_in_teaching(
+    tmp_path: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {}
+    for method in ("full", "lora"):
+        recipe = tmp_path / f"{method}.yaml"
+        recipe.write_text(
+            f"lang: de\nbase: Qwen/Qwen2-Audio-7B-Instruct\n"
+            f"corpus: {{source: {tiny_corpus}, format: halve}}\n"
+            f"teach: {{method: {method}, weights: bfloat16}}\n"
+        )
+        with pytest.raises(SystemExit):
+            main(["run", str(recipe), "--dry-run", "--json"])
+        stages_ = json.loads(capsys.readouterr().out)["stages"]
+        needed[method] = next(one for one in stages_ if one["stage"] == "teach")
+    assert 67e9 < needed["full"]["memory_bytes"] < 70e9
+    assert 17e9 < needed["lora"]["memory_bytes"] < 25e9
+    assert needed["lora"]["time_s"] < needed["full"]["time_s"]
+
+
+@pytest.mark.parametrize("prune", ["{}", "{layers: [1, 3, 6]}"])
+def test_dry_run_keeps_the_layers_that_must_stay(
+    prune: str, tmp_path: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_gemma4(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    ranked = "importance: {remove: 3}\n" if prune == "{}" else ""
+    recipe = tmp_path / "gemma.yaml"
+    recipe.write_text(
+        f"lang: de\nteacher: model\ncorpus: {{source: {tiny_corpus}, format: halve}}\n"
+        f"{ranked}prune: {prune}\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(recipe), "--dry-run", "--json"])
+    assert stop.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["student_parameters"] < found["teacher_parameters"]
+
+
+def test_dry_run_without_a_config_says_why(
+    tmp_path: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "gone.yaml"
+    recipe.write_text(
+        f"lang: de\nteacher: /nowhere/at/all\ncorpus: {{source: {tiny_corpus}, format: halve}}\n"
+        "prune: {layers: [1]}\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(recipe), "--dry-run"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "/nowhere/at/all is no model directory" in said
+    assert "the model's config is not known" in said

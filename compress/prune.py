@@ -16,7 +16,7 @@ from halve.errors import ArtefactError, InputError, ParityError
 from halve.families import Family, SourceText, family_for
 from halve.families.base import kept_slices
 from halve.languages import language
-from halve.models import SpeechModel, load_model, read_config, resolve_model
+from halve.models import SpeechModel, check_weights, load_model, read_config, resolve_model
 from halve.origin import origin
 from halve.progress import SILENT, Progress
 from halve.shard_writer import MAX_SHARD_BYTES, Part, raw, unchanged, write_shards
@@ -60,6 +60,7 @@ def run_prune(
     family = family_for(teacher)
     chosen = choose_plan(config, model, plan, family, teacher)
     family.check_kept(teacher, chosen.kept)
+    check_teacher(model, family, teacher)
     parents = {"model": model}
     if config.layers is None and plan is not None:
         parents["plan"] = Path(plan)
@@ -80,6 +81,28 @@ def run_prune(
             origin=origin(model),
         )
     return artefact.read(out)
+
+
+def check_teacher(model: Path, family: Family, config: Mapping[str, Any]) -> None:
+    """Refuses a model whose weights are not those of its config: what is left out would go unnoticed.
+
+    Raises:
+        ArtefactError: they disagree; the differing keys are named.
+    """
+    if config.get("quantization_config") is not None:
+        return
+    stored = sum(
+        _numel(shape)
+        for key, (shape, _) in shards.tensor_shapes(model).items()
+        if not family.is_surplus(config, key)
+    )
+    counts = family.count_parameters(config)
+    expected = counts.total + counts.buffers
+    if stored != expected:
+        check_weights(model)
+        raise ArtefactError(
+            f"{model}: config and weights disagree: {stored:,} parameters are stored, the config says {expected:,}"
+        )
 
 
 def choose_plan(

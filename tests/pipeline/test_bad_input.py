@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from halve.families import FAMILIES
 from tests import tiny
 from tests.pipeline.conftest import Halve
 
@@ -86,6 +87,31 @@ def test_damaged_weights(halve: Halve, tiny_model: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_hidden_layers": 7}, "missing model.language_model.layers.6."),
+        ({"num_hidden_layers": 5}, "unexpected model.language_model.layers.5."),
+        ({"vocab_size": 600}, "lm_head.weight (512 x 64 stored, 600 x 64 by the config)"),
+    ],
+)
+def test_config_and_weights_that_disagree(
+    changes: dict[str, int], named: str, halve: Halve, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"] |= changes
+    config["text_config"].pop("layer_types", None)
+    (model / "config.json").write_text(json.dumps(config))
+    soundfile.write(tmp_path / "clip.wav", tiny.tone(1.0, 3), 16_000)
+    for command in (
+        ("prune", "--model", model, "--layers", 2, "--out", "pruned"),
+        ("translate", "--model", model, "--lang", "de", "clip.wav"),
+    ):
+        refused(halve(*command), 2, "config and weights disagree", named, "config.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.wav", "model"]
+
+
 def test_plan_of_another_model(
     halve: Halve, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
@@ -102,37 +128,11 @@ def test_unknown_architecture(halve: Halve, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "walrus"}')
-    refused(halve("prune", "--model", model, "--layers", 1), 2, "'walrus'", "qwen2_audio")
+    done = halve("prune", "--model", model, "--layers", 1)
+    refused(done, 2, "'walrus'", *FAMILIES, "halve/families/", "docs/add-a-family.md")
     refused(halve("plan", "--model", model, "--budget", "4GB"), 2, "'walrus'")
     (model / "config.json").write_text("{")
     refused(halve("plan", "--model", model, "--budget", "4GB"), 2, "config.json", "not JSON")
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 300 kB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "halve-test", str(place)]
-    if (
-        os.geteuid() != 0
-        or subprocess.run(command, capture_output=True, check=False).returncode != 0
-    ):
-        pytest.skip("needs root and mount")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def test_full_disk(halve: Halve, tiny_model: Path, mounted: Path) -> None:
-    done = halve("prune", "--model", tiny_model, "--layers", 2, "--out", mounted / "pruned")
-    refused(done, 1, "full")
-    assert list(mounted.iterdir()) == []
-
-
-def test_read_only_place(halve: Halve, tiny_model: Path, mounted: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
-    done = halve("prune", "--model", tiny_model, "--layers", 2, "--out", mounted / "pruned")
-    refused(done, 1, "read-only", "--out")
 
 
 def test_configs_that_contradict_themselves(halve: Halve, tiny_model: Path, tmp_path: Path) -> None:
@@ -172,6 +172,33 @@ def test_settings_that_make_no_sense(
     corpus = ("corpus", tiny_corpus, "--format", "halve", "--out", "made")
     refused(halve(*corpus, "--select-share", 0.5, "--test-share", 0.5), 2, "nothing to train on")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "halve-test", str(place)]
+    if (
+        os.geteuid() != 0
+        or subprocess.run(command, capture_output=True, check=False).returncode != 0
+    ):
+        pytest.skip("needs root and mount")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_full_disk(halve: Halve, tiny_model: Path, mounted: Path) -> None:
+    done = halve("prune", "--model", tiny_model, "--layers", 2, "--out", mounted / "pruned")
+    refused(done, 1, "full")
+    assert list(mounted.iterdir()) == []
+
+
+def test_read_only_place(halve: Halve, tiny_model: Path, mounted: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    done = halve("prune", "--model", tiny_model, "--layers", 2, "--out", mounted / "pruned")
+    refused(done, 1, "read-only", "--out")
 
 
 def test_place_taken(halve: Halve, tiny_model: Path, tmp_path: Path) -> None:

@@ -24,6 +24,11 @@ INTERFACE_SHA256 = {
     "libreoffice-l10n-zh-cn": "06b2800923811a11ddadc9e1e09ef8bda2a89ba118470403b2f6a897152e0809",
 }
 INTERFACE_ROOT = Path("usr/lib/libreoffice/program/resource")
+RECORDED_VERSION = "0.8+5prealpha+1-15"
+RECORDED_SHA256 = {
+    "pocketsphinx-testdata": "eaeb7a01d54f20b799d1a81ef110ec544b2cb47ea006614078220737a33019f0",
+}
+RECORDED_ROOT = Path("usr/share/pocketsphinx/test/data/librivox")
 COMMAND_PACKAGES = {"espeak-ng": "espeak-ng", "flite": "flite", "opusenc": "opus-tools"}
 
 
@@ -50,18 +55,27 @@ def fetch_interface(cache: Path) -> Path:
     return cache / "unpacked" / INTERFACE_ROOT
 
 
-def _fetch(cache: Path, packages: dict[str, str]) -> None:
+def fetch_recorded(cache: Path) -> Path:
+    """Unpacks people's recorded speech under `cache`; returns the folder of the LibriVox sentences.
+
+    Raises InputError as `fetch_help` does.
+    """
+    _fetch(cache, RECORDED_SHA256, RECORDED_VERSION)
+    return cache / "unpacked" / RECORDED_ROOT
+
+
+def _fetch(cache: Path, packages: dict[str, str], version: str = PACKAGE_VERSION) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     for package, sha256 in packages.items():
-        archive = cache / f"{package}_{PACKAGE_VERSION.replace(':', '%3a')}_all.deb"
+        archive = cache / f"{package}_{version.replace(':', '%3a')}_all.deb"
         if not archive.is_file():
-            _run_apt(["apt-get", "download", f"{package}={PACKAGE_VERSION}"], cache)
+            _run_apt(["apt-get", "download", f"{package}={version}"], cache)
         found = hashlib.sha256(archive.read_bytes()).hexdigest() if archive.is_file() else "no file"
         if found != sha256:
             raise InputError(
                 f"{archive}: sha256 {found}",
                 f"sha256 {sha256}",
-                f"put {package} {PACKAGE_VERSION} there, for example from snapshot.debian.org",
+                f"put {package} {version} there, for example from snapshot.debian.org",
             )
         if not (cache / "unpacked" / f".{package}").exists():
             subprocess.run(["dpkg-deb", "-x", archive, cache / "unpacked"], check=True)

@@ -10,9 +10,12 @@ from demo import measure_recorded, more_text
 from demo.triples import Triple
 
 
+CHARSET = "Content-Type: text/plain; charset=UTF-8\n"
+
+
 def write_mo(path: Path, catalogue: dict[str, str]) -> None:
     """A GNU message catalogue, as gettext's manual lays it out."""
-    entries = sorted((k.encode(), v.encode()) for k, v in {"": "", **catalogue}.items())
+    entries = sorted((k.encode(), v.encode()) for k, v in {"": CHARSET, **catalogue}.items())
     header, tables = 7 * 4, 2 * 8 * len(entries)
     texts, places = b"", []
     for column in (0, 1):

@@ -9,7 +9,6 @@ import pytest
 from demo import measure_recorded, more_text
 from demo.triples import Triple
 
-
 CHARSET = "Content-Type: text/plain; charset=UTF-8\n"
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from benchmarks.peer_names import PeerName
-from halve.config import Config, Seed
+from halve.config import Config, Positive, Seed
 
 
 class QualityConfig(Config):
@@ -71,7 +71,7 @@ class LatencyConfig(Config):
     """Also run the stock transformers loop on the first model."""
     new_tokens: int | None = Field(default=None, ge=2)
     """Everything says exactly so many tokens of each clip, past any end; the clip's limit where None."""
-    also_threads: tuple[int, ...] = ()
+    also_threads: tuple[Positive, ...] = ()
     """Further thread counts. Models are compared at `threads` with the better of all of the others'."""
     peers: tuple[PeerName, ...] = ()
     """Other runtimes to time on the first unquantised model's weights; they need --new-tokens."""

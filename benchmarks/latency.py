@@ -212,7 +212,7 @@ def _measure(config: LatencyConfig, threads: int, request: Mapping[str, Any]) ->
         )
     except subprocess.TimeoutExpired:
         raise HalveError(
-            f"{path}: timing it took longer than {config.timeout_s:.0f} s",
+            f"{path}: timing it took longer than {config.timeout_s:g} s",
             mend="raise --timeout-s, or lower --repeats",
         ) from None
     if done.returncode != 0:

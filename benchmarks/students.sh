@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
+#   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
+# Steps: corpus plans translations A B C D baselines select test table
+# Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
+#   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
+#   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
+#   C  half of the layers pruned, trained in full with distillation, bf16
+#   D  C as ONNX in 4 bits
+set -euo pipefail
+cd "$(dirname "$0")/.."
+HALVE=${HALVE:-.venv/bin/halve}
+PYTHON=${HALVE%halve}python
+TEACHER=${TEACHER:-demo/teacher}
+CORPUS=${CORPUS:-runs/demo-corpus}
+OUT=${OUT:-runs/students}
+QUARTER=${QUARTER:-3}
+HALF=${HALF:-6}
+SEED=${SEED:-0}
+STEPS_A=${STEPS_A:-600}
+STEPS_B=${STEPS_B:-1200}
+STEPS_C=${STEPS_C:-3000}
+LANGS=(--lang de --lang zh)
+TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --translations "$OUT/translations" --batch-size 32 --epochs 100 --schedule linear
+    --warmup 0.03 --spec-mask 0.08 --logit-weight 0.5 --checkpoint-every 50 --eval-every 300 --select-segments 120 --patience 100)
+QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate 3e-4)
+FULL=(--method full --learning-rate 5e-4)
+
+missing() { [ ! -f "$1/artefact.json" ]; }
+package() { # MODEL NAME
+    missing "$OUT/packages/$2" || return 0
+    "$HALVE" package --model "$1" --corpus "$CORPUS" "${LANGS[@]}" --target onnx --precision int4 --max-drop 5 --out "$OUT/packages/$2"
+}
+tune() { # MODEL NAME STEPS OPTIONS…
+    missing "$OUT/tuned/$2-$SEED" || return 0
+    "$HALVE" tune --model "$1" --out "$OUT/tuned/$2-$SEED" --seed "$SEED" "${TUNE[@]}" --max-steps "$3" "${@:4}"
+}
+merge() { # MODEL NAME
+    missing "$OUT/merged/$2-$SEED" || return 0
+    "$HALVE" merge --model "$1" --adapter "$OUT/tuned/$2-$SEED" --onto auto --requantized --corpus "$CORPUS" --out "$OUT/merged/$2-$SEED"
+}
+
+corpus() { missing "$CORPUS" || return 0; "$PYTHON" -m demo.build_corpus --out "$CORPUS"; }
+plans() {
+    for CODE in de zh; do
+        missing "$OUT/importance-$CODE" || continue
+        "$HALVE" importance --model "$TEACHER" --corpus "$CORPUS" --lang "$CODE" --remove "$HALF" --out "$OUT/importance-$CODE"
+    done
+    "$PYTHON" -m benchmarks.students plan "$OUT" --quarter "$QUARTER" --half "$HALF"
+    for SIZE in quarter half; do
+        missing "$OUT/pruned-$SIZE" || continue
+        "$HALVE" prune --model "$TEACHER" --layers "$(cat "$OUT/layers-$SIZE.txt")" --verify full --out "$OUT/pruned-$SIZE"
+    done
+}
+translations() {
+    missing "$OUT/translations" || return 0
+    "$HALVE" distill --model "$TEACHER" --corpus "$CORPUS" "${LANGS[@]}" --logits 8 --out "$OUT/translations"
+}
+A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED"; }
+B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED"; }
+C() { tune "$OUT/pruned-half" C "$STEPS_C" "${FULL[@]}"; }
+D() { package "$OUT/tuned/C-$SEED" "D-$SEED"; }
+baselines() { package "$TEACHER" teacher-int4; }
+quality() { # SPLIT
+    for CODE in de zh; do
+        missing "$OUT/$1-$CODE" || continue
+        "$HALVE" bench quality --teacher "$TEACHER" --corpus "$CORPUS" --lang "$CODE" --split "$1" --out "$OUT/$1-$CODE" \
+            --students "$OUT/packages/teacher-int4" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED"
+    done
+}
+select_() { quality select; }
+test_() { quality test; }
+table() { "$PYTHON" -m benchmarks.students table "$OUT"; }
+
+for STEP in "${@:-corpus plans translations A B C D baselines select test table}"; do
+    for ONE in $STEP; do
+        case "$ONE" in select | test) "${ONE}_" ;; *) "$ONE" ;; esac
+    done
+done

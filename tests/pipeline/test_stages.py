@@ -1,6 +1,7 @@
 """A whole run on a tiny model; what is current is not made again; plans of runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,26 @@ def test_dry_run_without_a_config_says_why(
     said = capsys.readouterr().out
     assert "/nowhere/at/all is no model directory" in said
     assert "the model's config is not known" in said
+
+
+NEEDS = re.compile(r"#   (\w[\w -]*?) {2,}[\d.]+ +([\d.]+) GB +([\d.]+) GB")
+"""A stage's line in a recipe's own table of costs: memory and disk."""
+
+
+@pytest.mark.parametrize("name", ["qwen2-audio-7b-de", "qwen2-audio-7b-zh"])
+def test_a_recipe_says_what_its_stages_need(name: str, tmp_path: Path) -> None:
+    """Hours are a GPU's and cannot be held to this machine; memory and disk can."""
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    told = {
+        stage: (float(memory), float(disk))
+        for stage, memory, disk in NEEDS.findall(recipe.read_text(encoding="utf8"))
+    }
+    planned, _ = stages.plan(Run(read_recipe(recipe), tmp_path / "out"), None, "bench")
+    needed = {one.step.name: one.cost for one in planned}
+    assert list(told) == list(needed)[1:], "all but the corpus"
+    for stage, (memory, disk) in told.items():
+        assert disk == pytest.approx((needed[stage].disk_bytes or 0) / 1e9, abs=0.06)
+        if stage == "importance":  # it keeps within two fifths of what there is
+            assert 17 < (needed[stage].memory_bytes or 0) / 1e9 < memory + 0.06
+        else:
+            assert memory == pytest.approx((needed[stage].memory_bytes or 0) / 1e9, abs=0.06)

@@ -210,6 +210,7 @@ def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
         "a\tgood.wav\teight\tacht\ttrain\tg1\t\t",
         "j\tgood.wav\tnine\tneun\tholiday\tg1\t\t",
         "k\tgood.wav\tten",
+        "l\tgood.wav\televen\telf\ttest\tg1\t\t",
         header="id\taudio\ttext\tde\tsplit\tgroup\toffset\tduration",
     )
     message = faults_of(CorpusConfig(format="tsv"), table, tmp_path / "corpus")
@@ -224,6 +225,7 @@ def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
         10: "used twice",
         11: "split 'holiday'",
         12: "3 columns",
+        13: "group 'g1' is in test, and in train at",
     }
     for line, fault in expected.items():
         assert any(f"table.tsv:{line}: " in row and fault in row for row in message.splitlines()), (
@@ -241,6 +243,9 @@ def test_groups_in_two_splits(tmp_path: Path) -> None:
         "c\ta.wav\tthree\tdrei\ttest\tann",
     )
     message = faults_of(CorpusConfig(format="tsv"), table, tmp_path / "corpus")
+    assert f"{table}:4: group 'ann' is in test, and in train at {table}:2" in message
+    config = CorpusConfig(format="tsv", faulty="drop")
+    message = faults_of(config, table, tmp_path / "corpus")
     assert "group 'ann' is in test and train" in message
 
 

@@ -18,7 +18,7 @@ from halve.importers.acl6060 import import_acl6060
 from halve.importers.base import CorpusConfig, Importer, Row, Rows, Sound
 from halve.importers.iwslt import import_iwslt
 from halve.importers.parallel import import_text
-from halve.importers.splits import divide
+from halve.importers.splits import divide, own_group
 from halve.importers.tables import import_halve, import_hf, import_tsv
 from halve.progress import SILENT, Advance, Progress
 
@@ -66,6 +66,7 @@ def run_corpus(
         where = [row.where for row in found.rows]
         checks = check_segments(Path("/"), segments, max_audio_s, where)
         faults = [*found.faults, *checks, *_duplicates(found.rows, config)]
+        faults += _straddling(found.rows, config)
         rows = _without_faulty(found.rows, faults, config, progress)
         if faults:
             artefact.write_json(draft.path / "dropped.json", {"faults": faults})
@@ -150,6 +151,26 @@ def _duplicates(rows: Sequence[Row], config: CorpusConfig) -> list[str]:
         first = seen.setdefault(key, row)
         if first is not row and any(text.strip() for text in key):
             faults.append(f"{row.where}: same text as {first.where}")
+    return faults
+
+
+def _straddling(rows: Sequence[Row], config: CorpusConfig) -> list[str]:
+    """Groups that the source itself puts in more than one split, at the first line that does.
+
+    Leaving that line out would not mend it: under ``faulty="drop"`` they are refused on their own.
+    """
+    given = config.split in (None, "given") and all(row.split for row in rows)
+    if not given or config.faulty == "drop":
+        return []
+    first: dict[str, dict[str, str]] = {}
+    faults = []
+    for row in rows:
+        group, split = row.group or own_group(row), str(row.split)
+        places = first.setdefault(group, {})
+        if places and split not in places:
+            other, where = next(iter(places.items()))
+            faults.append(f"{row.where}: group {group!r} is in {split}, and in {other} at {where}")
+        places.setdefault(split, row.where)
     return faults
 
 

@@ -20,7 +20,7 @@ def divide(rows: Sequence[Row], config: CorpusConfig) -> list[Row]:
     Raises:
         CorpusError: they cannot be split as asked.
     """
-    rows = [replace(row, group=row.group or _own_group(row)) for row in rows]
+    rows = [replace(row, group=row.group or own_group(row)) for row in rows]
     method = config.split or ("given" if all(row.split for row in rows) else "group")
     if method == "given":
         return _given(rows)
@@ -31,8 +31,8 @@ def divide(rows: Sequence[Row], config: CorpusConfig) -> list[Row]:
     return _by_group(rows, config)
 
 
-def _own_group(row: Row) -> str:
-    # Segments of one recording belong together; audio from a data set is one segment each.
+def own_group(row: Row) -> str:
+    """The group of a row that names none: segments of one recording belong together, others stand alone."""
     return (
         row.id
         if row.audio is None or row.duration_s is None

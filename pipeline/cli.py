@@ -371,7 +371,9 @@ def translate(
     segments: Annotated[
         Path | None,
         typer.Option(
-            "--segments", metavar="YAML", help="A list of {wav, offset, duration}, one line each."
+            "--segments",
+            metavar="YAML",
+            help="A list of {wav, offset, duration}, one line each; or a directory of such lists, with a FILE_ORDER.",
         ),
     ] = None,
     input_dir: Annotated[

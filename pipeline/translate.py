@@ -9,7 +9,7 @@ from halve.audio import FloatArray, probe, read_audio
 from halve.errors import CorpusError, InputError
 from halve.families import SourceText
 from halve.importers.base import read_lines
-from halve.importers.iwslt import FILE_ORDER, AudioIndex, in_file_order, read_segments_yaml
+from halve.importers.iwslt import FILE_ORDER, AudioIndex, Entry, in_file_order, read_segments_yaml
 from halve.progress import Progress
 
 PAUSE_S = 0.1
@@ -38,16 +38,26 @@ def pieces_of_files(files: Sequence[Path]) -> list[Piece]:
 def pieces_of_segments(segments: Path, input_dir: Path | None) -> list[Piece]:
     """The segments of an organisers' YAML, talks in the order of FILE_ORDER where there is one.
 
+    Args:
+        segments: a YAML, or a directory with one YAML a talk and a FILE_ORDER, here or in `input_dir`.
+
     Raises:
-        CorpusError: faulty entries or audio; all of them are named.
+        CorpusError: faulty entries or audio, all of them named; or several YAMLs in no order.
     """
-    folder = input_dir or segments.parent
-    entries, faults = read_segments_yaml(segments)
-    for order in (folder / FILE_ORDER, segments.parent / FILE_ORDER):
+    place = segments if segments.is_dir() else segments.parent
+    folder = input_dir or place
+    entries, faults = _entries(segments)
+    for order in (folder / FILE_ORDER, place / FILE_ORDER):
         if order.is_file():
             entries, more = in_file_order(entries, order)
             faults += more
             break
+    else:
+        if segments.is_dir() and len({entry.wav for entry in entries}) > 1:
+            raise CorpusError(
+                f"{segments} says nothing of the order of its talks",
+                expected=f"{FILE_ORDER} beside the YAMLs or in --input-dir, one talk a line",
+            )
     if faults:
         raise CorpusError(f"{segments}: {len(faults)} faults", faults=faults)
     index = AudioIndex(folder)
@@ -56,6 +66,17 @@ def pieces_of_segments(segments: Path, input_dir: Path | None) -> list[Piece]:
         for entry in entries
     ]
     return _checked(found)
+
+
+def _entries(segments: Path) -> tuple[list[Entry], list[str]]:
+    """The entries of a segments YAML, or of all YAMLs of a directory, and the faults in them."""
+    if not segments.is_dir():
+        return read_segments_yaml(segments)
+    yamls = sorted([*segments.glob("*.yaml"), *segments.glob("*.yml")])
+    if not yamls:
+        raise CorpusError(f"{segments} has no segments YAML", expected="one YAML a talk")
+    read = [read_segments_yaml(path) for path in yamls]
+    return [one for found, _ in read for one in found], [one for _, bad in read for one in bad]
 
 
 def lines_of_files(files: Sequence[Path], source_lang: str) -> list[tuple[str, SourceText]]:

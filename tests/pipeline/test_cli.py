@@ -1,15 +1,18 @@
 """The command line itself."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from halve.errors import CorpusError
 from pipeline import document_cli, failures
 from pipeline.cli import main
 from pipeline.options import settings_from
 from pipeline.shell import spread_lists
+from pipeline.translate import pieces_of_segments
 from tests.pipeline.conftest import ROOT, Halve, environment
 
 _HEAVY = ("torch", "transformers", "onnxruntime", "fastapi", "matplotlib", "sacrebleu")
@@ -132,11 +135,41 @@ def test_translate_reads_the_organisers_layout(
     arguments = ("--model", tiny_model, "--lang", "de", "--segments", yaml)
     done = halve("translate", *arguments, "--input-dir", tiny_corpus / "audio")
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.rstrip("\n").split("\n")) == 3
+    lines = done.stdout.removesuffix("\n").split("\n")
+    done = halve("translate", *arguments, "--input-dir", tiny_corpus / "audio", "--json")
+    found = json.loads(done.stdout)
+    # Talks in FILE_ORDER's order, segments of a talk in the YAML's.
+    assert [one["name"] for one in found] == [f"{yaml}:{line}" for line in (2, 1, 3)]
+    assert [one["text"] for one in found] == lines
     done = halve("translate", *arguments, "--input-dir", tmp_path)
     assert done.returncode == 2
     assert "001.wav" in done.stderr
     assert "000.wav" in done.stderr
+
+
+def test_segments_of_several_files_follow_their_order(tiny_corpus: Path, tmp_path: Path) -> None:
+    """One YAML a talk: FILE_ORDER joins them, wherever it lies; without it there is no order."""
+    audio = tiny_corpus / "audio"
+    for talk, offsets in (("000", (0.0, 0.2)), ("001", (0.1,))):
+        entries = (f"- {{wav: {talk}.wav, offset: {one}, duration: 0.2}}\n" for one in offsets)
+        (tmp_path / f"{talk}.yaml").write_text("".join(entries))
+    with pytest.raises(CorpusError, match="order of its talks"):
+        pieces_of_segments(tmp_path, audio)
+    (tmp_path / "FILE_ORDER").write_text("001\n000\n")
+    found = pieces_of_segments(tmp_path, audio)
+    assert [(each.path.name, each.offset_s) for each in found] == [
+        ("001.wav", 0.1),
+        ("000.wav", 0.0),
+        ("000.wav", 0.2),
+    ]
+    (tmp_path / "FILE_ORDER").write_text("000\n002\n")
+    with pytest.raises(CorpusError) as error:
+        pieces_of_segments(tmp_path, audio)
+    assert "001.wav is not in" in str(error.value) + "".join(error.value.faults)
+    assert "no segment of 002" in str(error.value) + "".join(error.value.faults)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError, match="no segments YAML"):
+        pieces_of_segments(tmp_path / "empty", audio)
 
 
 def test_settings_name_every_fault() -> None:

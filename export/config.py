@@ -3,6 +3,13 @@
 from typing import Literal
 
 from halve.config import Config, Positive, Seed
+from halve.errors import InputError
+
+PRECISIONS = {
+    "checkpoint": ("bf16", "fp16", "fp32", "nf4"),
+    "onnx": ("fp32", "fp16", "int8", "int4"),
+    "gguf": ("fp32", "fp16", "int8", "int4"),
+}
 
 
 class MergeConfig(Config):
@@ -72,3 +79,33 @@ class PackageConfig(Config):
     """Of the bootstrap that gives the score difference its interval."""
     max_shard_bytes: Positive = 1_000_000_000
     """A file of a checkpoint's weights is at most so large."""
+
+
+def check_possible(config: PackageConfig) -> None:
+    """Refuses settings that no student can be packaged with.
+
+    Raises:
+        InputError: a precision or a way that the target has not.
+    """
+    if config.trim_vocab and config.target == "checkpoint":
+        raise InputError(
+            "A checkpoint cannot have a trimmed vocabulary: stock transformers takes a token's id for "
+            "its row",
+            expected="target onnx or gguf",
+        )
+    if config.target == "gguf" and config.quantise not in ("auto", "rtn"):
+        raise InputError(
+            f"Target gguf cannot be quantised by {config.quantise}",
+            expected="rtn: llama.cpp's own 8-bit and 4-bit types, to nearest",
+            mend="leave --quantise out, or use --target onnx",
+        )
+    if config.target == "gguf" and config.block_size != 32:
+        raise InputError(
+            f"Target gguf has no blocks of {config.block_size} weights", expected="blocks of 32"
+        )
+    known = PRECISIONS[config.target]
+    if config.precision not in known:
+        raise InputError(
+            f"Target {config.target} has no precision {config.precision}",
+            expected=f"one of {', '.join(known)}",
+        )

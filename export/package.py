@@ -8,7 +8,7 @@ from typing import Any
 from export.calibrate import Calibrated, Calibration, DataFree, Quantiser, read_samples
 from export.card import write_card
 from export.checkpoint import DTYPES, write_nf4, write_plain
-from export.config import PackageConfig
+from export.config import PackageConfig, check_possible
 from export.contest import check_contest, write_contest
 from export.gguf_runtime import check_installed
 from export.manifest import MANIFEST, Manifest, write_manifest
@@ -27,11 +27,6 @@ from halve.models import load_model, load_processor, read_config, resolve_model
 from halve.progress import SILENT, Progress
 from halve.sources import source_language
 
-PRECISIONS = {
-    "checkpoint": ("bf16", "fp16", "fp32", "nf4"),
-    "onnx": ("fp32", "fp16", "int8", "int4"),
-    "gguf": ("fp32", "fp16", "int8", "int4"),
-}
 _BITS = {"fp32": 32, "fp16": 32, "int8": 8, "int4": 4}
 _GGUF_BITS = {**_BITS, "fp16": 16}
 
@@ -66,7 +61,7 @@ def run_package(
         FamilyError: the model cannot be packaged so.
         ParityError: the package is not faithful enough (`config.force` keeps it, marked).
     """
-    _check_precision(config)
+    check_possible(config)
     model = resolve_model(model)
     family = family_for(read_config(model))
     check_contest(config, family)
@@ -100,31 +95,6 @@ def run_package(
             facts["trimmed"] = config.trim_vocab
             write_contest(draft.path, config, facts, manifest.logical_parameters)
     return artefact.read(out, "package")
-
-
-def _check_precision(config: PackageConfig) -> None:
-    if config.trim_vocab and config.target == "checkpoint":
-        raise InputError(
-            "A checkpoint cannot have a trimmed vocabulary: stock transformers takes a token's id for "
-            "its row",
-            expected="target onnx or gguf",
-        )
-    if config.target == "gguf" and config.quantise not in ("auto", "rtn"):
-        raise InputError(
-            f"Target gguf cannot be quantised by {config.quantise}",
-            expected="rtn: llama.cpp's own 8-bit and 4-bit types, to nearest",
-            mend="leave --quantise out, or use --target onnx",
-        )
-    if config.target == "gguf" and config.block_size != 32:
-        raise InputError(
-            f"Target gguf has no blocks of {config.block_size} weights", expected="blocks of 32"
-        )
-    known = PRECISIONS[config.target]
-    if config.precision not in known:
-        raise InputError(
-            f"Target {config.target} has no precision {config.precision}",
-            expected=f"one of {', '.join(known)}",
-        )
 
 
 def _write_checkpoint(job: _Job) -> None:

@@ -115,7 +115,7 @@ def _os_failure(error: OSError) -> Failure:
     if isinstance(error, BrokenPipeError):
         return Failure("", 1)
     place = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
         return Failure(f"{error.strerror}{place}. To mend it: check the path.", 2)
     found = _OS_ERRORS.get(error.errno or 0)
     if found:

@@ -15,7 +15,7 @@ from compress.config import (
     TeachConfig,
     TuneConfig,
 )
-from export.config import MergeConfig, PackageConfig
+from export.config import MergeConfig, PackageConfig, check_possible
 from halve.config import Config
 from halve.errors import InputError, RecipeError
 from halve.importers.base import CorpusConfig
@@ -89,12 +89,22 @@ class Recipe(Config):
             faults.append("prune needs layers, or an importance section that finds them")
         if self.merge is not None and self.tune is None:
             faults.append("merge needs a tune section")
+        faults += [f"packages: {fault}" for fault in map(_impossible, self.packages) if fault]
         names = [package_name(package) for package in self.packages]
         if len(set(names)) != len(names):
             faults.append("packages: the same target and precision twice")
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+
+def _impossible(config: PackageConfig) -> str:
+    """Why no student can be packaged so; nothing where it can."""
+    try:
+        check_possible(config)
+    except InputError as error:
+        return error.found
+    return ""
 
 
 def package_name(config: PackageConfig) -> str:

@@ -80,6 +80,11 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
             "prune",
         ),
         ("lang: de\nteacher: x\nprune: {}\ncorpus: {source: x, format: tsv}\n", "needs layers"),
+        (
+            "lang: de\nteacher: x\npackages: [{target: onnx, precision: nf4}]\n"
+            "corpus: {source: x, format: tsv}\n",
+            "packages: Target onnx has no precision nf4",
+        ),
     ],
 )
 def test_what_does_not_fit_together(tmp_path: Path, text: str, fault: str) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -18,7 +19,10 @@ from export.merge import run_merge
 from export.package import run_package
 from halve import artefact, hashing, shard_writer, shards
 from halve.errors import ArtefactError
+from halve.languages import language
+from halve.models import load_model
 from halve.origin import origin, read_head
+from halve.translate import TorchTranslator
 from tests import tiny
 
 STOCK = """
@@ -36,6 +40,22 @@ for path in sys.argv[1:]:
     settings = GenerationConfig.from_pretrained(path)
     assert settings.do_sample is False and settings.num_beams == 1 and settings.top_k is None
 print("loaded", len(sys.argv) - 1)
+"""
+STOCK_TOKENS = """
+import sys
+for name in ("halve", "compress", "export", "serve", "benchmarks", "pipeline"):
+    sys.modules[name] = None
+import json, pathlib
+import numpy as np
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+path, folder, text = sys.argv[1:]
+model = AutoModelForMultimodalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+processor = AutoProcessor.from_pretrained(path)
+for clip in sorted(pathlib.Path(folder).glob("*.npy")):
+    inputs = processor(text=text, audio=np.load(clip), sampling_rate=16000, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    print(json.dumps(output[0, inputs["input_ids"].shape[1]:].tolist()))
 """
 CARD = "---\nlicense: apache-2.0\nbase_model: someone/speech-7b\nlanguage: [en, de]\n---\n\n# A teacher\n"
 
@@ -81,6 +101,24 @@ def test_the_whole_chain_loads_without_halve_and_carries_its_origin(
         assert "Stored bytes" in card and "Logical parameters" in card and "apache-2.0" in card
         assert artefact.verify(path) == []
         assert len(list(path.glob("*.safetensors"))) > 2 and (path / shards.INDEX).is_file()
+
+
+def test_a_student_says_the_same_tokens_where_halve_cannot_be_imported(
+    tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    student = run_merge(MergeConfig(), tiny_model, adapter, None, tmp_path / "student").path
+    clips = [tiny.tone(0.7 + index / 2, index) for index in range(4)]
+    for index, clip in enumerate(clips):
+        np.save(tmp_path / f"{index}.npy", clip)
+    speech = load_model(student, dtype="float32")
+    prompt = speech.family.prompt_text(speech.processor, speech.family.instruction(language("de")))
+    command = [sys.executable, "-c", STOCK_TOKENS, str(student), str(tmp_path), prompt]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    ends = speech.family.end_ids(speech.model)
+    stock = [[t for t in json.loads(line) if t not in ends] for line in done.stdout.splitlines()]
+    ours = TorchTranslator(speech).translate(clips, "de", limits=[12] * len(clips))
+    assert [row.tokens for row in ours] == stock
+    assert len({tuple(tokens) for tokens in stock}) > 1, "the clips must not all sound alike"
 
 
 def _without_layer_5(adapter: Path, target: Path) -> Path:

@@ -4,6 +4,7 @@ import io
 import struct
 import subprocess
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from halve.audio import read_audio
 from serve import ffmpeg
 from serve.audio_input import Recording, sniff
 from serve.errors import ApiError
+from serve.splitting import stretches
 from tests import tiny
 from tests.serve.conftest import wav
 
@@ -125,6 +127,23 @@ def test_a_bomb_is_stopped_at_the_limit() -> None:
     flac = bytearray(silence)
     flac[21:26] = bytes([flac[21] & 0xF0, 0, 0, 0, 0])  # total unknown
     assert refusal(bytes(flac), max_audio_s=100).code == "audio_too_long"
+
+
+def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
+    peaks = []
+    for minutes in (2, 20):
+        path = tmp_path / f"{minutes}.flac"
+        with soundfile.SoundFile(path, "w", 16_000, 1) as file:
+            for minute in range(minutes):
+                file.write(tiny.tone(60.0, minute))
+        tracemalloc.start()
+        with path.open("rb") as file:
+            cut = [each.duration_s for each in stretches(Recording(file, 3600.0).blocks(), 30.0)]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert sum(cut) == pytest.approx(60.0 * minutes)
+        assert max(cut) <= 30.0
+    assert peaks[1] < 1.2 * peaks[0], peaks
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])

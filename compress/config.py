@@ -160,6 +160,8 @@ class DistillConfig(Config):
     """Translate so many segments of each split, spread evenly; all if not given."""
     batch_size: Positive = 32
     """Segments translated at once."""
+    hypotheses: Annotated[int, Field(ge=1, le=16)] = 1
+    """Learn from so many of the teacher's translations of a segment: the best of a beam search as wide. 1 is greedy."""
     max_length_ratio: Annotated[float, Field(gt=1)] = 2.0
     """Drop a translation whose length in characters is more than so many times the reference's, or less than its inverse."""
     min_score: Annotated[float, Field(ge=0, le=100)] = 5.0

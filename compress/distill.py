@@ -1,7 +1,7 @@
 """Sequence-level knowledge distillation: the teacher's translations become training rows.
 
 After Kim and Rush (2016), as in Moslem (2025): greedy translations of the training audio join the
-references. What would teach the student something wrong is dropped, each with its reason on record.
+references; if asked, the best few of a beam search instead. What would teach the student something wrong is dropped, each with its reason on record.
 """
 
 import json
@@ -77,8 +77,8 @@ def _translate(
     segments: Sequence[Segment],
     draft: Draft,
     progress: Progress,
-) -> dict[Key, Translation]:
-    """Every segment in every language that it has a reference in."""
+) -> dict[Key, list[Translation]]:
+    """Every segment in every language that it has a reference in, the best translation first."""
     log = draft.work / "batches.jsonl"
     done = read_jsonl(log)
     reads = family_of(base).reads
@@ -96,11 +96,12 @@ def _translate(
                 append_jsonl(log, list(_translate_batch(config, translator, corpus, chosen)))
                 advance(1, note=f"{len(chosen)} segments")
         translator.close()
-    return {
-        (line["id"], line["lang"]): Translation(line["text"], line["tokens"], line["stopped"])
-        for batch in read_jsonl(log)
-        for line in batch
-    }
+    found: dict[Key, list[Translation]] = {}
+    for batch in read_jsonl(log):
+        for line in batch:
+            translation = Translation(line["text"], line["tokens"], line["stopped"])
+            found.setdefault((line["id"], line["lang"]), []).append(translation)
+    return found
 
 
 def _translate_batch(
@@ -112,14 +113,35 @@ def _translate_batch(
         places = [place for place, each in enumerate(segments) if lang in each.references]
         if not places:
             continue
-        translations = translator.translate_embeddings(
+        found = _hypotheses(
+            config,
+            translator,
             [embeddings[place] for place in places],
             lang,
-            limits=[segment_limit(reads, segments[place]) for place in places],
-            batch_size=len(places),
+            [segment_limit(reads, segments[place]) for place in places],
         )
-        for place, found in zip(places, translations, strict=True):
-            yield _line(segments[place].id, lang, found)
+        for place, translations in zip(places, found, strict=True):
+            for translation in translations:
+                yield _line(segments[place].id, lang, translation)
+
+
+def _hypotheses(
+    config: DistillConfig,
+    translator: TorchTranslator,
+    embeddings: list[Any],
+    lang: str,
+    limits: list[int],
+) -> list[list[Translation]]:
+    """The translations of each source, the best first: greedy ones together, beams one source at a time."""
+    if config.hypotheses > 1:
+        return [
+            translator.hypotheses(taken, lang, limit, config.hypotheses)
+            for taken, limit in zip(embeddings, limits, strict=True)
+        ]
+    greedy = translator.translate_embeddings(
+        embeddings, lang, limits=limits, batch_size=len(embeddings)
+    )
+    return [[translation] for translation in greedy]
 
 
 def _line(segment_id: str, lang: str, found: Translation) -> dict[str, Any]:
@@ -133,7 +155,10 @@ def _line(segment_id: str, lang: str, found: Translation) -> dict[str, Any]:
 
 
 def _write(
-    config: DistillConfig, segments: Sequence[Segment], found: dict[Key, Translation], folder: Path
+    config: DistillConfig,
+    segments: Sequence[Segment],
+    found: dict[Key, list[Translation]],
+    folder: Path,
 ) -> dict[str, Any]:
     """Writes the three files in the segments' order; returns counts."""
     translations, rows, dropped = [], [], []
@@ -142,17 +167,20 @@ def _write(
             if lang not in segment.references:
                 continue
             reference = segment.references[lang].strip()
-            translation = found[segment.id, lang]
-            translations.append(_line(segment.id, lang, translation))
             rows.append(Row(segment.id, lang, reference, "reference").record())
-            reason = drop_reason(config, translation, reference, lang)
-            row = Row(segment.id, lang, translation.text, "teacher").record()
-            if reason:
-                dropped.append(
-                    {"id": row["id"], "lang": lang, "text": row["text"], "reason": reason}
-                )
-            else:
-                rows.append(row)
+            taken = {reference}
+            for translation in found[segment.id, lang]:
+                translations.append(_line(segment.id, lang, translation))
+                reason = drop_reason(config, translation, reference, lang)
+                text = translation.text
+                if reason is None and text.strip() in taken:
+                    reason = "duplicate"  # of a better hypothesis
+                if reason is None:
+                    taken.add(text.strip())
+                    rows.append(Row(segment.id, lang, text, "teacher").record())
+                else:
+                    line = {"id": segment.id, "lang": lang, "text": text, "reason": reason}
+                    dropped.append(line)
     _write_jsonl(folder / "translations.jsonl", translations)
     _write_jsonl(folder / "rows.jsonl", rows)
     _write_jsonl(folder / "dropped.jsonl", dropped)

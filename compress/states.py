@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.crew import Crew
 from halve.artefact import append_jsonl, identity, read_json, read_jsonl, write_json
 from halve.corpus import Corpus, Segment
 from halve.models import SpeechModel
@@ -122,16 +124,16 @@ def store_states(
     with (
         open(folder / "states.bin", "ab") as file,
         progress.task("Encoding audio", len(segments), done) as advance,
+        Crew(torch.device(speech.device)) as crew,
     ):
         file.truncate(size_bytes)  # what a kill left of an unfinished chunk
         for start in range(done, len(segments), CHUNK_SEGMENTS):
             chunk = segments[start : start + CHUNK_SEGMENTS]
             positions = []
-            for segment in chunk:
-                states = _encode(speech, corpus, segment)
+            for states in crew.map(partial(_encode, speech, corpus), chunk):
                 file.write(states.tobytes())
                 positions.append(len(states))
-                advance()
+            advance(len(chunk))
             file.flush()
             os.fsync(file.fileno())  # before the line that says they are there
             append_jsonl(folder / "index.jsonl", {"positions": positions})

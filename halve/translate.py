@@ -154,20 +154,22 @@ class TorchTranslator:
         return [found[index] for index in range(len(audio))]
 
     def _search(self, source: Source, lang: str, limit: int, beams: int) -> Translation:
-        loops = is_looping if self._stop_loops else None
-        found = search(
-            self,
-            self.encode_all([source])[0],
-            lang,
-            BeamSearch(
-                beams,
-                limit,
-                self._ends,
-                loops=loops,
-                blocked=(self._blocked, self._blocked_first),
-            ),
+        return self.hypotheses(self.encode_all([source])[0], lang, limit, beams)[0]
+
+    def hypotheses(self, taken: "Taken", lang: str, limit: int, beams: int) -> list[Translation]:
+        """What a beam search has finished, best first: at most `beams` translations of one source."""
+        found = BeamSearch(
+            beams,
+            limit,
+            self._ends,
+            loops=is_looping if self._stop_loops else None,
+            blocked=(self._blocked, self._blocked_first),
         )
-        return Translation(self.decode(found.tokens), found.tokens, found.stopped)
+        search(self, taken, lang, found)
+        return [
+            Translation(self.decode(each.tokens), each.tokens, each.stopped)
+            for each in found.finished
+        ]
 
     def translate_embeddings(
         self,

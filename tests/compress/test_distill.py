@@ -6,6 +6,7 @@ import pytest
 
 from compress.config import DistillConfig
 from compress.distill import drop_reason, repeats_itself, run_distill
+from compress.rows import segments_for
 from halve import artefact
 from halve.corpus import read_corpus
 from halve.errors import CorpusError
@@ -94,3 +95,20 @@ def test_a_killed_distill_ends_with_the_same_bytes(
     calm, struck = ((run_distill, (config, tiny_model, tiny_corpus, tmp_path / n)) for n in "cs")
     kills.survives(calm, struck, 2, seed=3)
     kills.same_files(tmp_path / "c", tmp_path / "s")
+
+
+def test_several_hypotheses_are_those_of_a_beam_search(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = DistillConfig(langs=("de",), limit=3, hypotheses=3, min_score=0.0)
+    done = run_distill(config, tiny_model, tiny_corpus, tmp_path / "translations")
+    lines = artefact.read_jsonl(done.path / "translations.jsonl")
+    corpus = read_corpus(tiny_corpus)
+    translator = TorchTranslator(load_model(tiny_model, device="cpu"), stop_loops=True)
+    for segment in segments_for(corpus, "train", ["de"], 3):
+        found = [line["tokens"] for line in lines if line["id"] == segment.id]
+        assert len(found) == 3 and len({tuple(tokens) for tokens in found}) == 3
+        assert found[0] == translator.translate([corpus.audio(segment)], "de", beams=3)[0].tokens
+    rows = artefact.read_jsonl(done.path / "rows.jsonl")
+    texts = [(row["id"], row["text"].strip()) for row in rows]
+    assert len(texts) == len(set(texts)) > 3

@@ -13,8 +13,11 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.config import PruneConfig
+from compress.config import PruneConfig, TuneConfig
 from compress.prune import run_prune
+from compress.tune import run_tune
+from export.config import MergeConfig
+from export.merge import run_merge
 from halve import artefact
 from halve.audio import SAMPLE_RATE_HZ
 from halve.errors import FamilyError
@@ -171,15 +174,27 @@ def test_what_models_say_that_stock_code_reads_otherwise(name: str, tmp_path: Pa
     assert translator.translate([clip], "de", limits=[12], beams=3)[0].tokens == beams
 
 
-@pytest.mark.parametrize("name", FAMILIES_AND_PRUNED)
-def test_the_student_runs_where_halve_is_not(name: str, tmp_path: Path) -> None:
-    """As the contest runs it: nothing but stock transformers, plain and quantised as it loads."""
-    student = tmp_path / "student"
+def make_student(name: str, corpus: Path, folder: Path) -> Path:
+    """A student at the end of the road: pruned, tuned with QLoRA, merged."""
     make, layers = FAMILIES_AND_PRUNED[name]
-    run_prune(PruneConfig(layers=layers), make(tmp_path / "teacher"), None, student)
+    pruned, adapter, student = (folder / part for part in ("pruned", "adapter", "student"))
+    run_prune(PruneConfig(layers=layers), make(folder / "teacher"), None, pruned)
+    config = TuneConfig(
+        langs=("de",), epochs=1, rank=4, alpha=8, learning_rate=1e-2, precision="float32",
+        train_segments=4, select_segments=0,
+    )  # fmt: skip
+    run_tune(config, pruned, corpus, None, adapter)
+    run_merge(MergeConfig(onto="base", dtype="float32"), pruned, adapter, None, student)
+    return student
+
+
+@pytest.mark.parametrize("name", FAMILIES_AND_PRUNED)
+def test_the_student_runs_where_halve_is_not(name: str, tiny_corpus: Path, tmp_path: Path) -> None:
+    """As the contest runs it: nothing but stock transformers, plain and quantised as it loads."""
+    student = make_student(name, tiny_corpus, tmp_path)
     clip = tmp_path / "clip.wav"
     soundfile.write(clip, tiny.tone(1.2, 5), SAMPLE_RATE_HZ, subtype="FLOAT")
-    environment = dict(os.environ)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if importlib.util.find_spec("torchvision") is None:
         for module, text in TORCHVISION.items():
             file = tmp_path / "site" / "torchvision" / module

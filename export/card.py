@@ -12,6 +12,9 @@ from halve.models import read_config
 from halve.origin import CARD, origin
 
 _NOT_SHIPPED = {CARD, artefact.RECORD, artefact.TIMINGS, "partial.json"}
+_PIPELINES = {"audio": "audio-text-to-text", "text": "translation"}
+_WORDS = {"audio": ("speech", "speech.wav"), "text": ("text", "lines.txt")}
+"""By what a model reads: what is translated, and an example of it."""
 _LIBRARIES = {"onnx": "onnxruntime", "gguf": "llama.cpp"}
 
 
@@ -35,18 +38,19 @@ def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any
         facts: what the making put on record: removed, onto, merge, target, precision, languages, parity.
     """
     config = read_config(source)
-    facts = {**_recorded(source), **facts}
+    reads = family_for(config).reads
+    facts = {**_recorded(source), **facts, "reads": reads}
     name = folder.name.strip(".").removesuffix(".partial")
     head = origin(source)
     head["library_name"] = _LIBRARIES.get(facts.get("target", ""), "transformers")
-    head["pipeline_tag"] = "audio-text-to-text"
-    head["tags"] = ["speech-translation", "compression", family_for(config).name]
+    head["pipeline_tag"] = _PIPELINES[reads]
+    head["tags"] = [f"{_WORDS[reads][0]}-translation", "compression", family_for(config).name]
     if facts.get("languages"):
         head["language"] = list(dict.fromkeys(["en", *facts["languages"]]))
     measured = _measured(facts)
     if measured:
         head["metrics"] = sorted({metric["type"] for metric in measured})
-        head["model-index"] = [{"name": name, "results": _results(measured)}]
+        head["model-index"] = [{"name": name, "results": _results(measured, reads)}]
     lines = [f"# {name}", "", _summary(kind, facts), ""]
     lines += (
         _made(config, facts, head)
@@ -93,21 +97,25 @@ def _measured(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _results(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _results(measured: list[dict[str, Any]], reads: str) -> list[dict[str, Any]]:
     return [
         {
-            "task": {"type": "translation", "name": "Speech translation"},
-            "dataset": {"name": "the corpus it was tuned on, split select", "type": "audio"},
+            "task": {
+                "type": "translation",
+                "name": f"{_WORDS[reads][0].capitalize()} translation",
+            },
+            "dataset": {"name": "the corpus it was tuned on, split select", "type": reads},
             "metrics": measured,
         }
     ]
 
 
 def _summary(kind: str, facts: Mapping[str, Any]) -> str:
+    word, _ = _WORDS[facts["reads"]]
     if kind == "student":
-        return "A speech-translation model made smaller by halve: layers pruned, tuned, merged."
+        return f"A {word}-translation model made smaller by halve: layers pruned, tuned, merged."
     form = f"target {facts['target']}, precision {facts['precision']}"
-    return f"A speech-translation model packaged by halve ({form})."
+    return f"A {word}-translation model packaged by halve ({form})."
 
 
 def _made(
@@ -177,7 +185,8 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
 
 def _use(kind: str, facts: Mapping[str, Any]) -> list[str]:
     lang = next(iter(facts.get("languages") or ["de"]))
-    lines = ["## Use", "", "```", f"halve translate --model . --lang {lang} speech.wav", "```"]
+    _, given = _WORDS[facts["reads"]]
+    lines = ["## Use", "", "```", f"halve translate --model . --lang {lang} {given}", "```"]
     if kind == "student" or facts.get("target") == "checkpoint":
         lines += ["", "It also loads in stock transformers with `from_pretrained`."]
     return lines

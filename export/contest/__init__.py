@@ -12,9 +12,31 @@ from halve import artefact
 from halve.artefact import write_json
 from halve.errors import InputError
 from halve.families import Family
+from halve.origin import CARD
 from halve.shards import iter_stored
 
 STATEMENT = "size.json"
+_ENTRIES = {
+    "iwslt": """
+## In IWSLT's compression track
+
+The organisers load this directory with stock transformers, as it is or quantised while loading; nothing of halve is
+needed. `size.json` states its stored bytes, the bytes of its state_dict, its logical parameters and what was done to it.
+""",
+    "wmt": """
+## In WMT's compression track
+
+```
+./setup.sh    # makes `environment` here: needs Python 3.11 or newer with venv, and a package index
+./run.sh --lang-pair en-de --batch-size 16 --input FILE --output FILE
+```
+
+One line of output for each line of input; an empty line stays empty. What looks wrong with the output (its count, empty
+lines, lines over twice as long as usual) is told on stderr. `size.json` states the stored bytes, for a checkpoint the
+bytes of its state_dict, the logical parameters and what was done to the model.
+""",
+}
+"""What a package's card says of its entry."""
 _CODE = "code"
 _SCRIPTS = ("setup.sh", "run.sh", "run.py")
 _TARGET_NEEDS = {
@@ -64,6 +86,8 @@ def write_contest(
     """
     if config.contest == "wmt":
         _write_scripts(folder, config)
+    with (folder / CARD).open("a", encoding="utf8") as card:
+        card.write(_ENTRIES[str(config.contest)])
     statement = {
         "stored_bytes": _stored_bytes(folder),
         "state_dict_bytes": state_dict_bytes(folder) if config.target == "checkpoint" else None,

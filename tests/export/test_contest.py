@@ -69,6 +69,15 @@ def test_wmt_package_states_its_size(wmt: Path) -> None:
     )
     assert stated["logical_parameters"] > 0
     assert artefact.verify(wmt) == []
+    card = (wmt / "README.md").read_text(encoding="utf8")
+    for said in (
+        "./setup.sh",
+        "--lang-pair en-de --batch-size",
+        "size.json",
+        "pipeline_tag: translation",
+    ):
+        assert said in card
+    assert "speech" not in card.lower(), "it reads text"
     pins = (wmt / "requirements.txt").read_text().splitlines()
     assert all("==" in pin for pin in pins)
     assert not any(pin.startswith(("torch", "transformers")) for pin in pins)
@@ -92,6 +101,8 @@ def test_iwslt_package_states_the_state_dict(
     )
     assert stated["logical_parameters"] == sum(each.numel() for each in model.parameters())
     assert stated["techniques"] == []
+    card = (tmp_path / "package" / "README.md").read_text(encoding="utf8")
+    assert "IWSLT" in card and "size.json" in card
 
 
 @pytest.mark.parametrize(

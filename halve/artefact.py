@@ -5,6 +5,7 @@ run leaves that directory behind; the next run with the same inputs gets it back
 machine go to `timings.jsonl`, which no hash covers, so that a repeated run has the same hashes.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -303,7 +304,8 @@ def writing(
     """Writes an artefact: complete in its place at the end, or not there at all.
 
     Raises:
-        ArtefactError: `out` is taken by something else, is one of the inputs, or lies inside an artefact.
+        ArtefactError: `out` is taken by something else, is one of the inputs, lies inside an artefact, or is
+            being written by another process.
     """
     out = Path(out)
     _finish_publishing(out)
@@ -312,27 +314,50 @@ def writing(
     hashes = {name: identity(path) for name, path in parents.items()}
     claim = _fingerprint(kind, recipe, seed, hashes)
     partial = partial_path(out)
+    if (partial / _CLAIM).is_file():
+        with _alone(partial):
+            pass
     draft = _open_draft(partial, claim)
     started = time.monotonic()
-    try:
-        yield draft
-    except BaseException:
-        _leave(partial)
-        raise
-    draft.timing("stage", time.monotonic() - started, kind=kind, date=_today(), **_where())
-    record = {
-        "kind": kind,
-        "schema_version": SCHEMA_VERSION,
-        "recipe": dict(recipe),
-        "seed": seed,
-        "versions": environment.versions(),
-        "parents": hashes,
-        "files": _records(partial),
-        "fingerprint": claim,
-        "extra": draft.extra,
-    }
-    write_json(partial / RECORD, record)
-    _publish(partial, out)
+    with _alone(partial):
+        try:
+            yield draft
+        except BaseException:
+            _leave(partial)
+            raise
+        draft.timing("stage", time.monotonic() - started, kind=kind, date=_today(), **_where())
+        record = {
+            "kind": kind,
+            "schema_version": SCHEMA_VERSION,
+            "recipe": dict(recipe),
+            "seed": seed,
+            "versions": environment.versions(),
+            "parents": hashes,
+            "files": _records(partial),
+            "fingerprint": claim,
+            "extra": draft.extra,
+        }
+        write_json(partial / RECORD, record)
+        _publish(partial, out)
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Keeps other processes from writing the same artefact at the same time.
+
+    The lock goes with the process, not with its children: a killed run never stands in its successor's way.
+    """
+    with open(partial / _CLAIM, "r+b") as claim:
+        try:
+            fcntl.lockf(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ArtefactError(
+                f"{partial} is being written by another process",
+                mend="wait for that run, stop it, or choose another --out",
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _records(path: Path) -> dict[str, dict[str, Any]]:

@@ -190,3 +190,30 @@ def test_a_kill_while_publishing_loses_nothing(tmp_path: Path, call: str) -> Non
     assert (tmp_path / "out" / "a.txt").read_text() == "new"
     assert artefact.verify(tmp_path / "out") == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_do_not_write_one_artefact(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom halve.artefact import writing\n"
+        "with writing(Path(sys.argv[1]), 'corpus', {}, 0, {}) as draft:\n"
+        "    (draft.work / 'done').write_text('x')\n    print('writing', flush=True)\n    sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None and other.stdout.readline() == "writing\n"
+    for recipe in ({}, {"another": 1}):
+        with (
+            pytest.raises(ArtefactError, match="by another process"),
+            artefact.writing(out, "corpus", recipe, 0, {}),
+        ):
+            pass
+    other.kill()
+    other.communicate()
+    with artefact.writing(out, "corpus", {}, 0, {}) as draft:
+        assert draft.resumed
+    assert artefact.read(out).kind == "corpus"

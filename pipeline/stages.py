@@ -8,7 +8,8 @@ from pathlib import Path
 from export.config import MergeConfig
 from halve import artefact
 from halve.errors import HalveError, InputError
-from halve.models import resolve_model
+from halve.families import family_for
+from halve.models import read_config, resolve_model
 from halve.progress import Progress
 from pipeline import steps
 from pipeline.console import duration, size
@@ -203,11 +204,12 @@ def steps_between(run: Run, first: str | None, last: str | None) -> list[Step]:
 
 
 def check_inputs(run: Run) -> None:
-    """Refuses a run whose model or corpus is not there, before anything is done.
+    """Refuses a run whose model or corpus is not there, or whose layers cannot go, before anything is done.
 
     Raises:
-        InputError: the source of the corpus is missing.
+        InputError: the source of the corpus is missing, or layers that the model cannot do without.
         ArtefactError: the model is missing.
+        FamilyError: an architecture that halve does not know.
     """
     section = run.recipe.corpus
     if section.format != "hf" and not Path(section.source).exists():
@@ -215,7 +217,20 @@ def check_inputs(run: Run) -> None:
             f"The corpus source {section.source} does not exist",
             mend="correct `source` in the recipe (paths are relative to the recipe)",
         )
-    resolve_model(str(run.recipe.teacher or run.recipe.base))
+    _check_layers(run.recipe, resolve_model(str(run.recipe.teacher or run.recipe.base)))
+
+
+def _check_layers(recipe: Recipe, model: Path) -> None:
+    from compress.importance import check_config
+    from compress.prune import plan_of_layers
+
+    config = read_config(model)
+    family = family_for(config)
+    num_layers = family.num_layers(config)
+    if recipe.importance is not None:
+        check_config(recipe.importance, num_layers, family.must_stay(config))
+    if recipe.prune is not None and recipe.prune.layers is not None:
+        plan_of_layers(recipe.prune.layers, family, num_layers)
 
 
 def plan(run: Run, first: str | None, last: str | None) -> tuple[list[Planned], Estimator]:

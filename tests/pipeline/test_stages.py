@@ -85,6 +85,26 @@ def test_missing_inputs_stop_a_run_before_it_starts(small_recipe: Path, tmp_path
     assert not run.out.exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "said"),
+    [
+        ("importance", {"remove": 5}, "5 layers cannot be removed"),
+        ("prune", {"layers": (1, 99)}, "99"),
+    ],
+)
+def test_layers_that_cannot_go_stop_a_run_before_it_starts(
+    small_recipe: Path, tmp_path: Path, section: str, changes: dict[str, object], said: str
+) -> None:
+    values = read_recipe(small_recipe).model_dump()
+    values[section] |= changes
+    if section == "prune":
+        values["importance"] = None
+    run = Run(Recipe.model_validate(values), tmp_path / "run")
+    with pytest.raises(InputError, match=said):
+        stages.run_all(run, None, None, SILENT)
+    assert not run.out.exists()
+
+
 def test_dry_run_counts_the_papers_parameters(
     tmp_path: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,7 +58,7 @@ def run_distill(
         data = read_corpus(corpus)
         segments = [
             segment
-            for split in config.splits
+            for split in dict.fromkeys(config.splits)  # named twice is meant once
             for segment in segments_for(data, split, config.langs, config.limit)
         ]
         found = _translate(config, base, data, segments, draft, progress)

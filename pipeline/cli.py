@@ -382,7 +382,9 @@ def translate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Segments translated together.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beam search; 1 is greedy, as scored.")] = 1,
+    beams: Annotated[
+        int, typer.Option(min=1, max=64, help="Beam search; 1 is greedy, as scored.")
+    ] = 1,
 ) -> Result:
     """Translates audio, one line a file or segment, or text, one line a line; UTF-8, in the order given."""
     from halve.checks import doubtful_lines

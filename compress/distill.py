@@ -62,7 +62,7 @@ def run_distill(
             for segment in segments_for(data, split, config.langs, config.limit)
         ]
         found = _translate(config, base, data, segments, draft, progress)
-        counts = _write(config, segments, found, draft.path)
+        counts = write_rows(config, segments, found, draft.path)
         if config.logits:
             _keep_logits(config, base, data, segments, draft, progress)
         draft.extra = {"langs": list(config.langs), **counts}
@@ -154,7 +154,7 @@ def _line(segment_id: str, lang: str, found: Translation) -> dict[str, Any]:
     }
 
 
-def _write(
+def write_rows(
     config: DistillConfig,
     segments: Sequence[Segment],
     found: dict[Key, list[Translation]],

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from compress.config import DistillConfig
-from compress.distill import drop_reason, repeats_itself, run_distill
+from compress.distill import drop_reason, repeats_itself, run_distill, write_rows
 from compress.rows import segments_for
 from halve import artefact
 from halve.corpus import read_corpus
@@ -109,6 +109,19 @@ def test_several_hypotheses_are_those_of_a_beam_search(
         found = [line["tokens"] for line in lines if line["id"] == segment.id]
         assert len(found) == 3 and len({tuple(tokens) for tokens in found}) == 3
         assert found[0] == translator.translate([corpus.audio(segment)], "de", beams=3)[0].tokens
-    rows = artefact.read_jsonl(done.path / "rows.jsonl")
-    texts = [(row["id"], row["text"].strip()) for row in rows]
-    assert len(texts) == len(set(texts)) > 3
+    rows, dropped = (
+        artefact.read_jsonl(done.path / f"{name}.jsonl") for name in ("rows", "dropped")
+    )
+    assert len(rows) + len(dropped) == 3 + len(lines)
+
+
+def test_a_hypothesis_is_learnt_once(tiny_corpus: Path, tmp_path: Path) -> None:
+    segment = read_corpus(tiny_corpus).split("train")[0]
+    reference = segment.references["de"]
+    texts = [f"{reference} A", reference, f"{reference} B", f" {reference} A"]
+    found = [Translation(text, list(range(20)), "end") for text in texts]
+    counts = write_rows(CONFIG, [segment], {(segment.id, "de"): found}, tmp_path)
+    rows = artefact.read_jsonl(tmp_path / "rows.jsonl")
+    assert [row["text"] for row in rows] == [reference, f"{reference} A", f"{reference} B"]
+    assert [row["origin"] for row in rows] == ["reference", "teacher", "teacher"]
+    assert counts["dropped"] == {"duplicate": 2} and counts["translations"] == 4

@@ -194,12 +194,12 @@ def pick_device(device: str) -> str:
     Raises:
         InputError: no such device, or a GPU where torch finds none.
     """
-    if device == "cpu":
-        return device
+    kind, _, number = device.partition(":")
+    if kind == "cpu" and (not number or number.isdecimal()):
+        return "cpu"  # accelerate numbers it: cpu:0
     import torch
 
     there = torch.cuda.is_available()
-    kind, _, number = device.partition(":")
     if device not in ("auto", "split", "cuda") and not (kind == "cuda" and number.isdecimal()):
         raise InputError(
             f"Unknown device {device!r}", expected="cpu, cuda, cuda:N, auto or (in training) split"

@@ -133,7 +133,7 @@ def store_states(
             for states in crew.map(partial(_encode, speech, corpus), chunk):
                 file.write(states.tobytes())
                 positions.append(len(states))
-            advance(len(chunk))
+                advance()
             file.flush()
             os.fsync(file.fileno())  # before the line that says they are there
             append_jsonl(folder / "index.jsonl", {"positions": positions})

@@ -145,8 +145,8 @@ class PruneConfig(Config):
     layers: tuple[int, ...] | None = None
     """Layers to remove, numbered from 0; those of the plan if not given."""
     verify: Literal["structure", "full", "none"] = "structure"
-    """structure checks keys, shapes and types, in little memory; full also compares contents, reloads in stock
-    transformers and compares logits."""
+    """structure checks keys, shapes, types and, reading the files again, their hashes, in little memory; full also
+    compares contents, reloads in stock transformers and compares logits."""
 
 
 class DistillConfig(Config):

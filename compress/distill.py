@@ -41,12 +41,17 @@ def run_distill(
     corpus: Path,
     out: Path,
     progress: Progress = SILENT,
+    *,
+    states_dir: Path | None = None,
 ) -> Artefact:
     """Translates the training audio greedily, batch by batch, and joins what is good with the references.
 
     Writes `translations.jsonl` (all of the teacher's), `rows.jsonl` (what a student learns),
     `dropped.jsonl` (what it does not, and why) and, if asked, the teacher's distributions over the rows' tokens. Batches are the same in every run and each is on disk once
     it is translated: a killed run goes on there and ends with the same bytes.
+
+    Args:
+        states_dir: where the tower's states are kept for other runs; with the resume state if not given.
 
     Raises:
         InputError: a corpus, model or setting that cannot be used.
@@ -64,7 +69,8 @@ def run_distill(
         found = _translate(config, base, data, segments, draft, progress)
         counts = write_rows(config, segments, found, draft.path)
         if config.logits:
-            _keep_logits(config, base, data, segments, draft, progress)
+            folder = states_dir or draft.work
+            _keep_logits(config, base, data, segments, draft, folder, progress)
         draft.extra = {"langs": list(config.langs), **counts}
         progress.message(_told(counts))
     return artefact.read(out, "translations")
@@ -236,13 +242,14 @@ def _keep_logits(
     corpus: Corpus,
     segments: Sequence[Segment],
     draft: Draft,
+    folder: Path,
     progress: Progress,
 ) -> None:
     """The teacher reads every row and says what else it would have written."""
     speech = load_model(base, dtype=config.dtype, device=config.device)
     rows = read_rows(draft.path / "rows.jsonl", segments, config.langs)
     sequences = build_sequences(speech, segments, rows, share_audio=True)
-    audio = open_states(speech, corpus, segments, draft.work / "states", progress)
+    audio = open_states(speech, corpus, segments, folder, progress)
     store_logits(speech, sequences, audio, draft.path, config.logits, progress)
 
 

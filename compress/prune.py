@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.config import PruneConfig
-from halve import artefact, shards
+from halve import artefact, hashing, shards
 from halve.artefact import Artefact
 from halve.audio import SAMPLE_RATE_HZ
 from halve.errors import ArtefactError, InputError, ParityError
@@ -67,9 +67,10 @@ def run_prune(
     recipe = config.model_dump(mode="json")
     with artefact.writing(Path(out), "pruned", recipe, 0, parents) as draft:
         progress.message(f"Removing layers {', '.join(map(str, sorted(chosen.removed)))}")
-        write_pruned(model, draft.path, family, chosen.kept)
+        written = write_pruned(model, draft.path, family, chosen.kept)
         if config.verify != "none":
             check_structure(model, draft.path, family, chosen.kept)
+            check_hashes(written)
         if config.verify == "full":
             check_contents(model, draft.path, family, chosen.kept)
             progress.message("Comparing logits with the sliced teacher")
@@ -201,15 +202,18 @@ def write_pruned(
     family: Family,
     kept: Sequence[int],
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+) -> dict[Path, str]:
     """Writes config, weights and side files of the model with only the kept layers.
 
     The kept tensors' bytes go over as they are, piece by piece, without being decoded; but of a tensor
     that holds all layers side by side only the kept ones' slices do.
+
+    Returns:
+        the files of weights and the SHA-256 of what was written to each.
     """
     for stale in target.glob("*.safetensors*"):
         stale.unlink()  # of a killed run
-    write_shards(target, kept_parts(model, family, kept), max_shard_bytes)
+    written = write_shards(target, kept_parts(model, family, kept), max_shard_bytes)
     shards.write_config(target, family.kept_config(read_config(model), list(kept)))
     shards.copy_side_files(model, target)
     generation = target / "generation_config.json"
@@ -218,6 +222,7 @@ def write_pruned(
         new = family.kept_generation(settings, kept)
         if new != settings:
             artefact.write_json(generation, new)
+    return written
 
 
 def kept_parts(model: Path, family: Family, kept: Sequence[int]) -> list[Part]:
@@ -276,6 +281,24 @@ def check_structure(model: Path, pruned: Path, family: Family, kept: Sequence[in
     if stored != expected and config.get("quantization_config") is None:
         faults.append(f"{stored} parameters stored, the config says {expected}")
     _refuse(pruned, faults)
+
+
+def check_hashes(written: Mapping[Path, str]) -> None:
+    """Reads files of weights again and compares their SHA-256 with that of the bytes handed to the disk.
+
+    The teacher's bytes were hashed on their way, so that this needs one pass over the student alone.
+
+    Raises:
+        ArtefactError: a file does not hold what was written to it.
+    """
+    found = hashing.sha256_of(written, fresh=True)
+    for (path, wanted), digest in zip(written.items(), found, strict=True):
+        if digest != wanted:
+            raise ArtefactError(
+                f"{path.name}: sha256 {digest[:12]}… is read back, {wanted[:12]}… was written",
+                expected="the bytes that were written",
+                mend="check the disk, then run it again",
+            )
 
 
 def check_contents(model: Path, pruned: Path, family: Family, kept: Sequence[int]) -> None:

@@ -2,13 +2,15 @@
 
 A frozen tower gives the same states in every epoch. They are appended to one flat file of float16
 (`states.bin`) a chunk at a time, each chunk then noted in `index.jsonl`: a killed run loses at most the
-chunk being written, and only a memory map is ever open on what may be many gigabytes.
+chunk being written, and only a memory map is ever open on what may be many gigabytes. A store is named after
+what is in it, so that runs that hear the same audio with the same tower may share one.
 """
 
+import fcntl
 import hashlib
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -73,7 +75,7 @@ def open_states(
     folder: Path | None,
     progress: Progress = SILENT,
 ) -> AudioStates:
-    """The segments' states as the model's family needs them: stored in `folder`, live if that is None."""
+    """The segments' states as the model's family needs them: stored under `folder`, live if that is None."""
     if speech.family.reads == "text":
         return NoStates(segments)
     if folder is None:
@@ -105,24 +107,45 @@ def store_states(
     folder: Path,
     progress: Progress = SILENT,
 ) -> StoredStates:
-    """The segments' states out of `folder`, after computing those that are not there yet.
+    """The segments' states out of a store under `folder`, after computing those that are not there yet.
 
-    A store made with another tower or from other segments is thrown away. About 19 kB a second of audio
-    at Whisper tiny's width, 64 kB at Qwen2-Audio's.
+    The store's name stands for the tower's weights, their type, the corpus and the segments: another process
+    that wants the same one waits for it. About 19 kB a second of audio at Whisper tiny's width, 64 kB at
+    Qwen2-Audio's.
     """
-    key = _key(speech, corpus, segments)
-    meta = folder / "meta.json"
-    if not meta.is_file() or read_json(meta)["key"] != key:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        width = int(_encode(speech, corpus, segments[0]).shape[1])
-        write_json(meta, {"key": key, "width": width})
+    store = folder / f"states-{_key(speech, corpus, segments)[:16]}"
+    store.mkdir(parents=True, exist_ok=True)
+    with _alone(store):
+        _complete(speech, corpus, segments, store, progress)
+    return StoredStates(store)
+
+
+@contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    """Lets one process at a time write a store; the lock goes with the process."""
+    with open(store / "lock", "wb") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _complete(
+    speech: SpeechModel,
+    corpus: Corpus,
+    segments: Sequence[Segment],
+    store: Path,
+    progress: Progress,
+) -> None:
+    """Computes what a store lacks."""
+    meta = store / "meta.json"
+    if not meta.is_file():
+        write_json(meta, {"width": int(_encode(speech, corpus, segments[0]).shape[1])})
     width = read_json(meta)["width"]
-    chunks = read_jsonl(folder / "index.jsonl")
+    chunks = read_jsonl(store / "index.jsonl")
     done = sum(len(chunk["positions"]) for chunk in chunks)
     size_bytes = 2 * width * sum(sum(chunk["positions"]) for chunk in chunks)
     with (
-        open(folder / "states.bin", "ab") as file,
+        open(store / "states.bin", "ab") as file,
         progress.task("Encoding audio", len(segments), done) as advance,
         Crew(torch.device(speech.device)) as crew,
     ):
@@ -136,8 +159,7 @@ def store_states(
                 advance()
             file.flush()
             os.fsync(file.fileno())  # before the line that says they are there
-            append_jsonl(folder / "index.jsonl", {"positions": positions})
-    return StoredStates(folder)
+            append_jsonl(store / "index.jsonl", {"positions": positions})
 
 
 def _encode(speech: SpeechModel, corpus: Corpus, segment: Segment) -> np.ndarray:

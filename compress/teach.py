@@ -48,7 +48,7 @@ def run_teach(
     the same bytes on the same machine, versions and threads, unless `max_minutes` is set.
 
     Args:
-        states_dir: where the frozen tower's states are kept between runs; with the resume state if not given.
+        states_dir: where the frozen tower's states are kept for other runs; with the resume state if not given.
 
     Raises:
         InputError: a corpus, model or setting that cannot be used.
@@ -96,7 +96,7 @@ def _prepare(
     rows = reference_rows(segments, config.langs, config.transcribe)
     # An adapter leaves the tower as it is.
     frozen = config.freeze_audio or config.method == "lora"
-    store = folder / "train" if frozen else None
+    store = folder if frozen else None
     audio = team.main_first(lambda: open_states(speech, corpus, segments, store, progress))
     if config.checkpoint_activations:
         checkpoint_activations(speech)
@@ -164,9 +164,7 @@ def scorer(
     if config.select_segments == 0:
         return None
     segments = segments_for(corpus, "select", config.langs, config.select_segments)
-    audio = open_states(
-        speech, corpus, segments, folder / "select" if frozen_audio else None, progress
-    )
+    audio = open_states(speech, corpus, segments, folder if frozen_audio else None, progress)
 
     def evaluate() -> Scores:
         return {lang: select_score(speech, segments, audio, lang) for lang in config.langs}

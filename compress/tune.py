@@ -35,6 +35,8 @@ def run_tune(
     translations: Path | None,
     out: Path,
     progress: Progress = SILENT,
+    *,
+    states_dir: Path | None = None,
 ) -> Artefact:
     """Tunes a model on the `train` split and keeps the state that translates `select` best.
 
@@ -45,6 +47,7 @@ def run_tune(
 
     Args:
         translations: rows to learn, made by `distill`; the corpus's references if not given.
+        states_dir: where the tower's states are kept for other runs; with the resume state if not given.
 
     Raises:
         InputError: a corpus, model, or setting that cannot be used.
@@ -66,7 +69,8 @@ def run_tune(
         segments = segments_for(data, "train", config.langs, config.train_segments)
         rows = _rows(config, segments, translations)
         adapter = None if config.method == "full" else put_adapter_on(config, speech)
-        training = _prepare(config, speech, data, segments, rows, draft, team, progress)
+        folder = states_dir or draft.work
+        training = _prepare(config, speech, data, segments, rows, draft, folder, team, progress)
         training.soft = soft
         state = train(training, progress)
         if not team.is_main:
@@ -120,6 +124,7 @@ def _prepare(
     segments: list[Segment],
     rows: list[Row],
     draft: Draft,
+    folder: Path,
     team: Team,
     progress: Progress,
 ) -> Training:
@@ -134,14 +139,10 @@ def _prepare(
         speech=speech,
         config=config,
         sequences=build_sequences(speech, segments, rows, config.share_audio),
-        audio=team.main_first(
-            lambda: open_states(speech, corpus, segments, draft.work / "train", progress)
-        ),
+        audio=team.main_first(lambda: open_states(speech, corpus, segments, folder, progress)),
         weights=weights,
         folder=draft.work / "checkpoints",
-        evaluate=scorer(config, speech, corpus, draft.work, True, progress)
-        if team.is_main
-        else None,
+        evaluate=scorer(config, speech, corpus, folder, True, progress) if team.is_main else None,
         score_start=True,
         team=team,
         projector=projector,

@@ -55,11 +55,11 @@ def raw(tensor: "torch.Tensor") -> memoryview:
 
 def write_shards(
     folder: Path, parts: Iterable[Part], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> list[Path]:
+) -> dict[Path, str]:
     """Writes parts into files of bounded size, and the index; one file when one is enough.
 
     Returns:
-        the files of weights, whose hashes are remembered.
+        the files of weights and the SHA-256 of the bytes that were handed to the disk, which are remembered.
 
     Raises:
         OSError: the disk is full or fails.
@@ -69,11 +69,12 @@ def write_shards(
     if len(shards) > 1:
         count = len(shards)
         names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    written = {}
     for name, shard in zip(names, shards, strict=True):
-        _write(folder / name, shard)
+        written[folder / name] = _write(folder / name, shard)
     if len(shards) > 1:
         _write_index(folder, dict(zip(names, shards, strict=True)))
-    return [folder / name for name in names]
+    return written
 
 
 def _split(parts: Iterable[Part], limit: int) -> list[list[Part]]:
@@ -96,7 +97,7 @@ def _write_index(folder: Path, shards: dict[str, list[Part]]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf8")
 
 
-def _write(path: Path, shard: Sequence[Part]) -> None:
+def _write(path: Path, shard: Sequence[Part]) -> str:
     with _HashedFile(path) as file:
         file.write(memoryview(_header(shard)))
         for part in shard:
@@ -106,6 +107,7 @@ def _write(path: Path, shard: Sequence[Part]) -> None:
                 file.write(piece)
             if written != part.size_bytes:
                 raise ValueError(f"{part.key}: {written} bytes made, {part.size_bytes} announced")
+    return file.digest
 
 
 def _header(shard: Sequence[Part]) -> bytes:
@@ -131,6 +133,8 @@ class _HashedFile:
         self._pending: deque[tuple[Future[None], Future[None]]] = deque()
         self._flush: Future[None] | None = None
         self._unflushed = 0
+        self.digest = ""
+        """Of the whole file, once it is closed."""
 
     def __enter__(self) -> "_HashedFile":
         return self
@@ -172,4 +176,5 @@ class _HashedFile:
                 pool.shutdown(cancel_futures=True)
             self._file.close()
         if kind is None:
-            hashing.remember(self._path, self._digest.hexdigest())
+            self.digest = self._digest.hexdigest()
+            hashing.remember(self._path, self.digest)

@@ -62,6 +62,15 @@ Out = Annotated[
     ),
 ]
 
+States = Annotated[
+    Path | None,
+    typer.Option(
+        "--states-dir",
+        metavar="DIR",
+        help="Where the encoded audio is kept; runs on the same audio with the same tower share it.",
+    ),
+]
+
 
 @app.callback(invoke_without_command=True)
 def halve(
@@ -116,11 +125,12 @@ def corpus(
 
 
 @command(app, "teach", TeachConfig)
-def teach(config: TeachConfig, model: Model, corpus: Corpus, out: Out = None) -> Result:
+def teach(
+    config: TeachConfig, model: Model, corpus: Corpus, states_dir: States = None, out: Out = None
+) -> Result:
     """Fine-tunes the whole base model on a corpus: the teacher."""
-    return shell.do(
-        steps.teach(config, model, corpus, shell.place(out, "teacher", config, model, corpus))
-    )
+    place = shell.place(out, "teacher", config, model, corpus)
+    return shell.do(steps.teach(config, model, corpus, place, states_dir))
 
 
 @command(app, "importance", ImportanceConfig)
@@ -152,10 +162,12 @@ def prune(
 
 
 @command(app, "distill", DistillConfig)
-def distill(config: DistillConfig, model: Model, corpus: Corpus, out: Out = None) -> Result:
+def distill(
+    config: DistillConfig, model: Model, corpus: Corpus, states_dir: States = None, out: Out = None
+) -> Result:
     """Has the teacher translate the training audio, and joins that with the references."""
     place = shell.place(out, "translations", config, model, corpus)
-    return shell.do(steps.distill(config, model, corpus, place))
+    return shell.do(steps.distill(config, model, corpus, place, states_dir))
 
 
 @command(app, "tune", TuneConfig)
@@ -168,13 +180,14 @@ def tune(
         typer.Option("--translations", metavar="DIR", help="What `halve distill` wrote."),
     ] = None,
     qlora: Annotated[bool, typer.Option("--qlora", help="The same as --method qlora.")] = False,
+    states_dir: States = None,
     out: Out = None,
 ) -> Result:
     """Tunes a pruned model: an adapter, or (--method full) a whole student."""
     if qlora and config.method != "qlora":
         raise InputError(f"--qlora and --method {config.method} exclude each other")
     place = shell.place(out, "adapter", config, model, corpus, translations)
-    return shell.do(steps.tune(config, model, corpus, translations, place))
+    return shell.do(steps.tune(config, model, corpus, translations, place, states_dir))
 
 
 @command(app, "merge", MergeConfig)

@@ -59,13 +59,15 @@ def corpus(config: CorpusConfig, source: str, out: Path) -> Step:
     return Step("corpus", "corpus", out, config, inputs, work)
 
 
-def teach(config: TeachConfig, model: Model, speech: Path, out: Path) -> Step:
+def teach(
+    config: TeachConfig, model: Model, speech: Path, out: Path, states: Path | None = None
+) -> Step:
     """Fine-tunes the base model."""
 
     def work(progress: Progress) -> Artefact:
         from compress.teach import run_teach
 
-        return run_teach(config, resolve_model(model), speech, out, progress)
+        return run_teach(config, resolve_model(model), speech, out, progress, states_dir=states)
 
     return Step("teach", "teacher", out, config, (model, speech), work)
 
@@ -92,26 +94,41 @@ def prune(config: PruneConfig, model: Model, plan: Path | None, out: Path) -> St
     return Step("prune", "pruned", out, config, (model, *([plan] if plan else [])), work)
 
 
-def distill(config: DistillConfig, model: Model, speech: Path, out: Path) -> Step:
+def distill(
+    config: DistillConfig, model: Model, speech: Path, out: Path, states: Path | None = None
+) -> Step:
     """Has the teacher translate the training audio."""
 
     def work(progress: Progress) -> Artefact:
         from compress.distill import run_distill
 
-        return run_distill(config, resolve_model(model), speech, out, progress)
+        return run_distill(config, resolve_model(model), speech, out, progress, states_dir=states)
 
     return Step("distill", "translations", out, config, (model, speech), work)
 
 
 def tune(
-    config: TuneConfig, model: Model, speech: Path, translations: Path | None, out: Path
+    config: TuneConfig,
+    model: Model,
+    speech: Path,
+    translations: Path | None,
+    out: Path,
+    states: Path | None = None,
 ) -> Step:
     """Tunes the pruned model."""
 
     def work(progress: Progress) -> Artefact:
         from compress.tune import run_tune
 
-        return run_tune(config, resolve_model(model), speech, translations, out, progress)
+        return run_tune(
+            config,
+            resolve_model(model),
+            speech,
+            translations,
+            out,
+            progress,
+            states_dir=states,
+        )
 
     inputs = (model, speech, *([translations] if translations else []))
     kind = "student" if config.method == "full" else "adapter"

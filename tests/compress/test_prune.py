@@ -1,6 +1,7 @@
 """Pruning: what is written loads in stock transformers and computes what the sliced teacher computes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,32 @@ def test_damage_is_found(tiny_model: Path, tmp_path: Path) -> None:
     save_file(weights, pruned / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtefactError, match="missing"):
         check_structure(tiny_model, pruned, family, [0, 1, 3, 4, 5])
+
+
+@pytest.mark.parametrize("at", [0.2, 0.999], ids=["header", "weights"])
+def test_a_disk_that_keeps_other_bytes_is_found(
+    at: float, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check reads files again: headers and sizes alone would not tell."""
+    from halve.shard_writer import _HashedFile
+
+    closing = _HashedFile.__exit__
+
+    def spoil(self: _HashedFile, *error: Any) -> None:
+        closing(self, *error)
+        path = self._path
+        before = path.stat()
+        content = bytearray(path.read_bytes())
+        header = 8 + int.from_bytes(content[:8], "little")
+        place = header - 1 if at < 0.5 else int(at * len(content))  # a header ends in blanks
+        content[place] = ord("\t") if at < 0.5 else content[place] ^ 1
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as no write would show
+
+    monkeypatch.setattr(_HashedFile, "__exit__", spoil)
+    with pytest.raises(ArtefactError, match=r"model\.safetensors: sha256 .* is read back"):
+        run_prune(PruneConfig(layers=(2,)), tiny_model, None, tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
 
 
 def test_a_plan_is_found_in_its_directory(tiny_model: Path, tmp_path: Path) -> None:

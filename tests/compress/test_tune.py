@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from compress.distill import run_distill
 from compress.gradients import GradientMaker, gradient_threads
 from compress.loop import learning_rate_factor
 from compress.rows import build_sequences, reference_rows, segments_for
-from compress.states import LiveStates
+from compress.states import LiveStates, store_states
 from compress.teach import select_weights
 from compress.tune import base_name, run_teach, run_tune
 from halve import artefact
@@ -168,6 +169,22 @@ def test_states_are_kept_between_runs(tiny_model: Path, tiny_corpus: Path, tmp_p
         done.append([count for label, count in progress.tasks if label == "Encoding audio"])
     assert done == [[0, 0], [12, 2]]
     kills.same_files(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_that_want_the_same_states_make_them_once(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    speech, corpus = load_model(tiny_model), read_corpus(tiny_corpus)
+    segments = corpus.split("train")
+    seen = [Collected(), Collected()]
+    with ThreadPoolExecutor(2) as pool:
+        stores = list(
+            pool.map(lambda each: store_states(speech, corpus, segments, tmp_path, each), seen)
+        )
+    counts = sorted(count for each in seen for label, count in each.tasks if "Encoding" in label)
+    assert counts == [0, len(segments)], "the second one began with all of them done"
+    for number in range(len(segments)):
+        assert torch.equal(stores[0].read(number), stores[1].read(number))
 
 
 @pytest.fixture(scope="module")

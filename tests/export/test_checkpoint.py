@@ -69,7 +69,7 @@ def save(path: Path, tensors: dict[str, torch.Tensor], limit: int = 10**9) -> li
         )
         for key, value in tensors.items()
     ]  # fmt: skip
-    return shard_writer.write_shards(path, parts, limit)
+    return list(shard_writer.write_shards(path, parts, limit))
 
 
 def test_the_whole_chain_loads_without_halve_and_carries_its_origin(

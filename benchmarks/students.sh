@@ -21,7 +21,7 @@ STEPS_A=${STEPS_A:-600}
 STEPS_B=${STEPS_B:-1200}
 STEPS_C=${STEPS_C:-3000}
 LANGS=(--lang de --lang zh)
-TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --translations "$OUT/translations" --batch-size 32 --epochs 100 --schedule linear
+TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --states-dir "$OUT/states" --translations "$OUT/translations" --batch-size 32 --epochs 100 --schedule linear
     --warmup 0.03 --spec-mask 0.08 --logit-weight 0.5 --checkpoint-every 50 --eval-every 300 --select-segments 120 --patience 100)
 QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate 3e-4)
 FULL=(--method full --learning-rate 5e-4)
@@ -54,7 +54,8 @@ plans() {
 }
 translations() {
     missing "$OUT/translations" || return 0
-    "$HALVE" distill --model "$TEACHER" --corpus "$CORPUS" "${LANGS[@]}" --logits 8 --out "$OUT/translations"
+    "$HALVE" distill --model "$TEACHER" --corpus "$CORPUS" "${LANGS[@]}" --dtype bfloat16 --batch-size 128 --logits 8 \
+        --states-dir "$OUT/states" --out "$OUT/translations"
 }
 A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED"; }
 B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED"; }

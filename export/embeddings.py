@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from export.vocabulary import TokenIds
 
 FloatArray = NDArray[np.float32]
 
+KEPT_BYTES = 4 << 20
+"""Of rows looked up lately: decoding says the same few thousand tokens again and again."""
+_FEW = 64
+"""So many tokens are a step's; more are a prompt's, which is looked up once."""
 TABLE = "embeddings.npy"
 SCALES = "embedding_scales.npy"
 
@@ -53,12 +58,25 @@ class EmbeddingTable:
     def __post_init__(self) -> None:
         self._table = self._open(TABLE)
         self._scales = self._open(SCALES) if self.bits < 16 else None
+        self._row = lru_cache(max(1, KEPT_BYTES // (4 * self.hidden)))(self._look_up_one)
 
     def _open(self, name: str) -> NDArray[Any]:
         return np.asarray(np.load(self.folder / name, mmap_mode="r", allow_pickle=False))
 
     def __call__(self, tokens: Sequence[int]) -> FloatArray:
-        """Embeddings of the tokens, (tokens, hidden)."""
+        """Embeddings of the tokens, (tokens, hidden), which must not be written to."""
+        if len(tokens) == 1:
+            return self._row(tokens[0])
+        if 0 < len(tokens) <= _FEW:
+            return np.concatenate([self._row(token) for token in tokens])
+        return self._look_up(tokens)
+
+    def _look_up_one(self, token: int) -> FloatArray:
+        row = self._look_up([token])
+        row.flags.writeable = False  # it is handed out again
+        return row
+
+    def _look_up(self, tokens: Sequence[int]) -> FloatArray:
         places = np.asarray(tokens, dtype=np.int64)
         if self.kept is not None:
             places = np.searchsorted(self.kept, places)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export import embeddings
 from export.calibrate import DataFree
 from export.embeddings import EmbeddingTable, write_table
 from export.gptq import gptq_blocks
@@ -71,6 +72,24 @@ def test_embedding_table(tmp_path, bits: int, stored: int) -> None:
     assert write_table(tmp_path, table, bits, 32)["bits"] == stored
     rows = EmbeddingTable(tmp_path, stored, 72)([3, 3, 49])
     assert np.abs(rows - table[[3, 3, 49]]).max() <= {32: 0, 8: 0.02, 4: 0.3}[bits]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_tokens_looked_up_again_are_the_same(
+    tmp_path, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's rows come out of memory, a prompt's from disk; more rows than are kept push others out."""
+    monkeypatch.setattr(embeddings, "KEPT_BYTES", 10 * 4 * 64)
+    table = np.random.default_rng(0).normal(0, 1, (200, 64)).astype(np.float32)
+    write_table(tmp_path, from_bfloat16(to_bfloat16(table)), 32 if bits == 16 else bits, 32)
+    table = EmbeddingTable(tmp_path, bits, 64, kept=np.arange(0, 400, 2))
+    whole = table(range(0, 400, 2))
+    for _ in range(2):
+        for token in range(0, 60, 2):
+            assert (table([token]) == whole[token // 2]).all()
+    assert (table([8, 2, 8]) == whole[[4, 1, 4]]).all()
+    with pytest.raises(ValueError, match="read-only"):
+        table([2])[:] = 0
 
 
 def test_embedding_table_keeps_bfloat16_exactly(tmp_path) -> None:

@@ -10,7 +10,7 @@ THREADS=${THREADS:-2}
 IN=runs/latency
 OUT=${OUT:-runs/latency-peers}
 PEERS=${PEERS:-transformers-fp32 transformers-fp32-cut transformers-bf16 transformers-nf4 torch-onnx-fp32 torch-onnx-int8
-    torch-onnx-int4 genai-int4 optimum-fp32 optimum-int8 ctranslate2-int8 llama.cpp-f16 llama.cpp-q8_0 llama.cpp-q4_0}
+    torch-onnx-int4 genai-int4 genai-int4-block128 optimum-fp32 optimum-int8 ctranslate2-int8 llama.cpp-f16 llama.cpp-q8_0 llama.cpp-q4_0}
 
 package() { # MODEL NAME PRECISION BLOCK [TARGET]
     test -d "$IN/$2" || "$HALVE" package --model "$1" --target "${5:-onnx}" --precision "$3" --block-size "$4" --lang de --out "$IN/$2"

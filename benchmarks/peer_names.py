@@ -11,6 +11,7 @@ PeerName = Literal[
     "torch-onnx-int8",
     "torch-onnx-int4",
     "genai-int4",
+    "genai-int4-block128",
     "optimum-fp32",
     "optimum-int8",
     "ctranslate2-int8",

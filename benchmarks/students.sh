@@ -21,10 +21,10 @@ STEPS_A=${STEPS_A:-600}
 STEPS_B=${STEPS_B:-1200}
 STEPS_C=${STEPS_C:-3000}
 LANGS=(--lang de --lang zh)
-TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --states-dir "$OUT/states" --translations "$OUT/translations" --batch-size 32 --epochs 100 --schedule linear
+TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --states-dir "$OUT/states" --translations "$OUT/translations" --epochs 100 --schedule linear
     --warmup 0.03 --spec-mask 0.08 --logit-weight 0.5 --checkpoint-every 50 --eval-every 300 --select-segments 120 --patience 100)
-QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate 3e-4)
-FULL=(--method full --learning-rate 5e-4)
+QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate 3e-4 --batch-size 32)
+FULL=(--method full --learning-rate 5e-4 --weight-decay 0.01 --batch-size 48)
 
 missing() { [ ! -f "$1/artefact.json" ]; }
 package() { # MODEL NAME

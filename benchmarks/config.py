@@ -33,6 +33,8 @@ class QualityConfig(Config):
     """Python of an environment that has unbabel-comet; the one of `halve doctor --install-comet` if not given."""
     comet_batch_size: int = Field(default=8, ge=1)
     """Segments that COMET scores together."""
+    embedding_model: str | None = None
+    """Directory of a text encoder: also report the cosine of hypotheses' and references' embeddings."""
     threads: int | None = Field(default=None, ge=1)
     """Compute threads; all cores where not given."""
 

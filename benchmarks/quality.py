@@ -1,14 +1,14 @@
 """`halve bench quality`: how well models translate, and how much of the teacher's quality they keep."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import comet as comet_metric
-from benchmarks import conditions, scoring, size
+from benchmarks import conditions, embedding, scoring, size
 from benchmarks.config import QualityConfig
 from benchmarks.workload import shuffled_partners, silence_like
 from export.runtime import open_translator
@@ -258,12 +258,21 @@ def _result(
         batch_size=config.comet_batch_size,
         progress=progress,
     )
-    for name, scores in comet.scores.items():
-        scoring.write_lines(draft.path / "comet" / f"{name}.txt", [f"{s:.6f}" for s in scores])
+    similar = embedding.measure(
+        config.embedding_model,
+        {model.name: found[model.name].texts for model in models},
+        workload.references,
+        progress=progress,
+    )
+    means: dict[str, comet_metric.Comet | embedding.Similarity]
+    means = {"comet": comet, embedding.METRIC: similar}
+    for metric, measured in means.items():
+        for name, scores in measured.scores.items():
+            scoring.write_lines(draft.path / metric / f"{name}.txt", [f"{s:.6f}" for s in scores])
     entries = []
-    for model, measured in zip(models, sizes, strict=True):
+    for model, bytes_of in zip(models, sizes, strict=True):
         progress.message(f"score: {model.name}")
-        entries.append(_entry(config, model, measured, workload, found, comet, models[0].name))
+        entries.append(_entry(config, model, bytes_of, workload, found, means, models[0].name))
     return {
         "bench": "quality",
         "lang": config.lang,
@@ -302,17 +311,18 @@ def _entry(
     measured: size.Size,
     workload: _Workload,
     found: dict[str, _Hypotheses],
-    comet: comet_metric.Comet,
+    means: Mapping[str, comet_metric.Comet | embedding.Similarity],
     teacher: str,
 ) -> dict[str, Any]:
     texts, references = found[model.name].texts, workload.references
     entry: dict[str, Any] = {"name": model.name, **measured.record()}
     entry["scores"] = scoring.score_all(texts, references, config.lang)
     entry["behaviour"] = scoring.behaviour(texts, references, found[model.name].stopped)
-    if comet.measured:
-        of_model = comet.scores[model.name]
-        mean = round(sum(of_model) / len(of_model), 6)
-        entry["scores"]["comet"] = {"score": mean, "signature": comet.signature}
+    for metric, mean in means.items():
+        if mean.scores:
+            of_model = mean.scores[model.name]
+            value = round(sum(of_model) / len(of_model), 6)
+            entry["scores"][metric] = {"score": value, "signature": mean.signature}
     entry |= _conditions(config, model.name, workload, found, teacher)
     if model.name == teacher:
         entry["controls"] = {
@@ -329,10 +339,11 @@ def _entry(
     entry["retention"] = scoring.retention_all(
         found[teacher].texts, texts, references, config.lang, **drawn
     )
-    if comet.measured:
-        entry["retention"]["comet"] = scoring.mean_retention(
-            comet.scores[teacher], comet.scores[model.name], **drawn
-        )
+    for metric, mean in means.items():
+        if mean.scores:
+            entry["retention"][metric] = scoring.mean_retention(
+                mean.scores[teacher], mean.scores[model.name], **drawn
+            )
     return entry
 
 

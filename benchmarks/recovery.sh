@@ -1,36 +1,91 @@
 #!/usr/bin/env bash
-# Ways to recover a pruned student's quality, compared on `select` at the same number of steps.
+# Ways to choose the layers that go, and ways to recover what their loss costs, compared on `select` at the same
+# number of steps, for German and Chinese in one student.
 #   bash benchmarks/recovery.sh [SEED…]      seeds 0 to 2 without any; finished parts are kept
-# CORPUS, TRAIN (segments) and STEPS change the budget: demo/corpus carries 300 training segments.
+# Plans, translations and encoded audio are those of students.sh, which makes what is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 HALVE=${HALVE:-.venv/bin/halve}
-CORPUS=${CORPUS:-demo/corpus}
-TRAIN=${TRAIN:-300}
-STEPS=${STEPS:-150}
+PYTHON=${HALVE%halve}python
+export TEACHER=${TEACHER:-demo/teacher}
+export CORPUS=${CORPUS:-runs/demo-corpus}
+STUDENTS=${STUDENTS:-runs/students}
+STEPS=${STEPS:-300}
 OUT=${OUT:-runs/recovery}
-# The first three that the search removes for German: benchmarks/results/2026-11-24-importance-de
-LAYERS=${LAYERS:-8,1,10}
-COMMON=(--corpus "$CORPUS" --lang de --train-segments "$TRAIN" --max-steps "$STEPS" --epochs 100 --batch-size 8
-    --checkpoint-every 25 --eval-every "$((STEPS / 3))")
+# Everything of which there are two or more is named here, to run a part: WAYS="teacher random" bash …
+WAYS=${WAYS:-references translations forward-0.5 forward-1.0 reverse-0.5 slow qlora qlora-forward-0.5 healed random middle block-influence teacher}
+COMMON=(--corpus "$CORPUS" --lang de --lang zh --states-dir "$STUDENTS/states" --max-steps "$STEPS" --epochs 100
+    --batch-size 48 --schedule linear --warmup 0.03 --spec-mask 0.08 --checkpoint-every 50 --eval-every "$((STEPS / 3))")
+FULL=(--method full --learning-rate 5e-4 --weight-decay 0.01)
 QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate 3e-4)
+ROWS=(--translations "$STUDENTS/translations")
+BEST=("${FULL[@]}" "${ROWS[@]}" --logit-weight 0.5)
 
-tune() { # NAME SEED OPTIONS…
-    "$HALVE" tune --model "$OUT/pruned" --out "$OUT/tuned/$1-$2" --seed "$2" "${COMMON[@]}" "${@:3}"
+missing() { [ ! -f "$1/artefact.json" ]; }
+tune() { # NAME SEED MODEL OPTIONS…
+    missing "$OUT/tuned/$1-$2" || return 0
+    "$HALVE" tune --model "$3" --out "$OUT/tuned/$1-$2" --seed "$2" "${COMMON[@]}" "${@:4}"
+}
+pruned() { # NAME LAYERS [MODEL]: the model without them
+    missing "$OUT/pruned/$1" || return 0
+    "$HALVE" prune --model "${3:-$TEACHER}" --layers "$2" --out "$OUT/pruned/$1"
+}
+chosen() { # NAME METHOD SEED: layers as a criterion chooses them, as many as the search's
+    if missing "$OUT/plans/$1"; then
+        "$HALVE" importance --model "$TEACHER" --corpus "$CORPUS" --lang de --method "$2" --seed "$3" --remove "$COUNT" --out "$OUT/plans/$1" >&2
+    fi
+    "$PYTHON" -c "import json, sys; print(*json.load(open(sys.argv[1]))['removed'], sep=',')" "$OUT/plans/$1/plan.json"
+}
+healed() { # SEED: a layer goes, a share of the steps, the next one goes
+    local MODEL=$TEACHER GONE=() LAYER NUMBER EACH
+    for LAYER in ${LAYERS//,/ }; do
+        NUMBER=$LAYER
+        for EACH in "${GONE[@]}"; do if [ "$EACH" -lt "$LAYER" ]; then NUMBER=$((NUMBER - 1)); fi; done
+        GONE+=("$LAYER")
+        pruned "healed-$1-${#GONE[@]}" "$NUMBER" "$MODEL"
+        if [ "${#GONE[@]}" -lt "$COUNT" ]; then
+            MODEL=$OUT/healing/$1-${#GONE[@]}
+            missing "$MODEL" || continue
+            "$HALVE" tune --model "$OUT/pruned/healed-$1-${#GONE[@]}" --out "$MODEL" --seed "$1" "${COMMON[@]}" "${BEST[@]}" \
+                --max-steps "$((STEPS / COUNT))" --select-segments 0
+        else
+            tune healed "$1" "$OUT/pruned/healed-$1-$COUNT" "${BEST[@]}" --max-steps "$((STEPS / COUNT))"
+        fi
+    done
 }
 
-"$HALVE" prune --model demo/teacher --layers "$LAYERS" --out "$OUT/pruned"
-"$HALVE" distill --model demo/teacher --corpus "$CORPUS" --lang de --limit "$TRAIN" --logits 8 --out "$OUT/translations"
-ROWS=(--translations "$OUT/translations")
+OUT=$STUDENTS bash benchmarks/students.sh corpus plans translations
+LAYERS=$(cat "$STUDENTS/layers-quarter.txt")
+COUNT=$(echo "$LAYERS" | tr , '\n' | wc -l)
+SEARCH=$STUDENTS/pruned-quarter
 for SEED in "${@:-0 1 2}"; do
     for ONE in $SEED; do
-        tune references "$ONE" "${QLORA[@]}"
-        tune translations "$ONE" "${QLORA[@]}" "${ROWS[@]}"
-        tune forward-0.5 "$ONE" "${QLORA[@]}" "${ROWS[@]}" --logit-weight 0.5
-        tune forward-1.0 "$ONE" "${QLORA[@]}" "${ROWS[@]}" --logit-weight 1.0
-        tune reverse-0.5 "$ONE" "${QLORA[@]}" "${ROWS[@]}" --logit-weight 0.5 --divergence reverse
-        tune full "$ONE" --method full --learning-rate 1e-4 "${ROWS[@]}"
-        tune full-forward-0.5 "$ONE" --method full --learning-rate 1e-4 "${ROWS[@]}" --logit-weight 0.5
+        for WAY in $WAYS; do
+            case $WAY in
+                references) tune references "$ONE" "$SEARCH" "${FULL[@]}" ;;
+                translations) tune translations "$ONE" "$SEARCH" "${FULL[@]}" "${ROWS[@]}" ;;
+                forward-0.5) tune forward-0.5 "$ONE" "$SEARCH" "${BEST[@]}" ;;
+                forward-1.0) tune forward-1.0 "$ONE" "$SEARCH" "${FULL[@]}" "${ROWS[@]}" --logit-weight 1.0 ;;
+                reverse-0.5) tune reverse-0.5 "$ONE" "$SEARCH" "${BEST[@]}" --divergence reverse ;;
+                slow) tune slow "$ONE" "$SEARCH" "${BEST[@]}" --learning-rate 1e-4 ;;
+                qlora) tune qlora "$ONE" "$SEARCH" "${QLORA[@]}" "${ROWS[@]}" ;;
+                qlora-forward-0.5) tune qlora-forward-0.5 "$ONE" "$SEARCH" "${QLORA[@]}" "${ROWS[@]}" --logit-weight 0.5 ;;
+                healed) healed "$ONE" ;;
+                random)
+                    pruned "random-$ONE" "$(chosen "random-$ONE" random "$ONE")"
+                    tune random "$ONE" "$OUT/pruned/random-$ONE" "${BEST[@]}"
+                    ;;
+                middle | block-influence)
+                    pruned "$WAY" "$(chosen "$WAY" "$WAY" 0)"
+                    tune "$WAY" "$ONE" "$OUT/pruned/$WAY" "${BEST[@]}"
+                    ;;
+                teacher) tune teacher "$ONE" "$TEACHER" "${BEST[@]}" ;;
+                *)
+                    echo "unknown way $WAY" >&2
+                    exit 2
+                    ;;
+            esac
+        done
     done
 done
-"${HALVE%halve}python" -m benchmarks.recovery "$OUT"
+"$PYTHON" -m benchmarks.recovery "$OUT"

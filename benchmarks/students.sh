@@ -24,12 +24,14 @@ LANGS=(--lang de --lang zh)
 TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --states-dir "$OUT/states" --translations "$OUT/translations" --epochs 100 --schedule linear
     --warmup 0.03 --spec-mask 0.08 --logit-weight 0.5 --checkpoint-every 50 --eval-every 300 --select-segments 120 --patience 100)
 QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate 3e-4 --batch-size 32)
+# What A's and B's bars leave room for: the tower and the head in 8 bits; every decoder layer in 4.
+ROOM=(--encoder-bits 8 --head-bits 8)
 FULL=(--method full --learning-rate 5e-4 --weight-decay 0.01 --batch-size 48)
 
 missing() { [ ! -f "$1/artefact.json" ]; }
-package() { # MODEL NAME
+package() { # MODEL NAME OPTIONS…
     missing "$OUT/packages/$2" || return 0
-    "$HALVE" package --model "$1" --corpus "$CORPUS" "${LANGS[@]}" --target onnx --precision int4 --max-drop 5 --out "$OUT/packages/$2"
+    "$HALVE" package --model "$1" --corpus "$CORPUS" "${LANGS[@]}" --target onnx --precision int4 --max-drop 5 --out "$OUT/packages/$2" "${@:3}"
 }
 tune() { # MODEL NAME STEPS OPTIONS…
     missing "$OUT/tuned/$2-$SEED" || return 0
@@ -57,16 +59,19 @@ translations() {
     "$HALVE" distill --model "$TEACHER" --corpus "$CORPUS" "${LANGS[@]}" --dtype bfloat16 --batch-size 128 --logits 8 \
         --states-dir "$OUT/states" --out "$OUT/translations"
 }
-A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED"; }
-B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED"; }
+A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED" "${ROOM[@]}"; }
+B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED" "${ROOM[@]}"; }
 C() { tune "$OUT/pruned-half" C "$STEPS_C" "${FULL[@]}"; }
-D() { package "$OUT/tuned/C-$SEED" "D-$SEED"; }
-baselines() { package "$TEACHER" teacher-int4; }
+D() { package "$OUT/tuned/C-$SEED" "D-$SEED" --head-bits 8; }
+baselines() {
+    package "$TEACHER" teacher-int4
+    package "$TEACHER" teacher-int4-A "${ROOM[@]}"
+}
 quality() { # SPLIT
     for CODE in de zh; do
         missing "$OUT/$1-$CODE" || continue
         "$HALVE" bench quality --teacher "$TEACHER" --corpus "$CORPUS" --lang "$CODE" --split "$1" --out "$OUT/$1-$CODE" \
-            --students "$OUT/packages/teacher-int4" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED"
+            --students "$OUT/packages/teacher-int4" "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED"
     done
 }
 select_() { quality select; }

@@ -11,7 +11,16 @@ from benchmarks.gather import Source
 from halve.languages import language
 from halve.metrics import LOWER_IS_BETTER, METRICS
 
-METRIC_TITLES = {"bleu": "BLEU", "chrf": "chrF", "chrf++": "chrF++", "ter": "TER", "comet": "COMET"}
+METRIC_TITLES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "chrf++": "chrF++",
+    "ter": "TER",
+    "comet": "COMET",
+    "embedding_similarity": "embedding similarity",
+}
+_OF_ONE = ("comet", "embedding_similarity")
+"""Metrics whose scores are about 1, not about 100."""
 
 
 _SPEEDS = ("ttft_ms", "tpot_ms", "rtf")
@@ -89,7 +98,7 @@ def quality_table(result: Mapping[str, Any]) -> Table:
 
 
 def _score(metric: str, value: float) -> str:
-    return f"{value:.4f}" if metric == "comet" else f"{value:.2f}"
+    return f"{value:.4f}" if metric in _OF_ONE else f"{value:.2f}"
 
 
 def _kept(retention: Mapping[str, float] | None) -> list[str]:

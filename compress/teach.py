@@ -1,12 +1,10 @@
 """Fine-tuning, in full or by an adapter that is merged: a base model becomes the teacher."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch.nn import Parameter
-from transformers.utils import logging
 
 from compress import parallel
 from compress.adapters import put_adapter_on
@@ -21,7 +19,7 @@ from halve.corpus import Corpus, Segment, read_corpus
 from halve.families import SourceText
 from halve.languages import language
 from halve.metrics import score
-from halve.models import SpeechModel, load_model, resolve_model
+from halve.models import SpeechModel, load_model, quiet, resolve_model
 from halve.origin import origin
 from halve.progress import SILENT, Progress
 from halve.shards import copy_side_files
@@ -203,17 +201,5 @@ def write_history(draft: Draft, history: Sequence[dict[str, object]]) -> None:
 def save_model(speech: SpeechModel, base: Path, out: Path) -> None:
     """Writes the model in bfloat16 as stock transformers does, with the base's tokenizer and processor."""
     copy_side_files(base, out)
-    with _no_bars():
+    with quiet():
         speech.model.to(torch.bfloat16).save_pretrained(out)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers draws its own progress on stderr; ours goes through Progress."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

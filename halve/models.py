@@ -260,7 +260,7 @@ def load_model(
     device = pick_device(device)
     model = _from_pretrained(path, config, family, dtype, device, quantization)
     if adapter is not None:
-        with _quiet():
+        with quiet():
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
@@ -293,7 +293,7 @@ def _from_pretrained(
         options["device_map"] = "auto"
     loader = getattr(transformers, family.auto_class)
     try:
-        with _quiet():
+        with quiet():
             model, info = loader.from_pretrained(
                 str(path),
                 local_files_only=True,
@@ -389,7 +389,7 @@ def need_bitsandbytes() -> None:
         MissingExtraError: it is not installed.
     """
     try:
-        with _quiet():
+        with quiet():
             import bitsandbytes  # noqa: F401
     except ImportError:
         raise MissingExtraError("bitsandbytes", "train") from None
@@ -410,8 +410,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading shows no bars, reports or notices of its own: what is wrong is raised, not logged."""
+def quiet() -> Iterator[None]:
+    """Libraries show no bars, reports or notices of their own: what is wrong is raised, not logged."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = (

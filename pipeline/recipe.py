@@ -112,7 +112,13 @@ def package_name(config: PackageConfig) -> str:
     return f"{config.target}-{config.precision}"
 
 
-_PATHS = (("teacher",), ("base",), ("corpus", "source"), ("bench", "quality", "comet_checkpoint"))
+_PATHS = (
+    ("teacher",),
+    ("base",),
+    ("corpus", "source"),
+    ("bench", "quality", "comet_checkpoint"),
+    ("bench", "quality", "embedding_model"),
+)
 
 
 def read_recipe(path: str | Path) -> Recipe:

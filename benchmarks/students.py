@@ -19,6 +19,8 @@ from halve.errors import ArtefactError
 from halve.languages import language
 
 LANGS = ("de", "zh")
+TESTED = "test-LANGUAGE-GROUP"
+"""Names of the quality runs that `students.sh test` leaves."""
 LOWEST_BELOW_BAR = 3.0
 """How far the interval's low end may lie below the bar."""
 
@@ -80,21 +82,23 @@ def collect(folder: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: a quality run is missing.
     """
-    runs = {}
-    for lang in LANGS:
-        path = folder / f"test-{lang}" / "quality.json"
-        if not path.is_file():
-            raise ArtefactError(f"{path} is missing", mend="run the step `test` of students.sh")
-        runs[lang] = read_json(path)
-    teacher = runs[LANGS[0]]["teacher"]
-    students = [_student(index, runs, teacher) for index in range(len(runs[LANGS[0]]["students"]))]
+    groups = sorted(
+        path.name.removeprefix(f"test-{LANGS[0]}-") for path in folder.glob(f"test-{LANGS[0]}-*")
+    )
+    if not groups:
+        raise ArtefactError(
+            f"{folder} holds no {TESTED}", mend="run the step `test` of students.sh"
+        )
+    students, teacher, segments = [], None, {}
+    for group in groups:
+        runs = {lang: _quality(folder, lang, group) for lang in LANGS}
+        teacher = _same_teacher(teacher, runs)
+        segments = {lang: run["segments"] for lang, run in runs.items()}
+        students += [_student(index, runs) for index in range(len(runs[LANGS[0]]["students"]))]
     return {
-        "segments": {lang: run["segments"] for lang, run in runs.items()},
-        "teacher": {
-            "stored_bytes": teacher["stored_bytes"],
-            "scores": {lang: _scores(run["teacher"], lang) for lang, run in runs.items()},
-        },
-        "students": students,
+        "segments": segments,
+        "teacher": teacher,
+        "students": sorted(students, key=lambda student: -student["stored_bytes"]),
         "layers": {
             name: (folder / f"layers-{name}.txt").read_text(encoding="utf8").strip()
             for name in ("quarter", "half")
@@ -105,12 +109,39 @@ def collect(folder: Path) -> dict[str, Any]:
     }
 
 
+def _quality(folder: Path, lang: str, group: str) -> dict[str, Any]:
+    path = folder / f"test-{lang}-{group}" / "quality.json"
+    if not path.is_file():
+        raise ArtefactError(f"{path} is missing", mend="run the step `test` of students.sh")
+    found: dict[str, Any] = read_json(path)
+    return found
+
+
+def _same_teacher(known: dict[str, Any] | None, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The teacher of all groups.
+
+    Raises:
+        ArtefactError: this group's is another than the one before.
+    """
+    found = {
+        "stored_bytes": runs[LANGS[0]]["teacher"]["stored_bytes"],
+        "scores": {lang: _scores(run["teacher"], lang) for lang, run in runs.items()},
+    }
+    if known not in (None, found):
+        raise ArtefactError(
+            f"Students of different teachers: {known} and {found}",
+            mend="measure all groups against one teacher",
+        )
+    return found
+
+
 def _scores(entry: dict[str, Any], lang: str) -> dict[str, float]:
     wanted = ("bleu", language(lang).selection_metric)
     return {name: entry["scores"][name]["score"] for name in wanted}
 
 
-def _student(index: int, runs: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+def _student(index: int, runs: dict[str, Any]) -> dict[str, Any]:
+    teacher = runs[LANGS[0]]["teacher"]
     first = runs[LANGS[0]]["students"][index]
     found = {
         "name": first["name"],

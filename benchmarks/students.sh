@@ -2,6 +2,7 @@
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
 # Steps: corpus plans translations A B C D baselines select test table
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
 #   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
@@ -17,13 +18,13 @@ OUT=${OUT:-runs/students}
 QUARTER=${QUARTER:-3}
 HALF=${HALF:-6}
 SEED=${SEED:-0}
-STEPS_A=${STEPS_A:-600}
-STEPS_B=${STEPS_B:-1200}
+STEPS_A=${STEPS_A:-3000}
+STEPS_B=${STEPS_B:-3000}
 STEPS_C=${STEPS_C:-3000}
 LANGS=(--lang de --lang zh)
 TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --states-dir "$OUT/states" --translations "$OUT/translations" --epochs 100 --schedule linear
     --warmup 0.03 --spec-mask 0.08 --logit-weight 0.5 --checkpoint-every 50 --eval-every 300 --select-segments 120 --patience 100)
-QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate 3e-4 --batch-size 32)
+QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate 3e-4 --batch-size 48)
 # What A's and B's bars leave room for: the tower and the head in 8 bits; every decoder layer in 4.
 ROOM=(--encoder-bits 8 --head-bits 8)
 FULL=(--method full --learning-rate 5e-4 --weight-decay 0.01 --batch-size 48)
@@ -67,15 +68,23 @@ baselines() {
     package "$TEACHER" teacher-int4
     package "$TEACHER" teacher-int4-A "${ROOM[@]}"
 }
-quality() { # SPLIT
+quality() { # SPLIT GROUP STUDENTS…
     for CODE in de zh; do
-        missing "$OUT/$1-$CODE" || continue
-        "$HALVE" bench quality --teacher "$TEACHER" --corpus "$CORPUS" --lang "$CODE" --split "$1" --out "$OUT/$1-$CODE" \
-            --students "$OUT/packages/teacher-int4" "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED"
+        missing "$OUT/$1-$CODE-$2" || continue
+        "$HALVE" bench quality --teacher "$TEACHER" --corpus "$CORPUS" --lang "$CODE" --split "$1" --no-controls --out "$OUT/$1-$CODE-$2" \
+            --students "${@:3}"
     done
 }
-select_() { quality select; }
-test_() { quality test; }
+both() { # SPLIT: in two groups, so that the one can be measured before the other is trained
+    for GROUP in ${GROUPS_OF_STUDENTS:-half qlora}; do
+        case "$GROUP" in
+            half) quality "$1" half "$OUT/packages/teacher-int4" "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED" ;;
+            qlora) quality "$1" qlora "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" ;;
+        esac
+    done
+}
+select_() { both select; }
+test_() { both test; }
 table() { "$PYTHON" -m benchmarks.students table "$OUT"; }
 
 for STEP in "${@:-corpus plans translations A B C D baselines select test table}"; do

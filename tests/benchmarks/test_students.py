@@ -67,15 +67,13 @@ def test_a_bar_is_met_by_size_and_retention_in_both_languages(
         scores = {"bleu": {"score": 15.0}, metric: {"score": 42.0}}
         # Only Chinese is at the edge.
         kept = (percent, low) if lang == "zh" else (99.0, 98.0)
-        run = {
-            "segments": 1050,
-            "teacher": {"stored_bytes": 1000, "scores": scores},
-            "students": [
-                student("teacher-int4", 400, 99.0, 98.0, lang),
-                student("D-0", stored, *kept, lang),
-            ],
-        }
-        put(tmp_path / f"test-{lang}" / "quality.json", run)
+        run = {"segments": 1050, "teacher": {"stored_bytes": 1000, "scores": scores}}
+        for group, of_group in (
+            ("half", student("D-0", stored, *kept, lang)),
+            ("qlora", student("teacher-int4", 400, 99.0, 98.0, lang)),
+        ):
+            path = tmp_path / f"test-{lang}-{group}" / "quality.json"
+            put(path, run | {"students": [of_group]})
     found = collect(tmp_path)
     small = found["students"][1]
     assert small["bar"]["met"] is met
@@ -84,3 +82,19 @@ def test_a_bar_is_met_by_size_and_retention_in_both_languages(
     page = table(found)
     assert f"{percent:.1f} % [{low:.1f}, 101.0]" in page
     assert ("kept: met" in page) is met
+
+
+def test_groups_are_of_one_teacher_and_whole(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="step `test`"):
+        collect(tmp_path)
+    for group, stored in (("half", 1000), ("qlora", 1001)):
+        for lang, metric in METRICS.items():
+            if (group, lang) == ("qlora", "zh"):
+                with pytest.raises(ArtefactError, match=r"test-zh-qlora.*is missing"):
+                    collect(tmp_path)
+            scores = {"bleu": {"score": 15.0}, metric: {"score": 42.0}}
+            run = {"segments": 5, "teacher": {"stored_bytes": stored, "scores": scores}}
+            run |= {"students": [student("C-0", 500, 99.0, 98.0, lang)]}
+            put(tmp_path / f"test-{lang}-{group}" / "quality.json", run)
+    with pytest.raises(ArtefactError, match="different teachers"):
+        collect(tmp_path)

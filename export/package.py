@@ -8,7 +8,7 @@ from typing import Any
 from export.calibrate import Calibrated, Calibration, DataFree, Quantiser, read_samples
 from export.card import write_card
 from export.checkpoint import DTYPES, write_nf4, write_plain
-from export.config import PackageConfig, check_possible
+from export.config import ONNX_BLOCK, PackageConfig, check_possible
 from export.contest import check_contest, write_contest
 from export.gguf_runtime import check_installed
 from export.manifest import MANIFEST, Manifest, write_manifest
@@ -121,7 +121,7 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
         head=bits if exact else config.head_bits or bits,
         embeddings=bits if exact else config.embedding_bits or bits,
         encoder=bits if exact else encoder_bits,
-        block_size=config.block_size,
+        block_size=config.block_size or ONNX_BLOCK,
         half=config.precision == "fp16",
     )
     facts, _ = write_onnx(

@@ -22,16 +22,16 @@ gguf() { # SHAPE: its GGUF package, where there is one
 
 prepare() {
     test -d "$IN/wide" || "${HALVE%halve}python" -m benchmarks.shapes --like demo/teacher --layers 12 --hidden 512 --out "$IN/wide"
-    test -d "$IN/nine" || "$HALVE" prune --model demo/teacher --layers 3,5,8 --out "$IN/nine"
+    test -d "$IN/nine" || "$HALVE" prune --model demo/teacher --layers 3,4,9 --out "$IN/nine"
     for SHAPE in teacher wide; do
         MODEL=$IN/wide
         if [ $SHAPE = teacher ]; then MODEL=demo/teacher; fi
-        package $MODEL $SHAPE-int4 int4 32
-        package $MODEL $SHAPE-int4-block128 int4 128
+        package $MODEL $SHAPE-int4-block32 int4 32
+        package $MODEL $SHAPE-int4 int4 128
         package $MODEL $SHAPE-fp32 fp32 32
         if "${HALVE%halve}python" -c "import llama_cpp" 2> /dev/null; then package $MODEL $SHAPE-gguf-int4 int4 32 gguf; fi
     done
-    package "$IN/nine" nine-int4 int4 32
+    package "$IN/nine" nine-int4 int4 128
 }
 
 bench() { # NAME MODELS…
@@ -46,8 +46,8 @@ for PART in "${@:-prepare demo wide}"; do
     for ONE in $PART; do
         case $ONE in
             prepare) prepare ;;
-            demo) bench demo demo/teacher $IN/teacher-int4 $IN/teacher-int4-block128 $IN/nine-int4 $IN/teacher-fp32 $(gguf teacher) ;;
-            wide) bench wide $IN/wide $IN/wide-int4 $IN/wide-int4-block128 $IN/wide-fp32 $(gguf wide) ;;
+            demo) bench demo demo/teacher $IN/teacher-int4 $IN/teacher-int4-block32 $IN/nine-int4 $IN/teacher-fp32 $(gguf teacher) ;;
+            wide) bench wide $IN/wide $IN/wide-int4 $IN/wide-int4-block32 $IN/wide-fp32 $(gguf wide) ;;
         esac
     done
 done

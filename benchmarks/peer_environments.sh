@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # Makes the Python environments of peers that cannot share halve's. Pinned; nothing outside FOLDER is touched.
-#   bash benchmarks/peer_environments.sh FOLDER [genai] [optimum] [ctranslate2] [llama]
-# Without names: genai, optimum and ctranslate2. genai reads the rest of what it needs from halve's environment. llama compiles llama.cpp for this machine (7 to 20 minutes on 2 cores).
+#   bash benchmarks/peer_environments.sh FOLDER [onnx] [optimum] [ctranslate2] [llama]
+# Without names: onnx, optimum and ctranslate2. onnx reads the rest of what it needs from halve's environment. llama compiles llama.cpp for this machine (7 to 20 minutes on 2 cores).
 set -euo pipefail
 FOLDER=$1
 shift
 PYTHON=${PYTHON:-python3.11}
 
-for NAME in "${@:-genai optimum ctranslate2}"; do
+for NAME in "${@:-onnx optimum ctranslate2}"; do
     for ONE in $NAME; do
         "$PYTHON" -m venv "$FOLDER/$ONE"
         PIP="$FOLDER/$ONE/bin/pip install -q"
         case $ONE in
-            genai)
+            onnx)
                 "${HALVE_PYTHON:-.venv/bin/python}" -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
                     > "$("$FOLDER/$ONE/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/halve.pth"
-                $PIP --no-deps "onnxruntime-genai==0.18.0"
+                $PIP --no-deps "onnxruntime-genai==0.18.0" "onnxscript==0.7.2" "onnx-ir==1.1.0"
                 ;;
             optimum) $PIP "optimum-onnx[onnxruntime]==0.1.0" "transformers==4.57.6" "onnxruntime==1.32.0" "torch==2.13.0" onnxscript ;;
             ctranslate2) $PIP "ctranslate2==4.8.5" "transformers==4.57.6" "torch==2.13.0" ;;

@@ -32,7 +32,7 @@ FULL=(--method full --learning-rate 5e-4 --weight-decay 0.01 --batch-size 48)
 missing() { [ ! -f "$1/artefact.json" ]; }
 package() { # MODEL NAME OPTIONS…
     missing "$OUT/packages/$2" || return 0
-    "$HALVE" package --model "$1" --corpus "$CORPUS" "${LANGS[@]}" --target onnx --precision int4 --max-drop 5 --out "$OUT/packages/$2" "${@:3}"
+    "$HALVE" package --model "$1" --corpus "$CORPUS" "${LANGS[@]}" --target onnx --precision int4 --block-size 32 --max-drop 5 --out "$OUT/packages/$2" "${@:3}"
 }
 tune() { # MODEL NAME STEPS OPTIONS…
     missing "$OUT/tuned/$2-$SEED" || return 0

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Times halve beside other runtimes on the same weights, two shapes: the demo's teacher, and a generated decoder
 # of 12 layers x 512. Each takes about 6 minutes on 2 cores, after conversions that are kept in runs/peers.
-#   bash benchmarks/latency_peers.sh [prepare | demo | wide]      without a name: all three
+#   bash benchmarks/latency_peers.sh [prepare | demo | wide | rivals]      without a name: the first three
+# rivals: int4 packages and genai's int4 in turns, ROUNDS times, for a ratio that the machine's moods do not make.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 HALVE=${HALVE:-.venv/bin/halve}
@@ -42,10 +43,24 @@ bench() { # NAME MODELS…
         --new-tokens 32 --repeats "$REPEATS" --warmup 1 --peers $PEERS --peer-folder runs/peers --out "$OUT/$NAME"
 }
 
+rivals() {
+    for ROUND in $(seq "${ROUNDS:-3}"); do
+        for SHAPE in teacher wide; do
+            MODEL=$IN/wide
+            if [ $SHAPE = teacher ]; then MODEL=demo/teacher; fi
+            "$HALVE" bench latency --models $MODEL "$IN/$SHAPE-int4" "$IN/$SHAPE-int4-block32" --corpus demo/corpus --lang de --threads 1 \
+                --also-threads "$THREADS" --new-tokens 32 --repeats 7 --warmup 2 --no-baseline --peers genai-int4 genai-int4-block128 \
+                --peer-folder runs/peers --out "$OUT/rivals-$SHAPE-$ROUND"
+        done
+    done
+    "${HALVE%halve}python" -m benchmarks.rivals "$OUT"
+}
+
 for PART in "${@:-prepare demo wide}"; do
     for ONE in $PART; do
         case $ONE in
             prepare) prepare ;;
+            rivals) rivals ;;
             demo) bench demo demo/teacher $IN/teacher-int4 $IN/teacher-int4-block32 $IN/nine-int4 $IN/teacher-fp32 $(gguf teacher) ;;
             wide) bench wide $IN/wide $IN/wide-int4 $IN/wide-int4-block32 $IN/wide-fp32 $(gguf wide) ;;
         esac

@@ -12,7 +12,7 @@ PRECISIONS = {
 }
 
 
-ONNX_BLOCK, GGUF_BLOCK = 128, 32
+ONNX_BLOCK = GGUF_BLOCK = 32
 """Weights that share a scale where nothing else is said."""
 
 
@@ -60,8 +60,8 @@ class PackageConfig(Config):
     force: bool = False
     """Keeps a package that is not faithful enough, and marks it."""
     block_size: Literal[16, 32, 64, 128] | None = None
-    """Weights that share a scale in an int8 or int4 package: 16, 32, 64 or 128; where not given, 128 in ONNX (fewer
-    scales to read, no quality lost that `select` shows) and 32 in GGUF, which has no other."""
+    """Weights that share a scale in an int8 or int4 package: 16, 32, 64 or 128; 32 where not given, and always in GGUF.
+    64 and 128 are faster, but onnxruntime then computes a row alone otherwise than among others."""
     head_bits: Literal[4, 8] | None = None
     """Bits of the head's weights; those of `precision` where None."""
     embedding_bits: Literal[4, 8] | None = None

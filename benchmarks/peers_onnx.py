@@ -220,6 +220,6 @@ class Genai:
 
 
 class GenaiBlock128(Genai):
-    """The same with a scale for 128 weights, as halve's int4 packages have."""
+    """The same with a scale for 128 weights, beside halve's packages of `--block-size 128`."""
 
     options = ("int4_block_size=128",)

@@ -12,7 +12,7 @@ export CORPUS=${CORPUS:-runs/demo-corpus}
 STUDENTS=${STUDENTS:-runs/students}
 STEPS=${STEPS:-300}
 OUT=${OUT:-runs/recovery}
-# Everything of which there are two or more is named here, to run a part: WAYS="teacher random" bash …
+# To run some of them: WAYS="teacher random" bash benchmarks/recovery.sh
 WAYS=${WAYS:-references translations forward-0.5 forward-1.0 reverse-0.5 slow qlora qlora-forward-0.5 healed random middle block-influence teacher}
 COMMON=(--corpus "$CORPUS" --lang de --lang zh --states-dir "$STUDENTS/states" --max-steps "$STEPS" --epochs 100
     --batch-size 48 --schedule linear --warmup 0.03 --spec-mask 0.08 --checkpoint-every 50 --eval-every "$((STEPS / 3))")

@@ -19,8 +19,6 @@ from halve.errors import ArtefactError
 from halve.languages import language
 
 LANGS = ("de", "zh")
-TESTED = "test-LANGUAGE-GROUP"
-"""Names of the quality runs that `students.sh test` leaves."""
 LOWEST_BELOW_BAR = 3.0
 """How far the interval's low end may lie below the bar."""
 
@@ -87,7 +85,7 @@ def collect(folder: Path) -> dict[str, Any]:
     )
     if not groups:
         raise ArtefactError(
-            f"{folder} holds no {TESTED}", mend="run the step `test` of students.sh"
+            f"{folder} holds no quality run on `test`", mend="run the step `test` of students.sh"
         )
     students, teacher, segments = [], None, {}
     for group in groups:

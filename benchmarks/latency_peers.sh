@@ -27,12 +27,12 @@ prepare() {
     for SHAPE in teacher wide; do
         MODEL=$IN/wide
         if [ $SHAPE = teacher ]; then MODEL=demo/teacher; fi
-        package $MODEL $SHAPE-int4 int4 32
-        package $MODEL $SHAPE-int4-block128 int4 128
+        package $MODEL $SHAPE-int4 int4 128
+        package $MODEL $SHAPE-int4-block32 int4 32
         package $MODEL $SHAPE-fp32 fp32 32
         if "${HALVE%halve}python" -c "import llama_cpp" 2> /dev/null; then package $MODEL $SHAPE-gguf-int4 int4 32 gguf; fi
     done
-    package "$IN/nine" nine-int4 int4 32
+    package "$IN/nine" nine-int4 int4 128
 }
 
 bench() { # NAME MODELS…
@@ -48,7 +48,7 @@ rivals() {
         for SHAPE in teacher wide; do
             MODEL=$IN/wide
             if [ $SHAPE = teacher ]; then MODEL=demo/teacher; fi
-            "$HALVE" bench latency --models $MODEL "$IN/$SHAPE-int4" "$IN/$SHAPE-int4-block128" --corpus demo/corpus --lang de --threads 1 \
+            "$HALVE" bench latency --models $MODEL "$IN/$SHAPE-int4" "$IN/$SHAPE-int4-block32" --corpus demo/corpus --lang de --threads 1 \
                 --also-threads "$THREADS" --new-tokens 32 --repeats 7 --warmup 2 --no-baseline --peers genai-int4 genai-int4-block128 \
                 --peer-folder runs/peers --out "$OUT/rivals-$SHAPE-$ROUND"
         done
@@ -61,8 +61,8 @@ for PART in "${@:-prepare demo wide}"; do
         case $ONE in
             prepare) prepare ;;
             rivals) rivals ;;
-            demo) bench demo demo/teacher $IN/teacher-int4 $IN/teacher-int4-block128 $IN/nine-int4 $IN/teacher-fp32 $(gguf teacher) ;;
-            wide) bench wide $IN/wide $IN/wide-int4 $IN/wide-int4-block128 $IN/wide-fp32 $(gguf wide) ;;
+            demo) bench demo demo/teacher $IN/teacher-int4 $IN/teacher-int4-block32 $IN/nine-int4 $IN/teacher-fp32 $(gguf teacher) ;;
+            wide) bench wide $IN/wide $IN/wide-int4 $IN/wide-int4-block32 $IN/wide-fp32 $(gguf wide) ;;
         esac
     done
 done

@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "k-quant": {"quantise": "k-quant", "encoder_bits": 4},
     "gptq": {"quantise": "gptq", "encoder_bits": 4},
     "gptq, blocks of 16": {"quantise": "gptq", "encoder_bits": 4, "block_size": 16},
-    "gptq, blocks of 128": {"quantise": "gptq", "encoder_bits": 4, "block_size": 128},
+    "gptq, blocks of 32": {"quantise": "gptq", "encoder_bits": 4, "block_size": 32},
     "gptq, blocks of 64": {"quantise": "gptq", "encoder_bits": 4, "block_size": 64},
     "gptq, vocabulary trimmed": {"quantise": "gptq", "encoder_bits": 4, "trim_vocab": True},
     "int8": {"precision": "int8"},

@@ -17,11 +17,11 @@ mkdir -p "$OUT"
 [ -d "$OUT/corpus" ] || "$BIN/python" -m demo.build_corpus --out "$OUT/corpus" --limit-train "$TRAIN"
 
 # Whisper tiny.en's encoder, a tokenizer, and a decoder that has learnt to translate text for an hour.
-OMP_NUM_THREADS=1 "$BIN/python" -m demo.build_teacher --text "$OUT/text.jsonl" "$OUT/more.jsonl" --work-dir "$OUT/work" --out "$OUT/base" \
+[ -f "$OUT/base/config.json" ] || OMP_NUM_THREADS=1 "$BIN/python" -m demo.build_teacher --text "$OUT/text.jsonl" "$OUT/more.jsonl" --work-dir "$OUT/work" --out "$OUT/base" \
     --steps "$WARM_UP_STEPS" --minutes 100000 --learning-rate 0.002
 
 # Listening: German, Chinese and the transcript of each sentence. Float order on other machines changes the digits, not the quality.
-"$BIN/halve" teach --model "$OUT/base" --corpus "$OUT/corpus" --lang de --lang zh --transcribe \
+"$BIN/halve" teach --model "$OUT/base" --corpus "$OUT/corpus" --states-dir "$OUT/states" --lang de --lang zh --transcribe \
     --max-steps "$TEACH_STEPS" --epochs 30 --batch-size 48 --learning-rate 7e-4 --schedule linear --warmup 0.02 --weight-decay 0.01 \
     --label-smoothing 0.1 --spec-mask 0.08 --projector-factor 2 --projector-only-steps 60 \
     --eval-every 500 --select-segments 60 --checkpoint-every 100 --out "$OUT/teacher"

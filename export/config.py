@@ -12,8 +12,8 @@ PRECISIONS = {
 }
 
 
-ONNX_BLOCK = GGUF_BLOCK = 32
-"""Weights that share a scale where nothing else is said."""
+GGUF_BLOCK = 32
+"""Weights that share a scale in llama.cpp's types."""
 
 
 class MergeConfig(Config):
@@ -60,8 +60,8 @@ class PackageConfig(Config):
     force: bool = False
     """Keeps a package that is not faithful enough, and marks it."""
     block_size: Literal[16, 32, 64, 128] | None = None
-    """Weights that share a scale in an int8 or int4 package: 16, 32, 64 or 128; 32 where not given, and always in GGUF.
-    64 and 128 are faster, but onnxruntime then computes a row alone otherwise than among others."""
+    """Weights that share a scale in an int8 or int4 package: 16, 32, 64 or 128; always 32 in GGUF. Where not given, 128
+    for a decoder of up to 64 MB, else 32: in large blocks a single row is faster, but rows are computed one by one."""
     head_bits: Literal[4, 8] | None = None
     """Bits of the head's weights; those of `precision` where None."""
     embedding_bits: Literal[4, 8] | None = None

@@ -4,6 +4,7 @@ A row's cache lies in a slot of buffers that the graph reads and writes in place
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,48 @@ def open_session(
     )
 
 
+class RowThreads:
+    """Steps of several rows in parts, each computed by one thread.
+
+    Where rows must not be computed together (`export.blocks`) every row is a part; else a batch is cut into as
+    many parts as there are threads, once each has `WORTH_IT` rows: threads that share no work need not wait
+    for one another at every product, which is most of what small products cost.
+    """
+
+    WORTH_IT = 4
+
+    def __init__(self, session: onnxruntime.InferenceSession, at_once: int, alone: bool) -> None:
+        """`session`: computes with one thread, in whichever thread asks it to, unless `at_once` is 1."""
+        self.session = session
+        self._at_once, self._alone = at_once, alone
+        self._pool = ThreadPoolExecutor(max(1, at_once - 1), thread_name_prefix="rows")
+
+    def parts(self, rows: int) -> list[tuple[int, int]]:
+        """First slot and end of each part; none where all rows take the step together."""
+        if self._alone:
+            return [(slot, slot + 1) for slot in range(rows)] if rows > 1 else []
+        if self._at_once == 1 or rows < self.WORTH_IT * self._at_once:
+            return []
+        ends = [rows * (part + 1) // self._at_once for part in range(self._at_once)]
+        return list(zip([0, *ends], ends, strict=False))
+
+    def run(self, bindings: Sequence[Any]) -> None:
+        """Runs all the bindings; returns when the last is done."""
+        shares = [bindings[k :: self._at_once] for k in range(min(self._at_once, len(bindings)))]
+        others = [self._pool.submit(self._run_each, share) for share in shares[1:]]
+        self._run_each(shares[0])
+        for other in others:
+            other.result()
+
+    def _run_each(self, bindings: Sequence[Any]) -> None:
+        for binding in bindings:
+            self.session.run_with_iobinding(binding)
+
+    def close(self) -> None:
+        """Ends its threads."""
+        self._pool.shutdown()
+
+
 class OnnxDecoder(Decoder):
     """A decoder graph with what it takes to drive it."""
 
@@ -58,10 +101,17 @@ class OnnxDecoder(Decoder):
         end_ids: Sequence[int],
         stop_loops: bool = False,
         kept: TokenIds | None = None,
+        row_threads: RowThreads | None = None,
     ) -> None:
-        """`kept`: token id of each logit where the vocabulary is trimmed."""
+        """Takes an open graph.
+
+        Args:
+            kept: token id of each logit where the vocabulary is trimmed.
+            row_threads: what computes several rows in parts; None computes them together.
+        """
         super().__init__(geometry, embed, end_ids, stop_loops, kept)
         self.session = session
+        self.row_threads = row_threads
         half = any(each.type == "tensor(float16)" for each in session.get_inputs())
         self._cache_type = np.float16 if half else np.float32
         self._on_device = CUDA in session.get_providers()
@@ -93,7 +143,13 @@ class DecodeBatch(RowBatch):
         self._embeddings[:count, 0] = self._decoder.embed(tokens)
         self._last[:count] = lengths
         self._total[...] = max(lengths) + 1
-        self._decoder.session.run_with_iobinding(self._binding(count))
+        threads = self._decoder.row_threads
+        parts = threads.parts(count) if threads else []
+        if threads and parts:
+            threads.run([self._binding(threads.session, *part) for part in parts])
+        else:
+            session = self._decoder.session
+            session.run_with_iobinding(self._binding(session, 0, count))
         return self._logits[:count]
 
     def _copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
@@ -116,16 +172,16 @@ class DecodeBatch(RowBatch):
         if old is not None and self.rows:
             self._caches.take_over(old, len(self.rows))
         self._rotary = rotary_table(self._decoder.geometry, capacity)
-        self._bindings: dict[int, Any] = {}
+        self._bindings: dict[tuple[int, int, int], Any] = {}
 
-    def _binding(self, count: int) -> Any:
-        """The binding of a step of `count` rows, made once."""
-        if count not in self._bindings:
-            rows = slice(0, count)
-            self._bindings[count] = self._bind(
-                rows, self._embeddings[rows], self._last[rows], self._total, self._logits[rows]
-            )
-        return self._bindings[count]
+    def _binding(self, session: Any, first: int, end: int) -> Any:
+        """The binding of a step of some slots' rows, made once."""
+        key = (id(session), first, end)
+        if key not in self._bindings:
+            rows = slice(first, end)
+            arrays = (self._embeddings[rows], self._last[rows], self._total, self._logits[rows])
+            self._bindings[key] = self._bind(session, rows, *arrays)
+        return self._bindings[key]
 
     def logits_after(self, inputs: FloatArray) -> FloatArray:
         """See `RowBatch.logits_after`."""
@@ -134,12 +190,14 @@ class DecodeBatch(RowBatch):
         last = np.array([len(inputs) - 1], np.int32)
         total = np.array(len(inputs), np.int32)
         logits = np.empty((1, self._decoder.geometry.vocabulary), np.float32)
-        binding = self._bind(slice(slot, slot + 1), embeddings, last, total, logits)
-        self._decoder.session.run_with_iobinding(binding)
+        session = self._decoder.session
+        binding = self._bind(session, slice(slot, slot + 1), embeddings, last, total, logits)
+        session.run_with_iobinding(binding)
         return logits[0]
 
     def _bind(
         self,
+        session: Any,
         rows: slice,
         embeddings: FloatArray,
         last: NDArray[np.int32],
@@ -147,7 +205,7 @@ class DecodeBatch(RowBatch):
         logits: FloatArray,
     ) -> Any:
         """Binds a run on some rows' slots; numpy keeps the memory, onnxruntime copies none of it."""
-        binding = self._decoder.session.io_binding()
+        binding = session.io_binding()
         value = onnxruntime.OrtValue.ortvalue_from_numpy
         for name, array in (
             ("inputs_embeds", embeddings),

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from export.blocks import rows_alone
 from export.frontend import LogMel
 from export.geometry import Geometry
 from halve.artefact import read_json, write_json
@@ -57,6 +58,11 @@ class Manifest:
     def embedding_bits(self) -> int:
         """Bits that an embedding is stored in."""
         return int(self._of_onnx("bits")["embeddings"])
+
+    @property
+    def rows_alone(self) -> bool:
+        """Whether the decoder's rows must be computed one by one (`export.blocks`)."""
+        return self.target == "onnx" and rows_alone(self._of_onnx("bits"))
 
     @property
     def is_trimmed(self) -> bool:

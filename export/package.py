@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from export.blocks import choose_block
 from export.calibrate import Calibrated, Calibration, DataFree, Quantiser, read_samples
 from export.card import write_card
 from export.checkpoint import DTYPES, write_nf4, write_plain
-from export.config import ONNX_BLOCK, PackageConfig, check_possible
+from export.config import PackageConfig, check_possible
 from export.contest import check_contest, write_contest
 from export.gguf_runtime import check_installed
 from export.manifest import MANIFEST, Manifest, write_manifest
@@ -116,12 +117,13 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
     exact = bits == 32
     method, quantise = _quantiser(job, bits)
     encoder_bits = config.encoder_bits or (bits if method == "gptq" else 8)
+    head_bits = bits if exact else config.head_bits or bits
     chosen = Bits(
         decoder=bits,
-        head=bits if exact else config.head_bits or bits,
+        head=head_bits,
         embeddings=bits if exact else config.embedding_bits or bits,
         encoder=bits if exact else encoder_bits,
-        block_size=config.block_size or ONNX_BLOCK,
+        block_size=config.block_size or _block(job, bits, head_bits),
         half=config.precision == "fp16",
     )
     facts, _ = write_onnx(
@@ -130,6 +132,17 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
     facts["quantise"] = method
     _write_tokenizer(job)
     return facts
+
+
+def _block(job: _Job, bits: int, head_bits: int) -> int:
+    config = read_config(job.student)
+    counts, text = job.family.count_parameters(config), job.family.text_config(config)
+    # A tied head is counted with the embeddings, and read at each step all the same.
+    head = counts.head or counts.embeddings
+    widths = {int(text["hidden_size"]), int(text["intermediate_size"])}
+    if text.get("head_dim"):
+        widths.add(int(text["head_dim"]) * int(text["num_attention_heads"]))
+    return choose_block((counts.decoder * bits + head * head_bits) / 8, widths)
 
 
 def _write_gguf(job: _Job) -> dict[str, Any]:

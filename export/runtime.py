@@ -6,6 +6,7 @@ An ONNX package needs numpy, onnxruntime and tokenizers; neither torch nor trans
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.blocks import SMALL_BYTES
 from export.manifest import MANIFEST, Manifest, read_manifest
 from export.packaged import PackagedTranslator, cannot_be_opened
 from export.rows import RowBatch
@@ -29,11 +30,14 @@ class OnnxTranslator(PackagedTranslator):
         threads: int | None = None,
         stop_loops: bool = False,
         device: str = "auto",
+        rows_at_once: int | None = None,
     ) -> None:
         """Opens a package.
 
         Args:
             threads: of each graph; None leaves the choice to onnxruntime.
+            rows_at_once: parts of a batch that step at once, a thread each, where the decoder is small and
+                quantised; as `threads`, or all cores, where None.
             device: cpu or cuda; auto is cuda for a package of precision fp16 where there is one.
             stop_loops: cuts repetition loops before their limit; scores are made without it.
 
@@ -50,28 +54,55 @@ class OnnxTranslator(PackagedTranslator):
         self.device = _pick_device(path, manifest, device)
         super().__init__(manifest)
         try:
-            self._open(path, threads, stop_loops)
+            self._open(path, threads, stop_loops, rows_at_once)
         except Exception as error:  # onnxruntime and tokenizers raise kinds of their own
             raise cannot_be_opened(path, error) from None
 
-    def _open(self, path: Path, threads: int | None, stop_loops: bool) -> None:
-        from export.decoding import OnnxDecoder, open_session
+    def _open(
+        self, path: Path, threads: int | None, stop_loops: bool, rows_at_once: int | None
+    ) -> None:
+        from export.decoding import OnnxDecoder, RowThreads, open_session
         from export.embeddings import EmbeddingTable
 
         manifest = self.manifest
         self._open_front(path, threads, self.device)
-        session = open_session(path / "decoder.onnx", threads, spin=True, device=self.device)
+        cores = rows_at_once or threads or environment.cores()
+        apart = self._is_cut() and threads != 1 and cores > 1 and _is_small(path)
+        # Threads that wait actively after a run are in the way of rows that step in threads of their own.
+        session = open_session(path / "decoder.onnx", threads, spin=not apart, device=self.device)
         kept = self._kept(path)
         self._embed = EmbeddingTable(path, manifest.embedding_bits, manifest.decoder.hidden, kept)
+        row_threads = None
+        if self._is_cut():
+            # A session computes with as many threads in each run: rows at once want one each.
+            single = open_session(path / "decoder.onnx", 1, spin=False) if apart else session
+            at_once = cores if apart or threads == 1 else 1
+            row_threads = RowThreads(single, at_once, manifest.rows_alone)
         self._decoder = OnnxDecoder(
-            session, manifest.decoder, self._embed, manifest.end_ids, stop_loops, kept
+            session, manifest.decoder, self._embed, manifest.end_ids, stop_loops, kept, row_threads
         )
+
+    def _is_cut(self) -> bool:
+        """Whether several rows take their steps in parts: of quantised decoders, whose products are small."""
+        return self.manifest.rows_alone or self.manifest.precision in ("int8", "int4")
+
+    def close(self) -> None:
+        """See `PackagedTranslator.close`."""
+        if self._decoder.row_threads:
+            self._decoder.row_threads.close()
+        super().close()
 
     def open_batch(self, slots: int, capacity: int = 512) -> RowBatch:
         """See `PackagedTranslator.open_batch`."""
         from export.decoding import DecodeBatch
 
         return DecodeBatch(self._decoder, slots, capacity)
+
+
+def _is_small(path: Path) -> bool:
+    """Whether a decoder's weights may be in memory twice."""
+    weights = sum(file.stat().st_size for file in path.glob("decoder.*"))
+    return weights <= SMALL_BYTES
 
 
 def _pick_device(path: Path, manifest: Manifest, device: str) -> str:
@@ -110,6 +141,7 @@ def open_translator(
     threads: int | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    rows_at_once: int | None = None,
 ) -> Translator:
     """Opens a package of any target, a student, a teacher, a model directory or a hub id.
 
@@ -117,6 +149,7 @@ def open_translator(
         threads: threads to compute with; None leaves the choice to the runtime.
         device: auto, cpu or cuda; an ONNX package of precision fp16 runs on both, others on the CPU.
         dtype: float32, bfloat16 or float16 of a model on torch; its package's own where None.
+        rows_at_once: see `OnnxTranslator`.
 
     Raises:
         ArtefactError: not there, damaged, or of a newer halve.
@@ -130,7 +163,7 @@ def open_translator(
         computes = "float16" if manifest.precision == "fp16" else "float32"
         if dtype not in (None, computes):
             raise InputError(f"{path} cannot compute in {dtype}", expected=computes)
-        return OnnxTranslator(folder, threads=threads, device=device)
+        return OnnxTranslator(folder, threads=threads, device=device, rows_at_once=rows_at_once)
     if manifest.target == "gguf":
         from export.gguf_runtime import GgufTranslator
 

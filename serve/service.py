@@ -163,9 +163,10 @@ def open_model(path: str, settings: ServeSettings) -> Translator:
     from export.manifest import MANIFEST, read_manifest
     from export.runtime import open_translator
 
-    threads, folder = settings.threads, Path(path)
+    threads, folder, cores = settings.threads, Path(path), settings.threads
     packaged = (folder / MANIFEST).is_file() and read_manifest(folder).target != "checkpoint"
     if threads is None and packaged:
         # One request's audio is encoded while others are written: each has half of the cores.
-        threads = max(1, environment.cores() // 2)
-    return open_translator(path, threads=threads, device=settings.device)
+        cores = environment.cores()
+        threads = max(1, cores // 2)
+    return open_translator(path, threads=threads, device=settings.device, rows_at_once=cores)

@@ -1,0 +1,38 @@
+"""How many weights share a scale, and what that asks of a decoder's rows.
+
+Large blocks are faster: fewer scales are multiplied with. But in blocks of more than 32 weights of 4 bits, or 64
+of 8, onnxruntime's kernel for one row adds up in another order than its kernel for several (CPU, 1.32). The
+difference is of the last bit; rounding activations to 8 bits makes it one that changes tokens. So such a
+decoder takes its rows one by one (`export.decoding`), which costs nothing while its weights lie in the cache.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+SMALL_BYTES = 64 << 20
+"""Weights of a decoder and its head that a processor's cache holds, or nearly: rows do not share their reading."""
+SMALL_BLOCK, LARGE_BLOCK = 32, 128
+
+_TOGETHER = {4: 32, 8: 64}
+"""The largest block by bits whose rows are computed alike alone and among others."""
+
+
+def choose_block(weight_bytes: float, widths: Iterable[int]) -> int:
+    """The block where none is asked for.
+
+    Args:
+        weight_bytes: what a step reads: decoder and head, quantised.
+        widths: inputs of the linear layers; a block that does not divide them all would be padded.
+    """
+    fits = all(width % LARGE_BLOCK == 0 for width in widths)
+    return LARGE_BLOCK if fits and weight_bytes <= SMALL_BYTES else SMALL_BLOCK
+
+
+def rows_alone(bits: Mapping[str, Any]) -> bool:
+    """Whether a decoder's rows must be computed one by one.
+
+    Args:
+        bits: what a package records under that name: decoder, head and block_size.
+    """
+    block = int(bits.get("block_size", SMALL_BLOCK))
+    return any(block > _TOGETHER.get(int(bits[part]), block) for part in ("decoder", "head"))

@@ -163,10 +163,11 @@ def open_model(path: str, settings: ServeSettings) -> Translator:
     from export.manifest import MANIFEST, read_manifest
     from export.runtime import open_translator
 
-    threads, folder, cores = settings.threads, Path(path), settings.threads
+    folder = Path(path)
+    threads = rows_at_once = settings.threads
     packaged = (folder / MANIFEST).is_file() and read_manifest(folder).target != "checkpoint"
     if threads is None and packaged:
         # One request's audio is encoded while others are written: each has half of the cores.
-        cores = environment.cores()
-        threads = max(1, cores // 2)
-    return open_translator(path, threads=threads, device=settings.device, rows_at_once=cores)
+        rows_at_once = environment.cores()
+        threads = max(1, rows_at_once // 2)
+    return open_translator(path, threads=threads, device=settings.device, rows_at_once=rows_at_once)

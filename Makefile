@@ -12,7 +12,7 @@ help:
 	@echo "make test   set up, check the code, run the tests"
 	@echo "make lint   ruff, mypy, import rule"
 	@echo "make slow   long proofs"
-	@echo "make bench  every figure in README, made again"
+	@echo "make bench  README's demo figures and the results behind the documents, made again"
 	@echo "make docs   docs/cli.md, made again"
 	@echo "make clean  remove runs/ and caches (not the environment)"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes README's figures again, and the committed results behind the documents; results in runs/.
+# Makes the figures of README's demo again, and most results behind the documents; results in runs/. The students: benchmarks/students.sh.
 #   make bench                                        all of it, about three hours on 2 quiet cores
 #   bash benchmarks/run_all.sh .venv/bin demo serve   parts of it
 # Parts: demo (10 min), teacher (2), importance (50), order (60), scaling (10), serve (6), soak (6), packages (20).

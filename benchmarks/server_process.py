@@ -31,15 +31,6 @@ class Server:
     def pid(self) -> int:
         return self.process.pid
 
-    def terminate(self, most_s: float = _STOP_S) -> int:
-        """Sends SIGTERM and waits; the exit status.
-
-        Raises:
-            subprocess.TimeoutExpired: it did not end.
-        """
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=most_s)
-
 
 @contextlib.contextmanager
 def serving(

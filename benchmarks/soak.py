@@ -36,8 +36,6 @@ from halve.audio import SAMPLE_RATE_HZ
 from halve.corpus import read_corpus
 from halve.translate import Translation
 
-WARM_UP_S = 60.0
-"""The first minute is not looked at: buffers grow to what they need."""
 FLAT_SHARE = 0.05
 TIE_GAP = 1e-2
 MOST_TIES = 0.01

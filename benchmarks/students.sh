@@ -57,7 +57,7 @@ plans() {
 }
 translations() {
     missing "$OUT/translations" || return 0
-    "$HALVE" distill --model "$TEACHER" --corpus "$CORPUS" "${LANGS[@]}" --dtype bfloat16 --batch-size 128 --logits 8 \
+    "$HALVE" distill --model "$TEACHER" --corpus "$CORPUS" "${LANGS[@]}" --dtype "${DTYPE:-bfloat16}" --batch-size 128 --logits 8 \
         --states-dir "$OUT/states" --out "$OUT/translations"
 }
 A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED" "${ROOM[@]}"; }

@@ -10,6 +10,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Langs = Annotated[tuple[str, ...], Field(min_length=1)]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["float32", "bfloat16"]
+Arithmetic = Literal["auto", "float32", "bfloat16"]
 
 
 class TrainingConfig(Config):
@@ -87,8 +88,8 @@ class TeachConfig(AdapterConfig):
     """First train the projector alone for so many steps: spares a decoder that knows text only."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Stop after so many minutes of training, the schedule following the clock. No two such runs are alike."""
-    precision: Precision = "bfloat16"
-    """Arithmetic: bfloat16 is autocast over float32 weights."""
+    precision: Arithmetic = "auto"
+    """Arithmetic: bfloat16 is autocast over float32 weights; auto takes it where the device has units for it, else float32."""
     weights: Precision = "float32"
     """How weights and optimiser state are kept; bfloat16 takes half the memory and learns less finely."""
 
@@ -187,5 +188,5 @@ class TuneConfig(AdapterConfig):
     """forward covers all that the teacher thinks likely; reverse keeps to what it thinks likeliest."""
     patience: Positive | None = 3
     """Stop after so many scores in a row that are no better than the best."""
-    precision: Precision = "bfloat16"
-    """Arithmetic: bfloat16 is autocast; frozen weights are then kept in bfloat16 too."""
+    precision: Arithmetic = "auto"
+    """Arithmetic: bfloat16 is autocast, and frozen weights are then kept in bfloat16 too; auto takes it where the device has units for it, else float32."""

@@ -19,7 +19,9 @@ from compress.attention import training_attention
 from compress.collate import Batch, TrainingSequence, collate, span_mask
 from compress.parallel import Team
 from compress.states import AudioStates
-from halve.models import SpeechModel
+from halve import environment
+from halve.models import SpeechModel, pick_device
+from halve.progress import SILENT, Progress
 
 
 def sequence_loss(
@@ -178,6 +180,19 @@ def all_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def arithmetic(asked: str, device: str, progress: Progress = SILENT) -> str:
+    """The number format that training computes in on a device: float32 or bfloat16.
+
+    Args:
+        asked: float32, bfloat16, or auto.
+        device: as the command line names it.
+    """
+    found = environment.quick_dtype(pick_device(device)) if asked == "auto" else asked
+    if asked == "auto" and found == "float32":
+        progress.message("Computing in float32: this processor has no units for bfloat16")
+    return found
 
 
 def autocast(device: str, enabled: bool) -> AbstractContextManager[Any]:

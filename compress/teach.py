@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from compress import parallel
 from compress.adapters import put_adapter_on
 from compress.config import TeachConfig, TrainingConfig
+from compress.gradients import arithmetic
 from compress.loop import Scores, Training, checkpoint_activations, train
 from compress.parallel import Team
 from compress.rows import build_sequences, reference_rows, segments_for
@@ -69,6 +70,7 @@ def run_teach(
         draft.extra = {
             "steps": state.step,
             "best_step": state.best_step,
+            "arithmetic": "bfloat16" if training.autocast else config.weights,
             "score": state.best_score,
             "langs": list(config.langs),
             "family": speech.family.name,
@@ -117,7 +119,8 @@ def _prepare(
         evaluate=scorer(config, speech, corpus, folder, frozen, progress) if team.is_main else None,
         team=team,
         projector=projector,
-        autocast=config.precision == "bfloat16" and config.weights == "float32",
+        autocast=config.weights == "float32"
+        and arithmetic(config.precision, speech.device, progress) == "bfloat16",
         max_minutes=config.max_minutes,
         projector_factor=config.projector_factor,
         projector_only_steps=config.projector_only_steps,

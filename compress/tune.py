@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from compress import parallel
 from compress.adapters import decoder_linears, put_adapter_on
 from compress.config import TuneConfig
+from compress.gradients import arithmetic
 from compress.logits import LogitLoss, StoredLogits
 from compress.loop import Training, checkpoint_activations, train
 from compress.parallel import Team
@@ -64,19 +65,21 @@ def run_tune(
     team = parallel.team(config.device)
     progress = progress if team.is_main else SILENT
     with parallel.writing(team, Path(out), kind, recipe, config.seed, parents) as draft:
-        speech = _load(config, base, team)
+        computed = arithmetic(config.precision, team.device or config.device, progress)
+        speech = _load(config, base, team, computed)
         data = read_corpus(corpus)
         segments = segments_for(data, "train", config.langs, config.train_segments)
         rows = _rows(config, segments, translations)
         adapter = None if config.method == "full" else put_adapter_on(config, speech)
         folder = states_dir or draft.work
         training = _prepare(config, speech, data, segments, rows, draft, folder, team, progress)
-        training.soft = soft
+        training.soft, training.autocast = soft, computed == "bfloat16"
         state = train(training, progress)
         if not team.is_main:
             return parallel.published(team, Path(out), kind)
         write_history(draft, state.history)
         draft.extra = _facts(config, training, rows, base) | {
+            "arithmetic": computed,
             "steps": state.step,
             "best_step": state.best_step,
             "score": state.best_score,
@@ -90,12 +93,12 @@ def run_tune(
     return artefact.read(out, kind)
 
 
-def _load(config: TuneConfig, base: Path, team: Team) -> SpeechModel:
+def _load(config: TuneConfig, base: Path, team: Team, computed: str) -> SpeechModel:
     device = team.device or config.device
     if config.method == "full":
         return load_model(base, dtype="float32", device=device)
     quantization = "nf4" if config.method == "qlora" else None
-    return load_model(base, dtype=config.precision, device=device, quantization=quantization)
+    return load_model(base, dtype=computed, device=device, quantization=quantization)
 
 
 def _rows(config: TuneConfig, segments: list[Segment], translations: Path | None) -> list[Row]:
@@ -146,7 +149,6 @@ def _prepare(
         score_start=True,
         team=team,
         projector=projector,
-        autocast=config.precision == "bfloat16",
     )
 
 

@@ -7,7 +7,8 @@ mathematics of a row:
 - the constant start of the prompt is run once a batch, and its keys and values are shared by all rows;
 - the tasks of one sentence (German, Chinese, now and then the transcript) share its English: they are
   branches behind a common trunk (demo/packed_rows.py);
-- weights are bfloat16 copies of float32 masters, and the head runs on target positions only.
+- weights are copies of float32 masters, in bfloat16 where the processor has units for it, and the head runs
+  on target positions only.
 
 Run through `python -m demo.build_teacher`. Killed, it goes on from its last checkpoint.
 """
@@ -34,6 +35,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwe
 
 from demo.build_teacher import read_sentences
 from demo.packed_rows import PADDING, Packer, Row, batches_of, branch_mask
+from halve.environment import quick_dtype
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class SmoothedCrossEntropy(torch.autograd.Function):
 
 
 class SharedWeights:
-    """Weights that all worker processes see: float32 masters and the bfloat16 model made of them.
+    """Weights that all worker processes see: float32 masters and the model made of them.
 
     Each worker leaves its gradients in a buffer of its own, and each parameter has one worker that
     updates it. Muon moves the matrices of the layers, AdamW the rest (embeddings, head, norms, biases).
@@ -167,7 +169,7 @@ class SharedWeights:
         # What worker 0 tells the others before each step: elapsed seconds, save now (0 or 1).
         self.signal = torch.zeros(2, dtype=torch.float64).share_memory_()
         self.losses = torch.zeros(workers, dtype=torch.float64).share_memory_()
-        self.model.to(torch.bfloat16).share_memory().train()
+        self.model.to(getattr(torch, quick_dtype("cpu"))).share_memory().train()
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's parameters by name."""
@@ -187,7 +189,7 @@ class SharedWeights:
 
     @torch.no_grad()
     def publish(self, names: list[str]) -> None:
-        """Copies masters into the bfloat16 weights."""
+        """Copies masters into the model's weights."""
         weights = dict(self.named())
         for name in names:
             weights[name].copy_(self.masters[name])

@@ -12,12 +12,12 @@ from export.card import write_card
 from export.checkpoint import Change, Rows, write_nf4, write_plain
 from export.config import MergeConfig
 from export.scoring import SelectSet, open_select_sets
-from halve import artefact
+from halve import artefact, environment
 from halve.artefact import Artefact, Draft
 from halve.errors import ArtefactError, InputError
 from halve.families import Family, family_for
 from halve.metrics import Score
-from halve.models import load_model, read_config
+from halve.models import load_model, pick_device, read_config
 from halve.origin import origin
 from halve.progress import SILENT, Progress
 from halve.shards import Stored, tensor_shapes
@@ -155,7 +155,7 @@ def _adapter_on(
     sets: list[SelectSet], config: MergeConfig, model: Path, adapter: Path
 ) -> dict[str, Any]:
     """Scores of what QLoRA trained: the adapter on the base in NF4."""
-    found = _scores(sets, config, model, "bfloat16", quantization="nf4", adapter=adapter)
+    found = _scores(sets, config, model, _dtype(), quantization="nf4", adapter=adapter)
     return _row("adapter on", "dequantized", "nf4", found)
 
 
@@ -193,9 +193,14 @@ def _scores_quantised(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     write_nf4(student, folder, config.max_shard_bytes)
-    found = _scores(sets, config, folder, "bfloat16")
+    found = _scores(sets, config, folder, _dtype())
     shutil.rmtree(folder)
     return found
+
+
+def _dtype() -> str:
+    """What weights in 4 bits are computed with here."""
+    return environment.quick_dtype(pick_device("auto"))
 
 
 def _shown(row: Mapping[str, Any]) -> str:

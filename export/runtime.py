@@ -12,6 +12,7 @@ from export.packaged import PackagedTranslator, cannot_be_opened
 from export.rows import RowBatch
 from halve import environment
 from halve.errors import InputError, MissingExtraError
+from halve.shards import half_bytes
 from halve.translate import Translator
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def open_translator(
     Args:
         threads: threads to compute with; None leaves the choice to the runtime.
         device: auto, cpu or cuda; an ONNX package of precision fp16 runs on both, others on the CPU.
-        dtype: float32, bfloat16 or float16 of a model on torch; its package's own where None.
+        dtype: float32, bfloat16 or float16 of a model on torch. Where None, a package's own, but float32 for a
+            checkpoint in 16 bits on a CPU that has no units for bfloat16, if that fits into memory.
         rows_at_once: see `OnnxTranslator`.
 
     Raises:
@@ -170,9 +172,18 @@ def open_translator(
         if dtype not in (None, "float32"):
             raise InputError(f"{path} cannot compute in {dtype}", expected="float32")
         return GgufTranslator(folder, threads=threads, device=device)
-    translator = _open_torch(path, threads, device, dtype or "bfloat16")
+    translator = _open_torch(path, threads, device, dtype or _package_dtype(folder, device))
     translator.languages = tuple(manifest.languages)
     return translator
+
+
+def _package_dtype(folder: Path, device: str) -> str:
+    """What a checkpoint package computes in where nothing is asked for."""
+    try:
+        from halve.models import pick_device
+    except ImportError:
+        raise MissingExtraError("torch", "cpu") from None
+    return environment.quick_dtype(pick_device(device), half_bytes(folder))
 
 
 def _open_torch(path: str | Path, threads: int | None, device: str, dtype: str) -> Any:

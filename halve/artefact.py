@@ -27,18 +27,6 @@ TIMINGS = "timings.jsonl"
 _CLAIM = "partial.json"
 _WORK = "work"
 _UNHASHED = {RECORD, TIMINGS, _CLAIM}
-KINDS = (
-    "corpus",
-    "teacher",
-    "importance",
-    "pruned",
-    "translations",
-    "adapter",
-    "student",
-    "package",
-    "results",
-    "report",
-)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ _PACKAGES = (
     "numpy",
     "soundfile",
 )
+WEIGHTS_SHARE = 0.8
+"""Of the main memory: the most that weights widened to 32 bits may take."""
 
 
 @cache
@@ -90,6 +92,33 @@ def pin_threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
+
+
+@cache
+def computes_bfloat16(device: str) -> bool:
+    """Whether a device has units for bfloat16; a CPU without them takes tens of times as long as in float32.
+
+    Args:
+        device: cpu, cuda, cuda:N or split.
+    """
+    import torch
+
+    if device.partition(":")[0] in ("cuda", "split"):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    there: bool = torch.backends.mkldnn.is_available()
+    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def quick_dtype(device: str, stored_bytes: int = 0) -> str:
+    """bfloat16 where a device has units for it, else float32.
+
+    Args:
+        device: as `computes_bfloat16` takes it.
+        stored_bytes: of weights in 16 bits; where the main memory cannot hold them twice, they stay bfloat16.
+    """
+    if computes_bfloat16(device) or 2 * stored_bytes > WEIGHTS_SHARE * memory_bytes():
+        return "bfloat16"
+    return "float32"
 
 
 def runs_dir() -> Path:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halve import environment
 from halve.artefact import read_json
 from halve.errors import ArtefactError, FamilyError, InputError, MissingExtraError
 from halve.families import FAMILIES, Family, family_for, released_config, resolve
@@ -317,6 +318,8 @@ def _from_pretrained(
     _check_loading(path, info)
     if quantization or stored:
         keep_trainable_on_cpu(model)
+        if dtype == "float32":
+            _widen(model, not environment.computes_bfloat16(device))
         return model
     return model if device == "split" else model.to(device)
 
@@ -403,6 +406,22 @@ def keep_trainable_on_cpu(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _widen(model: Any, products: bool) -> None:
+    """Makes float32 of what a quantised model has in 16 bits: transformers leaves it as it was stored.
+
+    Args:
+        products: have 4-bit layers multiply in float32 too, whatever they were stored to compute in.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if products and hasattr(module, "compute_type_is_set"):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
 
 
 def _first_line(error: BaseException) -> str:

@@ -213,6 +213,12 @@ def tensor_shapes(model: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     return {tensor.key: (tensor.shape, tensor.kind) for tensor in iter_stored(model)}
 
 
+def half_bytes(model: Path) -> int:
+    """Bytes of the tensors that are stored in 16 bits, from the files' headers alone."""
+    shapes = tensor_shapes(model).values()
+    return sum(2 * math.prod(shape) for shape, kind in shapes if kind in ("BF16", "F16"))
+
+
 def copy_side_files(source: Path, target: Path) -> list[str]:
     """Copies what a model directory has beside weights, config and records: tokenizer and processor,
     and its generation config, made greedy."""

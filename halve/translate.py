@@ -6,7 +6,7 @@ frames only and finished rows leaving the batch.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from halve.audio import SAMPLE_RATE_HZ
 from halve.beams import BeamSearch
@@ -331,10 +331,3 @@ class _Decoding:
             if not reason:
                 keep.append(place)
         return keep
-
-
-def open_torch(path: Any, **options: Any) -> TorchTranslator:
-    """Loads a model directory and translates with it; options as in `halve.models.load_model`."""
-    from halve.models import load_model
-
-    return TorchTranslator(load_model(path, **options))

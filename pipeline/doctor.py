@@ -60,6 +60,17 @@ def _memory() -> Check:
     return Check("memory", state, found, "4 GB run the demo; 7B models take 20 GB and more")
 
 
+def _bfloat16() -> Check:
+    means = "16-bit training and 4-bit checkpoints at full speed; else float32 is computed in"
+    try:
+        device = "cuda" if _cuda().state == "yes" else "cpu"
+        there = environment.computes_bfloat16(device)
+    except ImportError:
+        return Check("bfloat16", "no", "torch is not installed", means)
+    found = f"units of the {'GPU' if device == 'cuda' else 'processor'}" if there else "no units"
+    return Check("bfloat16", "yes" if there else "limited", found, means)
+
+
 def _disk() -> Check:
     place = environment.runs_dir()
     while not place.exists():
@@ -92,6 +103,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     lambda: _package("torch", "cpu", "models, training, the importance search"),
     lambda: _package("transformers", "cpu", "model classes"),
     _cuda,
+    _bfloat16,
     lambda: _package("peft", "train", "LoRA and QLoRA tuning"),
     lambda: _package("bitsandbytes", "train", "NF4 weights: QLoRA, nf4 packages"),
     lambda: _package("datasets", "train", "corpora from the Hugging Face hub"),

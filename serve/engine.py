@@ -1,4 +1,4 @@
-"""One thread a model, which translates what waits.
+"""A thread a model, which says what of that which waits is computed next.
 
 Requests come as pieces: stretches of audio no longer than the model can hear. Each piece has a due
 time, its request's arrival plus half a second for each second of that request's audio up to its

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halve.environment import quick_dtype
 from halve.errors import HalveError, InputError
 from halve.languages import LANGUAGES
+from halve.models import pick_device
+from halve.shards import half_bytes
 from halve.translate import Translator
 from serve.engine import Engine
 from serve.errors import ApiError, bad_field, unavailable
@@ -155,10 +158,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _size_bytes(path: Path) -> int:
     stored = sum(f.stat().st_size for f in path.rglob("*") if f.suffix in WEIGHTS)
     config = _read_json(path / "config.json")
-    # 16-bit checkpoints are computed in 32 bits, packages as they are.
     is_half = str(config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16")
-    is_half = is_half and not (path / "package.json").is_file()
-    return int(stored * OVERHEAD * (2 if is_half else 1))
+    if not is_half:
+        return int(stored * OVERHEAD)
+    # 16-bit models are computed in 32 bits; packages where the processor has no units for 16.
+    half = half_bytes(path)
+    is_package = (path / "package.json").is_file()
+    widened = not is_package or quick_dtype(pick_device("auto"), half) == "float32"
+    return int((stored + (half if widened else 0)) * OVERHEAD)
 
 
 def _cache_bytes(path: Path, settings: ServeSettings) -> int:

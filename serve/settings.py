@@ -32,7 +32,7 @@ class ServeSettings(Config):
     memory_gb: float | None = Field(default=None, gt=0)
     """Memory that loaded models may take together; the least recently used idle one makes room."""
     threads: int | None = Field(default=None, ge=1)
-    """Threads that a model computes with; default: all cores, and half of them for an ONNX package, whose encoder works beside its decoder."""
+    """Threads that a model computes with; default: all cores, and half of them for an ONNX or GGUF package, whose encoder works beside its decoder."""
     device: str = "auto"
     """Where checkpoints compute: auto, cpu or cuda."""
     batch_size: int = Field(default=16, ge=1, le=256)

@@ -1,0 +1,108 @@
+"""Processors without units for bfloat16 compute in float32, unless they are told otherwise."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.config import TuneConfig
+from compress.tune import run_tune
+from export.config import PackageConfig
+from export.package import run_package
+from export.runtime import open_translator
+from halve import artefact, environment
+from halve.models import load_model
+from halve.progress import Progress
+from halve.shards import half_bytes, tensor_shapes
+from serve.registry import OVERHEAD, find_models
+from serve.settings import ServeSettings
+from tests import tiny
+
+
+class Told(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture(params=[True, False], ids=["with units", "without"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether this processor is taken to have units for bfloat16."""
+    monkeypatch.setattr(environment, "computes_bfloat16", lambda device: request.param)
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def package(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with its decoder in NF4."""
+    config = PackageConfig(target="checkpoint", precision="nf4", langs=("de",))
+    return run_package(config, tiny_model, None, tmp_path_factory.mktemp("made") / "nf4").path
+
+
+def test_this_processor_says_what_its_flags_say() -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        assert environment.computes_bfloat16("cpu")
+    if " avx2 " in flags and "avx512" not in flags and "avx_ne_convert" not in flags:
+        assert not environment.computes_bfloat16("cpu")
+
+
+def test_weights_that_would_not_fit_twice_stay_as_they_are(units: bool) -> None:
+    assert environment.quick_dtype("cpu", 10) == ("bfloat16" if units else "float32")
+    assert environment.quick_dtype("cpu", environment.memory_bytes()) == "bfloat16"
+
+
+def test_qlora_computes_in_what_the_processor_has(
+    units: bool, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    progress = Told()
+    config = TuneConfig(langs=("de",), rank=4, max_steps=2, batch_size=4, select_segments=0)
+    tuned = run_tune(config, tiny_model, tiny_corpus, None, tmp_path / "adapter", progress)
+    assert tuned.extra["arithmetic"] == ("bfloat16" if units else "float32")
+    assert any("float32" in line for line in progress.messages) != units
+    asked = config.model_copy(update={"precision": "bfloat16"})
+    forced = run_tune(asked, tiny_model, tiny_corpus, None, tmp_path / "forced")
+    assert forced.extra["arithmetic"] == "bfloat16"
+    assert artefact.read(tuned.path).recipe["precision"] == "auto"
+
+
+def test_a_4_bit_package_computes_in_what_the_processor_has(units: bool, package: Path) -> None:
+    clips = [tiny.tone(1.2, number) for number in range(3)]
+    translator = open_translator(package, device="cpu")
+    assert all(row.tokens for row in translator.translate(clips, "de", limits=[6] * 3))
+    speech = translator.speech
+    layer = speech.part(speech.family.layers)[0].mlp.up_proj
+    states = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = layer(states)
+        from bitsandbytes.functional import dequantize_4bit
+
+        state = copy.deepcopy(layer.weight.quant_state)
+        state.dtype = torch.float32
+        weight = dequantize_4bit(layer.weight.data, state)
+        off = float((found - states @ weight.T).abs().max())
+    assert (off < 1e-5) != units, off
+
+
+def test_asked_for_a_type_a_package_takes_it(package: Path) -> None:
+    for dtype in ("bfloat16", "float32"):
+        translator = open_translator(package, device="cpu", dtype=dtype)
+        assert translator.speech.model.lm_head.weight.dtype == getattr(torch, dtype)
+
+
+def test_the_server_reckons_with_widened_weights(units: bool, package: Path) -> None:
+    (model,) = find_models(ServeSettings(models=(str(package),))).values()
+    stored = sum(f.stat().st_size for f in package.glob("*.safetensors"))
+    half = half_bytes(package)
+    kinds = {kind for _, kind in tensor_shapes(package).values()}
+    assert kinds > {"BF16"} and 0 < half < stored
+    assert model.size_bytes == int((stored + (0 if units else half)) * OVERHEAD)
+
+
+def test_loading_a_model_in_bfloat16_is_still_what_is_asked_for(tiny_model: Path) -> None:
+    assert load_model(tiny_model, dtype="bfloat16").model.lm_head.weight.dtype == torch.bfloat16

@@ -21,6 +21,7 @@ from benchmarks.tables import METRIC_TITLES, Table
 from halve import environment
 from halve.artefact import Artefact, read, write_json, writing
 from halve.errors import HalveError, InputError, MissingExtraError
+from halve.importers.base import split_lines
 from halve.languages import language
 from halve.metrics import METRICS
 
@@ -55,7 +56,7 @@ def run_longform(
         MissingExtraError: mweralign is not installed.
     """
     lang = language(config.lang).code
-    wanted = [scoring.one_line(line) for line in _read(references).splitlines()]
+    wanted = [scoring.one_line(line) for line in split_lines(_read(references))]
     if empty := [number for number, line in enumerate(wanted, start=1) if not line]:
         raise InputError(
             f"{references} has no text in line {empty[0]} ({len(empty)} such lines)",

@@ -75,13 +75,24 @@ def run_prune(
             check_contents(model, draft.path, family, chosen.kept)
             progress.message("Comparing logits with the sliced teacher")
             draft.extra["max_logit_difference"] = compare_logits(model, draft.path, chosen.kept)
-        draft.extra.update(
-            removed=list(chosen.removed),
-            kept=list(chosen.kept),
-            num_layers=chosen.num_layers,
-            origin=origin(model),
-        )
+        draft.extra.update(origin=origin(model), **numbered_by_teacher(chosen, model))
     return artefact.read(out)
+
+
+def numbered_by_teacher(chosen: Plan, model: Path) -> dict[str, Any]:
+    """What went and what is left, as the first teacher numbers its layers: `model` may be pruned already."""
+    gone: list[int] = []
+    numbers, total = list(range(chosen.num_layers)), chosen.num_layers
+    if (model / artefact.RECORD).is_file():
+        before = artefact.read(model).extra
+        if len(before.get("kept") or ()) == chosen.num_layers:
+            gone, numbers = list(before["removed"]), list(before["kept"])
+            total = len(gone) + len(numbers)
+    return {
+        "removed": [*gone, *(numbers[layer] for layer in chosen.removed)],
+        "kept": [numbers[layer] for layer in chosen.kept],
+        "num_layers": total,
+    }
 
 
 def check_teacher(model: Path, family: Family, config: Mapping[str, Any]) -> None:

@@ -172,18 +172,25 @@ def open_translator(
         if dtype not in (None, "float32"):
             raise InputError(f"{path} cannot compute in {dtype}", expected="float32")
         return GgufTranslator(folder, threads=threads, device=device)
-    translator = _open_torch(path, threads, device, dtype or _package_dtype(folder, device))
+    translator = _open_torch(
+        path, threads, device, dtype or _package_dtype(folder, manifest, device)
+    )
     translator.languages = tuple(manifest.languages)
     return translator
 
 
-def _package_dtype(folder: Path, device: str) -> str:
-    """What a checkpoint package computes in where nothing is asked for."""
+def _package_dtype(folder: Path, manifest: Manifest, device: str) -> str:
+    """What a checkpoint package computes in where nothing is asked for: never in less than it is stored in."""
     try:
         from halve.models import pick_device
     except ImportError:
         raise MissingExtraError("torch", "cpu") from None
-    return environment.quick_dtype(pick_device(device), half_bytes(folder))
+    device = pick_device(device)
+    if manifest.precision == "fp32":
+        return "float32"
+    if manifest.precision == "fp16":
+        return "float32" if device == "cpu" else "float16"
+    return environment.quick_dtype(device, half_bytes(folder))
 
 
 def _open_torch(path: str | Path, threads: int | None, device: str, dtype: str) -> Any:

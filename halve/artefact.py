@@ -229,7 +229,7 @@ def identity(path: str | Path) -> str:
     """The hash that stands for a directory as a parent.
 
     Of an artefact, the hash of its record, which holds the hash of every file; of any other directory
-    (a model from elsewhere), a hash over its files' names and contents.
+    (a model from elsewhere), a hash over its files' names and contents, hidden ones left out.
     """
     path = Path(path)
     if (path / RECORD).is_file():
@@ -239,7 +239,8 @@ def identity(path: str | Path) -> str:
     if not path.is_dir():
         raise ArtefactError(f"{path} does not exist")
     digest = hashlib.sha256()
-    names = _files(path)
+    # What a downloader keeps in hidden folders (.cache, .git) changes and is not the model.
+    names = [name for name in _files(path) if not f"/{name}".count("/.")]
     for name, found in zip(names, sha256_of(path / name for name in names), strict=True):
         digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()
@@ -303,11 +304,12 @@ def writing(
     claim = _fingerprint(kind, recipe, seed, hashes)
     partial = partial_path(out)
     if (partial / _CLAIM).is_file():
-        with _alone(partial):
-            pass
+        with _alone(partial) as is_alone:
+            _refuse_company(is_alone, partial)
     draft = _open_draft(partial, claim)
     started = time.monotonic()
-    with _alone(partial):
+    with _alone(partial) as is_alone:
+        _refuse_company(is_alone, partial)
         try:
             yield draft
         except BaseException:
@@ -330,22 +332,33 @@ def writing(
 
 
 @contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Keeps other processes from writing the same artefact at the same time.
+def _alone(partial: Path) -> Iterator[bool]:
+    """Keeps other processes from writing the same artefact at the same time; says whether none does.
 
     The lock goes with the process, not with its children: a killed run never stands in its successor's way.
     """
-    with open(partial / _CLAIM, "r+b") as claim:
+    try:
+        claim = open(partial / _CLAIM, "r+b")  # noqa: SIM115
+    except FileNotFoundError:  # published meanwhile
+        yield False
+        return
+    with claim:
         try:
             fcntl.lockf(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise ArtefactError(
-                f"{partial} is being written by another process",
-                mend="wait for that run, stop it, or choose another --out",
-            ) from None
+            yield False
+            return
         except OSError:  # a file system without locks
             pass
-        yield
+        yield True
+
+
+def _refuse_company(is_alone: bool, partial: Path) -> None:
+    if not is_alone:
+        raise ArtefactError(
+            f"{partial} is being written by another process",
+            mend="wait for that run, stop it, or choose another --out",
+        )
 
 
 def _records(path: Path) -> dict[str, dict[str, Any]]:
@@ -399,6 +412,8 @@ def _open_draft(partial: Path, claim: str) -> Draft:
     if record.is_file():
         try:
             if json.loads(record.read_bytes())["fingerprint"] == claim:
+                for torn in partial.rglob(".*.new"):  # `write_json` was killed at it
+                    torn.unlink()
                 return Draft(partial, resumed=True)
         except (ValueError, KeyError):
             pass
@@ -429,10 +444,21 @@ def partial_path(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
+def _aside(out: Path) -> Path:
+    return out.parent / f".{out.name}.old"
+
+
 def _finish_publishing(out: Path) -> None:
-    """A run killed after its record was written had only the renaming left to do."""
+    """A run killed after its record was written had only the renaming left to do; a living one does it itself."""
+    if (out / RECORD).is_file():
+        (out / _CLAIM).unlink(missing_ok=True)
+        shutil.rmtree(_aside(out), ignore_errors=True)
     partial = partial_path(out)
-    if (partial / RECORD).is_file():
+    if not (partial / RECORD).is_file():
+        return
+    with _alone(partial) as is_alone:
+        if not is_alone:
+            return
         try:
             read(partial)
         except ArtefactError:  # the kill tore the record itself
@@ -442,15 +468,19 @@ def _finish_publishing(out: Path) -> None:
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Renames the finished directory into its place; an older artefact steps aside first."""
+    """Renames the finished directory into its place; an older artefact steps aside first.
+
+    The claim, whose lock keeps others away, goes last.
+    """
     shutil.rmtree(partial / _WORK, ignore_errors=True)
-    (partial / _CLAIM).unlink(missing_ok=True)
-    _sync([entry for entry in partial.rglob("*") if entry.is_file()])
+    # Closing a file gives up the process's lock on it.
+    _sync([e for e in partial.rglob("*") if e.is_file() and e != partial / _CLAIM])
     _sync([partial])
-    aside = out.parent / f".{out.name}.old"
+    aside = _aside(out)
     shutil.rmtree(aside, ignore_errors=True)
     if out.exists():
         out.rename(aside)
     partial.rename(out)
+    (out / _CLAIM).unlink(missing_ok=True)
     _sync([out.parent])
     shutil.rmtree(aside, ignore_errors=True)

@@ -112,7 +112,7 @@ def read_corpus(path: str | Path) -> Corpus:
         )
     segments: list[Segment] = []
     faults: list[str] = []
-    for number, line in enumerate(manifest.read_text(encoding="utf8").splitlines(), start=1):
+    for number, line in enumerate(_manifest_lines(manifest), start=1):
         if not line.strip():
             continue
         try:
@@ -124,6 +124,11 @@ def read_corpus(path: str | Path) -> Corpus:
     if not segments:
         raise CorpusError(f"{manifest} has no segment")
     return Corpus(path, tuple(segments))
+
+
+def _manifest_lines(manifest: Path) -> list[str]:
+    """Lines of JSON: other separators than a line feed (U+2028, say) belong to the texts."""
+    return manifest.read_text(encoding="utf8").split("\n")
 
 
 def _fault(error: Exception) -> str:

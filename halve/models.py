@@ -14,19 +14,8 @@ from halve import environment
 from halve.artefact import read_json
 from halve.errors import ArtefactError, FamilyError, InputError, MissingExtraError
 from halve.families import FAMILIES, Family, family_for, released_config, resolve
+from halve.shards import FOREIGN_WEIGHTS, WEIGHTS
 
-_WEIGHTS = [
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-    "*.onnx",
-    "*.onnx_data",
-    "*.msgpack",
-    "*.h5",
-]
-"""Files of a repository on the hub that hold weights."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -64,7 +53,8 @@ def resolve_model(model: str | Path, weights: bool = True) -> Path:
     if path.is_dir():
         return path
     _need_hub_id(path, str(model))
-    return _download(str(model), ignore_patterns=None if weights else _WEIGHTS)
+    unwanted = FOREIGN_WEIGHTS if weights else WEIGHTS
+    return _download(str(model), ignore_patterns=[f"*{ending}" for ending in unwanted])
 
 
 def find_config(model: str | Path) -> dict[str, Any]:

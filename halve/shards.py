@@ -29,10 +29,27 @@ GENERATION = "generation_config.json"
 _SAMPLING = {
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
     "early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty",
+    "repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "sequence_bias", "bad_words_ids", "min_length", "min_new_tokens",
 }  # fmt: skip
-"""Settings that greedy decoding does not read; transformers warns of them beside do_sample: false."""
+"""Settings that greedy decoding does not read (transformers warns of them beside do_sample: false), and those under
+which stock `generate` would not say what halve measured."""
 _LONGEST_HEADER = 100_000_000
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".data")
+FOREIGN_WEIGHTS = (
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".ckpt",
+    ".tflite",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".data",
+    ".pth",
+)
+"""Endings of weights that halve reads from no model directory: other frameworks' copies of the same."""
+WEIGHTS = (".safetensors", ".bin", ".pt", *FOREIGN_WEIGHTS)
+"""Endings of all files that hold weights."""
 _NOT_CARRIED = {
     "config.json",
     "artefact.json",
@@ -224,7 +241,8 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     and its generation config, made greedy."""
     copied = []
     for entry in sorted(source.iterdir()):
-        if entry.is_file() and entry.name not in _NOT_CARRIED and entry.suffix not in _WEIGHTS:
+        is_weights = entry.suffix in WEIGHTS or entry.name.endswith(".index.json")
+        if entry.is_file() and entry.name not in _NOT_CARRIED and not is_weights:
             shutil.copyfile(entry, target / entry.name)
             copied.append(entry.name)
     if GENERATION in copied:

@@ -21,10 +21,10 @@ from halve.families import Family, family_for
 from halve.families.base import Counts
 from halve.languages import language
 from halve.models import find_config, load_processor, local_model, read_config, resolve_model
+from halve.shards import WEIGHTS
 from pipeline.console import Result, size, table
 from pipeline.costs import NF4_BYTES
 
-_WEIGHTS = (".safetensors", ".bin", ".onnx", ".data")
 GRAPH_BYTES = 500_000
 """An ONNX package's graphs without their weights, about."""
 _BYTES = {4: 0.5 + 2 / 32, 8: 1 + 2 / 32, 16: 2.0}
@@ -171,7 +171,9 @@ def choices(
     """
     family = family_for(config)
     found = []
-    for form in forms(kept_tokens is not None):
+    # A model that reads needs the tokens of whatever it will be given.
+    trims = kept_tokens is not None and family.reads == "audio"
+    for form in forms(trims):
         if form.package.startswith("onnx") and not family.has_onnx(config):
             continue
         for layers in range(family.num_layers(config), 1, -1):
@@ -379,7 +381,7 @@ def _write_recipe(
 
 def _side_bytes(model: Path) -> float:
     """Tokenizer, processor and other small files, which every package carries."""
-    kept = (path for path in model.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
+    kept = (path for path in model.iterdir() if path.is_file() and path.suffix not in WEIGHTS)
     return float(sum(path.stat().st_size for path in kept))
 
 
@@ -387,7 +389,7 @@ def _least(config: dict[str, Any], side_bytes: float, kept: int | None) -> float
     """Bytes of the smallest student there is."""
     family = family_for(config)
     sizes = []
-    for form in forms(kept is not None):
+    for form in forms(kept is not None and family.reads == "audio"):
         if form.package.startswith("onnx") and not family.has_onnx(config):
             continue
         layers = next(

@@ -124,7 +124,9 @@ def merge(run: Run) -> Iterator[Step]:
         if any(each.precision in ("nf4", "int4") for each in run.recipe.packages):
             # What was tuned on NF4 may lose its gain when it is merged and quantised again.
             config = config.model_copy(update={"requantized": config.onto == "auto"})
-        yield steps.merge(config, run.pruned, run.out / "adapter", run.corpus, run.out / "student")
+        # A model that was tuned in full is the student: nothing is chosen on the corpus.
+        corpus = None if run.recipe.tune.method == "full" else run.corpus
+        yield steps.merge(config, run.pruned, run.out / "adapter", corpus, run.out / "student")
 
 
 def package(run: Run) -> Iterator[Step]:

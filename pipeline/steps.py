@@ -143,7 +143,9 @@ def merge(config: MergeConfig, model: Model, adapter: Path, speech: Path | None,
 
         return run_merge(config, resolve_model(model), adapter, speech, out, progress)
 
-    used = (speech,) if speech is not None and config.onto == "auto" else ()
+    # A fully tuned model is cast, not merged: nothing is chosen on the corpus.
+    scored = config.onto == "auto" and not (adapter / "config.json").is_file()
+    used = (speech,) if speech is not None and scored else ()
     return Step("merge", "student", out, config, (model, adapter, *used), work)
 
 

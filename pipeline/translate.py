@@ -8,7 +8,7 @@ from pathlib import Path
 from halve.audio import FloatArray, probe, read_audio
 from halve.errors import CorpusError, InputError
 from halve.families import SourceText
-from halve.importers.base import read_lines
+from halve.importers.base import read_lines, split_lines
 from halve.importers.iwslt import FILE_ORDER, AudioIndex, Entry, in_file_order, read_segments_yaml
 from halve.progress import Progress
 
@@ -89,7 +89,7 @@ def lines_of_files(files: Sequence[Path], source_lang: str) -> list[tuple[str, S
     found: list[tuple[str, SourceText]] = []
     for file in files or [Path("-")]:
         if str(file) == "-":
-            lines = sys.stdin.read().splitlines()
+            lines = split_lines(sys.stdin.read())
         elif file.is_file():
             lines = read_lines(file)
         else:

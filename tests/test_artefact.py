@@ -217,3 +217,72 @@ def test_two_processes_do_not_write_one_artefact(tmp_path: Path) -> None:
     with artefact.writing(out, "corpus", {}, 0, {}) as draft:
         assert draft.resumed
     assert artefact.read(out).kind == "corpus"
+
+
+def test_who_looks_while_another_publishes_leaves_it_alone(tmp_path: Path) -> None:
+    """A second run, or a dry one, comes by while the first one's files still go to a slow disk."""
+    out = tmp_path / "out"
+    script = """
+        import sys, time
+        from pathlib import Path
+        from halve import artefact
+        sync = artefact._sync
+        def slowly(paths):
+            print("publishing", flush=True)
+            sys.stdin.readline()
+            artefact._sync = sync
+            sync(paths)
+        artefact._sync = slowly
+        with artefact.writing(Path(sys.argv[1]), "results", {"n": 1}, 0, {}) as draft:
+            (draft.path / "a.txt").write_text("hello")
+        print("published", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(out)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdin and first.stdout
+        assert first.stdout.readline() == "publishing\n"
+        assert not artefact.is_current(out, "results", {"n": 1}, 0, {})
+        with pytest.raises(ArtefactError, match="another process"):
+            make(out)
+        first.stdin.write("go\n")
+        first.stdin.flush()
+        assert first.stdout.readline() == "published\n"
+    assert first.returncode == 0
+    assert artefact.is_current(out, "results", {"n": 1}, 0, {})
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == [
+        "a.txt", "artefact.json", "out", "timings.jsonl",
+    ]  # fmt: skip
+
+
+def test_a_record_torn_by_a_kill_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:
+    undisturbed = make(tmp_path / "undisturbed")
+    replace = Path.replace
+
+    def dies(self: Path, target: Path) -> Path:
+        if Path(target).name == artefact.RECORD:
+            os._exit(9)
+        return replace(self, target)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Path, "replace", dies)
+        make(tmp_path / "out")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert list((tmp_path / ".out.partial").glob(".*.new"))
+    made = make(tmp_path / "out")
+    assert artefact.verify(made.path) == [] and made.files == undisturbed.files
+
+
+def test_what_a_downloader_keeps_beside_a_model_is_not_the_model(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    (model / ".cache" / "huggingface").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    before = artefact.identity(model)
+    (model / ".cache" / "huggingface" / "config.json.metadata").write_text("1764000000.0")
+    (model / ".gitattributes").write_text("*.bin lfs")
+    assert artefact.identity(model) == before
+    (model / "vocab.json").write_text("{}")
+    assert artefact.identity(model) != before

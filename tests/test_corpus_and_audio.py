@@ -1,5 +1,6 @@
 """Manifests and audio: what is read is what was said, and every fault is named."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,18 @@ def test_a_manifest_reads_back(tmp_path: Path) -> None:
     written = [segment(), segment(id="b", split="test", group="h")]
     write_manifest(tmp_path, written)
     assert list(read_corpus(tmp_path).segments) == written
+
+
+def test_only_a_line_feed_ends_a_line_of_the_manifest(tmp_path: Path) -> None:
+    """JSON leaves U+2028 and its like as they are; a text that holds one is read back whole."""
+    said = "one\u2028two\u2029three\x85four"
+    record = {
+        "id": "a", "audio": "a.wav", "offset_s": 0.0, "duration_s": 1.0, "source_lang": "en", "source_text": said,
+        "references": {"de": said}, "split": "train", "group": "g",
+    }  # fmt: skip
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n")
+    (segment,) = read_corpus(tmp_path).segments
+    assert segment.source_text == said and segment.references == {"de": said}
 
 
 def test_faulty_lines_are_all_named(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Each importer on its real layout; every fault named with file and line."""
 
+import errno
+import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -273,6 +276,34 @@ def test_halve_corpus_again(tmp_path: Path, tiny_corpus: Path) -> None:
     assert {tuple(s.references) for s in after.segments} == {("de",)}
     again = run_corpus(CorpusConfig(format="halve", lang=("de",)), tiny_corpus, tmp_path / "d")
     assert artefact.identity(made.path) == artefact.identity(again.path)
+
+
+def test_a_copy_that_a_kill_cut_short_is_made_again(
+    tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Audio on another file system is copied: what stands in its place is whole or not there."""
+    copy, copied = shutil.copyfile, []
+
+    def torn(source: Path, target: Path) -> None:
+        if len(copied) == 2:
+            Path(target).write_bytes(Path(source).read_bytes()[:100])
+            raise KeyboardInterrupt
+        copied.append(copy(source, target))
+
+    def no_link(*paths: object) -> None:
+        raise OSError(errno.EXDEV, "other file system")
+
+    monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(shutil, "copyfile", torn)
+    config = CorpusConfig(format="halve")
+    with pytest.raises(KeyboardInterrupt):
+        run_corpus(config, tiny_corpus, tmp_path / "out")
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    made = run_corpus(config, tiny_corpus, tmp_path / "out")
+    assert artefact.verify(made.path) == []
+    for segment in read_corpus(made.path).segments:
+        source = tiny_corpus / segment.audio
+        assert (made.path / segment.audio).read_bytes() == source.read_bytes()
 
 
 def test_unknown_things(tmp_path: Path) -> None:

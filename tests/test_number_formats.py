@@ -106,3 +106,15 @@ def test_the_server_reckons_with_widened_weights(units: bool, package: Path) -> 
 
 def test_loading_a_model_in_bfloat16_is_still_what_is_asked_for(tiny_model: Path) -> None:
     assert load_model(tiny_model, dtype="bfloat16").model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_package_is_never_computed_in_less_than_it_stores(
+    units: bool, precision: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = PackageConfig(target="checkpoint", precision=precision, langs=("de",))
+    made = run_package(config, tiny_model, None, tmp_path / precision).path
+    in_half = precision == "bf16" and units
+    translator = open_translator(made, device="cpu")
+    wanted = torch.bfloat16 if in_half else torch.float32
+    assert translator.speech.model.lm_head.weight.dtype == wanted

@@ -11,15 +11,23 @@ from export.runtime import open_translator  # noqa: E402
 from halve.checks import doubtful_lines  # noqa: E402
 from halve.errors import HalveError  # noqa: E402
 from halve.families import SourceText  # noqa: E402
+from halve.languages import language  # noqa: E402
 
 LINES_AT_ONCE = 2048
 """Lines read before they are put into batches of like length."""
 
 
 def translate(lang_pair: str, batch_size: int, input_file: Path, output_file: Path) -> list[str]:
-    """Writes one line for each line of the input; returns what looks wrong with them."""
-    source, _, target = (part.partition("_")[0] for part in lang_pair.partition("-"))
-    lines = input_file.read_text(encoding="utf-8").splitlines()
+    """Writes one line for each line of the input; returns what looks wrong with them.
+
+    Raises:
+        InputError: a language that halve does not know, or that the package does not translate into.
+    """
+    source, _, target = lang_pair.partition("-")
+    source, target = language(source).code, language(target).code
+    # A line feed ends a line; what else Unicode calls a line's end stands inside.
+    lines = input_file.read_text(encoding="utf-8").split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
     translator = open_translator(HERE)
     written: list[str] = []
     with output_file.open("w", encoding="utf-8") as output:

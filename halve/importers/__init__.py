@@ -262,7 +262,9 @@ def _link(path: Path, target: Path) -> None:
     try:
         os.link(path.resolve(), target)
     except OSError:  # another file system, or one without hard links
-        shutil.copyfile(path, target)
+        fresh = target.with_name(f".{target.name}.new")
+        shutil.copyfile(path, fresh)
+        fresh.replace(target)
 
 
 def _facts(segments: Sequence[Segment], faults: Sequence[str]) -> dict[str, object]:

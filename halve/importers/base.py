@@ -148,8 +148,16 @@ def read_lines(path: Path) -> list[str]:
         raise CorpusError(
             f"{path}:{line}: not UTF-8", mend="convert the file, for example with iconv"
         ) from None
+    return split_lines(text)
+
+
+def split_lines(text: str) -> list[str]:
+    """A text's lines as line feeds end them, without a last empty one.
+
+    Other characters that Unicode lets end a line (U+2028, say) stand inside it, as `wc -l` counts.
+    """
     lines = text.replace("\r\n", "\n").split("\n")
-    return lines[:-1] if lines and lines[-1] == "" else lines
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 _SPLIT_NAMES = {

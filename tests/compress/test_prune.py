@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,49 @@ def test_layers_named_by_hand(tiny_model: Path, tmp_path: Path) -> None:
         for key in [key for key in before if f".layers.{old}." in key and "language_model" in key]:
             renamed = key.replace(f".layers.{old}.", f".layers.{new}.")
             assert torch.equal(after[renamed], before[key])
+
+
+def test_a_model_pruned_twice_tells_both_removals(tiny_model: Path, tmp_path: Path) -> None:
+    once = run_prune(PruneConfig(layers=(3, 1)), tiny_model, None, tmp_path / "once")
+    twice = run_prune(PruneConfig(layers=(2,)), once.path, None, tmp_path / "twice")
+    assert twice.extra["removed"] == [3, 1, 4] and twice.extra["kept"] == [0, 2, 5]
+    assert twice.extra["num_layers"] == 6
+    before, after = _weights(tiny_model), _weights(twice.path)
+    for new, old in enumerate(twice.extra["kept"]):
+        for key in [key for key in before if f".layers.{old}." in key and "language_model" in key]:
+            assert torch.equal(
+                after[key.replace(f".layers.{old}.", f".layers.{new}.")], before[key]
+            )
+
+
+def test_a_student_carries_nothing_that_would_weigh_or_mislead(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Other frameworks' weights stay behind, and so do settings under which stock `generate` says something else."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_model, teacher)
+    foreign = (
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "model.onnx_data",
+        "pytorch_model.bin.index.json",
+    )
+    for name in foreign:
+        (teacher / name).write_bytes(b"0" * 1000)
+    settings = json.loads((teacher / "generation_config.json").read_text())
+    settings |= {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+        "do_sample": True,
+        "top_p": 0.9,
+    }
+    (teacher / "generation_config.json").write_text(json.dumps(settings))
+    pruned = run_prune(PruneConfig(layers=(2,)), teacher, None, tmp_path / "pruned")
+    assert not set(foreign) & {path.name for path in pruned.path.iterdir()}
+    kept = json.loads((pruned.path / "generation_config.json").read_text())
+    assert not {"repetition_penalty", "no_repeat_ngram_size", "top_p"} & set(kept)
+    assert kept["do_sample"] is False
+    assert kept["eos_token_id"] == settings["eos_token_id"]
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.exact import ExactTranslator, Pack
+from compress.rows import end_token
 from compress.search import Candidate, Ledger, Ranking, plan_chunks, removable
 from compress.task import SearchTask
 from halve.errors import FamilyError, InputError
@@ -177,7 +178,7 @@ def check_walkable(speech: SpeechModel) -> None:
 
 def reference_tokens(speech: SpeechModel, task: SearchTask) -> list[list[int]]:
     """Each reference as the model would write it, its end token included."""
-    end = speech.family.end_ids(speech.model)[0]
+    end = end_token(speech)
     tokenizer = speech.processor.tokenizer
     return [
         [*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in task.references

@@ -173,7 +173,8 @@ def write_rows(
             if lang not in segment.references:
                 continue
             reference = segment.references[lang].strip()
-            rows.append(Row(segment.id, lang, reference, "reference").record())
+            if reference:
+                rows.append(Row(segment.id, lang, reference, "reference").record())
             taken = {reference}
             for translation in found[segment.id, lang]:
                 translations.append(_line(segment.id, lang, translation))

@@ -71,6 +71,9 @@ def target_logits(speech: SpeechModel, batch: Batch, states: Tensor) -> Tensor:
     return family.logits(model, hidden.flatten(0, 1)[batch.places.to(hidden.device)])
 
 
+SEEDS = 2**63
+"""Torch takes seeds below this; those that are made of a run's seed and a step can be greater."""
+
 SoftLoss = Callable[[Tensor, Tensor, Sequence[TrainingSequence]], Tensor]
 """Makes the loss that is learnt of the cross entropy, the logits and the sequences that they belong to."""
 
@@ -129,7 +132,7 @@ class GradientMaker:
         lengths = [len(clip) for clip in clips]
         states = torch.cat(clips)
         if self.spec_mask:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed % SEEDS)
             blank = span_mask(lengths, self.spec_mask, generator).to(states.device)
             states = states.masked_fill(blank[:, None], 0.0)
         # An encoder's states are attended to from beside: they take no positions of the decoder's.

@@ -27,7 +27,7 @@ from compress.checkpoints import (
 )
 from compress.collate import TrainingSequence, plan_epoch
 from compress.config import TrainingConfig
-from compress.gradients import GradientMaker, SoftLoss, all_threads, gradient_threads
+from compress.gradients import SEEDS, GradientMaker, SoftLoss, all_threads, gradient_threads
 from compress.parallel import Team
 from compress.states import AudioStates
 from halve.errors import InputError
@@ -114,6 +114,10 @@ def _may_split(training: Training) -> bool:
     drops = [
         module.p for module in training.speech.model.modules() if isinstance(module, nn.Dropout)
     ]
+    # Stock decoders drop with functions too, as their configs say: attention_dropout, decoder_layerdrop, ...
+    # The tower never does: see `set_training`.
+    config = training.speech.part(training.speech.family.decoder).config
+    drops += [value for name, value in vars(config).items() if "drop" in name and value]
     return not any(drops) and not training.config.checkpoint_activations
 
 
@@ -183,7 +187,7 @@ def _step(
         factor = 0.0 if waits else learning_rate_factor(config, fraction)
         group["lr"] = group["peak"] * factor
     seed = config.seed * 1_000_003 + step
-    torch.manual_seed(seed)  # for dropout
+    torch.manual_seed(seed % SEEDS)  # for dropout
     value = maker.accumulate([training.sequences[number] for number in numbers], seed)
     if config.clip_norm:
         torch.nn.utils.clip_grad_norm_(training.weights.values(), config.clip_norm)
@@ -248,7 +252,8 @@ def _plan(training: Training, epoch: int) -> list[list[int]]:
             for sequence in training.sequences
         ]
         rows = [len(sequence.branches) for sequence in training.sequences]
-        generator = torch.Generator().manual_seed(training.config.seed * 1_000_003 + epoch)
+        seed = training.config.seed * 1_000_003 + epoch
+        generator = torch.Generator().manual_seed(seed % SEEDS)
         training.plans.clear()
         training.plans[epoch] = plan_epoch(lengths, rows, training.config.batch_size, generator)
     return training.plans[epoch]

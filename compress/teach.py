@@ -160,25 +160,49 @@ def scorer(
 ) -> Callable[[], Scores] | None:
     """A function that translates `select` greedily and scores it in each language's selection metric.
 
-    Loops are cut short, which spares time while a model knows little. None where nothing is to be scored.
+    Each language has a sample of its own: in one that is drawn for all of them, a language with few segments may
+    have none. Loops are cut short, which spares time while a model knows little. None where nothing is to be
+    scored.
+
+    Raises:
+        CorpusError: a language has no reference in `select`.
     """
     if config.select_segments == 0:
         return None
-    segments = segments_for(corpus, "select", config.langs, config.select_segments)
+    samples = {
+        lang: {each.id for each in corpus.split("select", lang, config.select_segments)}
+        for lang in config.langs
+    }
+    ids = set().union(*samples.values())
+    segments = [segment for segment in corpus.split("select") if segment.id in ids]
     audio = open_states(speech, corpus, segments, folder if frozen_audio else None, progress)
+    places = {
+        lang: [place for place, segment in enumerate(segments) if segment.id in sample]
+        for lang, sample in samples.items()
+    }
 
     def evaluate() -> Scores:
-        return {lang: select_score(speech, segments, audio, lang) for lang in config.langs}
+        return {
+            lang: select_score(speech, segments, audio, places[lang], lang) for lang in config.langs
+        }
 
     return evaluate
 
 
 def select_score(
-    speech: SpeechModel, segments: Sequence[Segment], audio: AudioStates, lang: str
+    speech: SpeechModel,
+    segments: Sequence[Segment],
+    audio: AudioStates,
+    places: Sequence[int],
+    lang: str,
 ) -> float:
-    """Corpus score of greedy translations into `lang`, for the segments that have a reference in it."""
+    """Corpus score of greedy translations into `lang`.
+
+    Args:
+        audio: the states of `segments`.
+        places: of the segments that are scored, which have a reference in `lang`.
+    """
     translator = TorchTranslator(speech, stop_loops=True)
-    places = [place for place, segment in enumerate(segments) if lang in segment.references]
     with torch.inference_mode():
         embeddings = [
             SourceText(segments[place].source_text, segments[place].source_lang)
@@ -203,6 +227,7 @@ def write_history(draft: Draft, history: Sequence[dict[str, object]]) -> None:
 
 def save_model(speech: SpeechModel, base: Path, out: Path) -> None:
     """Writes the model in bfloat16 as stock transformers does, with the base's tokenizer and processor."""
-    copy_side_files(base, out)
     with quiet():
         speech.model.to(torch.bfloat16).save_pretrained(out)
+    # Last: its generation config is the greedy one.
+    copy_side_files(base, out)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from halve.audio import FloatArray
 from halve.errors import FamilyError
+from halve.families.masks import layer_masks
 from halve.languages import ENGLISH, Language
 
 if TYPE_CHECKING:
@@ -290,13 +291,10 @@ class Family(ABC):
             mask: (rows, 1, tokens, tokens), bool.
             positions: (rows, tokens).
         """
+        if mask is None:
+            return None
         config = resolve(model, self.decoder).config
-        window = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if mask is None or window is None or "sliding_attention" not in kinds:
-            return mask
-        distance = positions[:, None, :, None] - positions[:, None, None, :]
-        return {"full_attention": mask, "sliding_attention": mask & (distance < window)}
+        return layer_masks(config, mask, positions, resolve(model, self.embeddings).weight.dtype)
 
     def conditions(self, taken: "Sequence[torch.Tensor | SourceText]") -> "dict[str, torch.Tensor]":
         """What the decoder is given beside a batch's inputs at every step, by argument; rows come first."""

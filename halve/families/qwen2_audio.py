@@ -9,6 +9,7 @@ import numpy as np
 
 from halve.audio import FloatArray
 from halve.families.base import SYSTEM_PROMPT, Counts, Family, GgufLayout, resolve
+from halve.families.text import windowed_above
 
 if TYPE_CHECKING:
     import torch
@@ -72,13 +73,18 @@ class Qwen2Audio(Family):
     disk_projector = "multi_modal_projector."
 
     def kept_config(self, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-        """The config after pruning: layer count, per-layer lists, and an explicit untied head."""
+        """The config after pruning: layer count, each layer's kind of attention, an explicit untied head.
+
+        Stock code derives from the layers' numbers which of them attend to a window, where the config does not
+        list it: after pruning, others would.
+        """
         kept = self.check_kept(config, kept)
         new = copy.deepcopy(dict(config))
         text = new["text_config"]
         text["num_hidden_layers"] = len(kept)
-        if text.get("layer_types"):
-            text["layer_types"] = [text["layer_types"][layer] for layer in kept]
+        kinds = windowed_above(self.text_config(config))
+        if kinds is not None:
+            text["layer_types"] = [kinds[layer] for layer in kept]
         if text.get("max_window_layers") is not None:
             text["max_window_layers"] = min(text["max_window_layers"], len(kept))
         # The stock default is True, which would drop this model's separate head on loading.

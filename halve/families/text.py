@@ -20,6 +20,10 @@ _SOURCE = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the source text while a chat template is rendered."""
 
 
+MAX_WINDOW_LAYERS = 28
+"""What the Qwen classes take for a max_window_layers that a config leaves out."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where a model type differs from Llama."""
@@ -34,6 +38,8 @@ class Layout:
     """Norms of queries and keys: one for all heads, or one for each where use_qk_norm says so."""
     full_every: str | int | None = None
     """Each so-many-th layer attends to everything, the others to a window (or the key that says so)."""
+    windowed_above: bool = False
+    """Whether layers from max_window_layers on attend to a window, where use_sliding_window says so."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the class takes for keys that a config.json leaves out."""
 
@@ -41,8 +47,8 @@ class Layout:
 LAYOUTS: dict[str, Layout] = {
     "llama": Layout(),
     "mistral": Layout(defaults={"num_key_value_heads": 8}),
-    "qwen2": Layout(qkv_bias=True),
-    "qwen3": Layout(qk_norm="head", defaults={"head_dim": 128}),
+    "qwen2": Layout(qkv_bias=True, windowed_above=True),
+    "qwen3": Layout(qk_norm="head", windowed_above=True, defaults={"head_dim": 128}),
     "gemma": Layout(tied=True, defaults={"head_dim": 256}),
     "gemma2": Layout(tied=True, norms=4, full_every=2, defaults={"head_dim": 256}),
     "gemma3_text": Layout(
@@ -247,11 +253,27 @@ def layer_kinds(config: Mapping[str, Any]) -> list[str] | None:
         every = int(config.get(every) or layout.defaults[every])
     if every is not None:
         full = [(layer + 1) % every == 0 for layer in range(layers)]
-    elif config.get("use_sliding_window") and config.get("max_window_layers") is not None:
-        full = [layer < int(config["max_window_layers"]) for layer in range(layers)]
+    elif layout.windowed_above:
+        return windowed_above(config)
     else:
         return None
     return ["full_attention" if is_full else "sliding_attention" for is_full in full]
+
+
+def windowed_above(config: Mapping[str, Any]) -> list[str] | None:
+    """The kinds of layers of a Qwen decoder, where those from max_window_layers on attend to a window.
+
+    Those that the config lists, else those that stock code derives; None where no window is used.
+    """
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    # A window that is left out is the class's own; null is none.
+    if not config.get("use_sliding_window") or config.get("sliding_window", "own") is None:
+        return None
+    above = config.get("max_window_layers")
+    full = MAX_WINDOW_LAYERS if above is None else int(above)
+    layers = int(config["num_hidden_layers"])
+    return ["full_attention" if n < full else "sliding_attention" for n in range(layers)]
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:

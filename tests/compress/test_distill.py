@@ -1,12 +1,13 @@
 """Distillation: what is kept, what is dropped and why, and a killed run ends the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from compress.config import DistillConfig
 from compress.distill import drop_reason, repeats_itself, run_distill, write_rows
-from compress.rows import segments_for
+from compress.rows import reference_rows, segments_for
 from halve import artefact
 from halve.corpus import read_corpus
 from halve.errors import CorpusError
@@ -113,6 +114,16 @@ def test_several_hypotheses_are_those_of_a_beam_search(
         artefact.read_jsonl(done.path / f"{name}.jsonl") for name in ("rows", "dropped")
     )
     assert len(rows) + len(dropped) == 3 + len(lines)
+
+
+def test_an_empty_reference_is_no_row(tiny_corpus: Path, tmp_path: Path) -> None:
+    first, second = read_corpus(tiny_corpus).split("train")[:2]
+    blank = replace(first, references={"de": " \n"})
+    found = {(each.id, "de"): [Translation("", [], "end")] for each in (blank, second)}
+    counts = write_rows(CONFIG, [blank, second], found, tmp_path)
+    rows = artefact.read_jsonl(tmp_path / "rows.jsonl")
+    assert rows == [row.record() for row in reference_rows([blank, second], ["de"])]
+    assert counts["rows"] == len(rows) == 1
 
 
 def test_a_hypothesis_is_learnt_once(tiny_corpus: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from compress.search import Candidate, Ledger, Ranking, Search, best, every_cand
 from halve import artefact
 from halve.errors import CorpusError, InputError
 from halve.languages import token_limit
+from tests import tiny
 from tests.compress.search_models import Scripted, scripted_task
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,22 @@ def test_cheap_methods_make_plans(
     assert len(plan["removed"]) == 2
     again = ranked(method, tiny_model, tiny_corpus, tmp_path / "again", remove=2, segments=3)
     assert again == plan
+
+
+def test_references_end_as_the_model_says_it_whatever_else_ends_generation(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for name in ("alone", "after another"):
+        model = tiny.make_model(tmp_path / name)
+        settings = artefact.read_json(model / "generation_config.json")
+        if name != "alone":
+            settings["eos_token_id"] = [0, settings["eos_token_id"]]
+        (model / "generation_config.json").write_text(json.dumps(settings), encoding="utf8")
+        ranked("loss", model, tiny_corpus, tmp_path / f"{name}-plan", segments=3)
+        lines = artefact.read_jsonl(tmp_path / f"{name}-plan" / "importance.jsonl")
+        losses.append([line["score"] for line in lines])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

@@ -3,32 +3,37 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from compress import loop
 from compress.config import DistillConfig, TeachConfig, TuneConfig
 from compress.distill import run_distill
 from compress.gradients import GradientMaker, gradient_threads
-from compress.loop import learning_rate_factor
+from compress.loop import Training, learning_rate_factor
 from compress.rows import build_sequences, reference_rows, segments_for
-from compress.states import LiveStates, store_states
-from compress.teach import select_weights
+from compress.states import LiveStates, NoStates, store_states
+from compress.teach import save_model, select_weights
 from compress.tune import base_name, run_teach, run_tune
 from halve import artefact
-from halve.corpus import read_corpus
+from halve.corpus import read_corpus, write_manifest
 from halve.errors import CorpusError, InputError
 from halve.families import FAMILIES
 from halve.models import load_model
 from halve.origin import origin
 from halve.progress import Advance, Progress
 from halve.translate import TorchTranslator
+from tests import tiny
 from tests.compress import kills
+from tests.families.whisper_models import make_whisper
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,6 +93,18 @@ def test_a_teacher_is_an_ordinary_model_in_bfloat16(taught: Path, tiny_model: Pa
     for key in tower:
         assert torch.equal(tensors[key], base[key].bfloat16())
     assert json.loads((taught / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_teacher_is_stored_to_translate_greedily(tiny_model: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    settings = json.loads((base / "generation_config.json").read_text())
+    sampled = settings | {"do_sample": True, "top_k": 20, "repetition_penalty": 1.1}
+    (base / "generation_config.json").write_text(json.dumps(sampled))
+    (tmp_path / "out").mkdir()
+    save_model(load_model(base), base, tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert stored["do_sample"] is False and stored["eos_token_id"] == settings["eos_token_id"]
+    assert not {"top_k", "repetition_penalty"} & set(stored)
 
 
 class Collected(Progress):
@@ -151,6 +168,66 @@ def test_threads_share_a_batch(tiny_model: Path, tiny_corpus: Path) -> None:
     torch.set_num_threads(1)
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)
+
+
+def test_dropout_that_the_config_says_is_not_drawn_in_threads(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    model = tiny.make_model(tmp_path / "model", attention_dropout=0.2)
+    config = TuneConfig(
+        langs=("de",), method="lora", rank=8, alpha=8, epochs=2, select_segments=0,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "two", "three"):
+            run_tune(config, model, tiny_corpus, None, tmp_path / name)
+    finally:
+        torch.set_num_threads(1)
+    for name in ("two", "three"):
+        kills.same_files(tmp_path / "one", tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["dropout", "activation_dropout", "decoder_layerdrop"])
+def test_a_batch_is_split_where_nothing_is_dropped(name: str, tmp_path: Path) -> None:
+    for share in (0.0, 0.1):
+        speech = load_model(make_whisper(tmp_path / f"{name}-{share}", **{name: share}))
+        config = TuneConfig(langs=("de",), method="full")
+        training = Training(speech, config, [], NoStates([]), {}, tmp_path)
+        assert loop._may_split(training) == (not share)
+
+
+def test_the_greatest_seed_is_taken(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    config = TeachConfig(
+        langs=("de",), max_steps=1, spec_mask=0.2, select_segments=0, seed=2**63 - 1
+    )
+    teacher = run_teach(config, tiny_model, tiny_corpus, tmp_path / "teacher")
+    assert math.isfinite(history(teacher.path)[0]["loss"])
+
+
+def test_each_language_is_scored_on_segments_of_its_own(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    corpus = shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    (corpus / "artefact.json").unlink()
+    segments, rare = [], 0
+    for segment in read_corpus(corpus).segments:
+        langs = ["de", "zh"]
+        if segment.split == "select":
+            rare += 1
+            langs = ["zh"] if rare == 2 else ["de"]
+        kept = {lang: segment.references[lang] for lang in langs}
+        segments.append(replace(segment, references=kept))
+    write_manifest(corpus, segments)
+    config = TeachConfig(langs=("de", "zh"), max_steps=1, select_segments=2)
+    teacher = run_teach(config, tiny_model, corpus, tmp_path / "teacher")
+    (line,) = history(teacher.path)
+    assert set(line["scores"]) == {"de", "zh"}
+    write_manifest(
+        corpus, [each for each in segments if each.split != "select" or "de" in each.references]
+    )
+    with pytest.raises(CorpusError, match="no select segment with a zh reference"):
+        run_teach(config, tiny_model, corpus, tmp_path / "refused")
 
 
 def test_states_are_kept_between_runs(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:

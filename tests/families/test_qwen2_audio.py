@@ -16,6 +16,7 @@ from halve.languages import language
 from halve.models import load_model, read_config
 from halve.translate import TorchTranslator
 from tests import tiny
+from tests.families.omni_models import make_omni
 
 FAMILY = FAMILIES["qwen2_audio"]
 ID = "Qwen/Qwen2-Audio-7B-Instruct"
@@ -67,6 +68,36 @@ def test_a_released_config_is_a_copy() -> None:
     assert second["text_config"]["vocab_size"] == 156_032
     assert family_for(second) is FAMILY
     assert released_config("someone/else") is None
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "qwen2_5_omni"])
+@pytest.mark.parametrize("lists", [True, False])
+def test_pruning_leaves_each_layer_its_window(name: str, lists: bool, tmp_path: Path) -> None:
+    make = tiny.make_model if name == "qwen2_audio" else make_omni
+    windows = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}
+    teacher = make(tmp_path / "teacher", **windows)
+    config = read_config(teacher)
+    if not lists:
+        del config["text_config"]["layer_types"]
+        (teacher / "config.json").write_text(json.dumps(config), encoding="utf8")
+    run_prune(PruneConfig(layers=(1, 2), verify="full"), teacher, None, tmp_path / "pruned")
+    kinds = []
+    for path in (teacher, tmp_path / "pruned"):
+        speech = load_model(path)
+        assert speech.family.name == name
+        kinds.append(list(speech.part(speech.family.decoder).config.layer_types))
+    assert kinds[0] == ["full_attention"] * 3 + ["sliding_attention"] * 3
+    assert kinds[1] == [kinds[0][layer] for layer in (0, 3, 4, 5)]
+
+
+def test_windows_that_a_config_leaves_to_the_class_are_written_out() -> None:
+    shape: dict[str, Any] = {"num_hidden_layers": 32, "use_sliding_window": True}
+    for settings in (shape, {**shape, "sliding_window": None}, {**shape, "max_window_layers": 30}):
+        before = Qwen2AudioConfig(text_config={"model_type": "qwen2", **settings}).text_config
+        pruned = FAMILY.kept_config({"text_config": settings}, range(8, 32))
+        after = Qwen2AudioConfig(text_config={"model_type": "qwen2", **pruned["text_config"]})
+        assert after.text_config.layer_types == before.layer_types[8:]
+        assert after.text_config.sliding_window == before.sliding_window
 
 
 def test_a_config_that_leaves_layers_to_the_class_is_pruned(tmp_path: Path) -> None:

@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.config import QualityConfig
 from benchmarks.quality import run_quality
+from compress.collate import Branch, TrainingSequence, collate
 from compress.config import DistillConfig, ImportanceConfig, PruneConfig, TeachConfig, TuneConfig
 from compress.distill import run_distill
 from compress.exact import ExactTranslator
+from compress.gradients import sequence_loss, target_logits
 from compress.importance import make_task, run_importance
 from compress.prune import run_prune
 from compress.reference import StockTranslator
+from compress.rows import Row, build_sequences
 from compress.teach import run_teach
 from compress.tune import run_tune
 from export.config import MergeConfig, PackageConfig
@@ -30,7 +33,7 @@ from halve.errors import CorpusError, FamilyError, HalveError, InputError
 from halve.families import SourceText, family_for
 from halve.families.text import LAYOUTS, layer_kinds
 from halve.importers import CorpusConfig, run_corpus
-from halve.models import load_model, read_config
+from halve.models import SpeechModel, load_model, read_config
 from halve.sources import asked, text_limit
 from halve.translate import TorchTranslator
 from pipeline.cli import main
@@ -188,23 +191,58 @@ def test_teaching_learns_and_a_second_step_costs_less(
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_shared_branches_lose_what_single_rows_lose(llama: Path, text_corpus: Path) -> None:
-    from compress.collate import collate
-    from compress.gradients import sequence_loss
-    from compress.rows import Row, build_sequences
-
-    speech = load_model(llama)
-    segments = read_corpus(text_corpus).split("train")[:2]
+def shared_rows(speech: SpeechModel, corpus: Path, share: bool) -> list[TrainingSequence]:
+    """Two texts of each of two segments, with the prompt longer than any window."""
+    segments = read_corpus(corpus).split("train")[:2]
     rows = [
-        Row(each.id, "de", text, "teacher") for each in segments for text in ("die Datei", "alt")
+        Row(each.id, "de", text, "teacher")
+        for each in segments
+        for text in ("die Datei öffnen", "das alte Menü")
     ]
+    return build_sequences(speech, segments, rows, share)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_shared_branches_lose_what_single_rows_lose(
+    model_type: str, text_models: dict[str, Path], text_corpus: Path
+) -> None:
+    speech = load_model(text_models[model_type])
 
     def loss(share: bool) -> float:
-        sequences = build_sequences(speech, segments, rows, share)
+        sequences = shared_rows(speech, text_corpus, share)
         batch = collate(sequences, [0] * len(sequences))
+        assert (batch.mask is not None) == share
         return float(sequence_loss(speech, batch, torch.empty(0, 0)).detach())
 
     assert loss(True) == pytest.approx(loss(False), rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_shared_branches_see_nothing_that_is_later_or_of_another(
+    model_type: str, text_models: dict[str, Path], text_corpus: Path
+) -> None:
+    speech = load_model(text_models[model_type])
+    (sequence, _) = shared_rows(speech, text_corpus, True)
+    first, second = sequence.branches
+
+    def logits(*branches: Branch) -> torch.Tensor:
+        batch = collate([replace(sequence, branches=branches)], [0])
+        with torch.inference_mode():
+            return target_logits(speech, batch, torch.empty(0, 0))
+
+    def last_word_changed(branch: Branch) -> Branch:
+        *before, last, end = branch.target
+        return replace(branch, target=(*before, last + 1, end))
+
+    expected = logits(first, second)
+    own, whole = len(first.target), len(expected)
+    changed = logits(last_word_changed(first), second)
+    # The changed word is fed where the first text's end is predicted.
+    unmoved = [place for place in range(whole) if place != own - 1]
+    torch.testing.assert_close(changed[unmoved], expected[unmoved])
+    assert (changed[own - 1] - expected[own - 1]).abs().max() > 1e-3
+    changed = logits(first, last_word_changed(second))
+    torch.testing.assert_close(changed[:-1], expected[:-1])
 
 
 def test_packages(text_models: dict[str, Path], text_corpus: Path, tmp_path: Path) -> None:

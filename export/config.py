@@ -4,6 +4,7 @@ from typing import Literal
 
 from halve.config import Config, Positive, Seed
 from halve.errors import InputError
+from halve.families import Family
 
 PRECISIONS = {
     "checkpoint": ("bf16", "fp16", "fp32", "nf4"),
@@ -67,8 +68,8 @@ class PackageConfig(Config):
     embedding_bits: Literal[4, 8] | None = None
     """Bits of the embedding table; those of `precision` where None."""
     trim_vocab: bool = False
-    """ONNX and GGUF: keeps only the tokens that the corpus's translations into `langs` need (`train` and
-    `select`), and every single byte or character."""
+    """ONNX and GGUF of models that hear: keeps only the tokens that the corpus's translations into `langs` need
+    (`train` and `select`), and every single byte or character."""
     encoder_bits: Literal[4, 8, 32] | None = None
     """Bits of the audio encoder's linear layers in an int8 or int4 package. Where None, those of
     `precision` if the weights are calibrated, else 8."""
@@ -113,4 +114,19 @@ def check_possible(config: PackageConfig) -> None:
         raise InputError(
             f"Target {config.target} has no precision {config.precision}",
             expected=f"one of {', '.join(known)}",
+        )
+
+
+def check_family(config: PackageConfig, family: Family) -> None:
+    """Refuses settings that no student of a family can be packaged with.
+
+    Raises:
+        InputError: a trimmed vocabulary of a model that reads.
+    """
+    if config.trim_vocab and family.reads == "text":
+        raise InputError(
+            f"A model of family {family.name} cannot have a trimmed vocabulary: it reads with the same tokens "
+            "as it writes, and what it will be given to read is not known",
+            expected="a model that hears",
+            mend="leave --trim-vocab (in a recipe, trim_vocab) out",
         )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from export.caches import DeviceCaches, HostCaches
 from export.geometry import Geometry, rotary_table
 from export.rows import Decoder, RowBatch
-from export.vocabulary import TokenIds
+from export.vocabulary import WHOLE, Vocabulary
 
 FloatArray = NDArray[np.float32]
 
@@ -100,16 +100,16 @@ class OnnxDecoder(Decoder):
         embed: Callable[[Sequence[int]], FloatArray],
         end_ids: Sequence[int],
         stop_loops: bool = False,
-        kept: TokenIds | None = None,
+        vocabulary: Vocabulary = WHOLE,
         row_threads: RowThreads | None = None,
     ) -> None:
         """Takes an open graph.
 
         Args:
-            kept: token id of each logit where the vocabulary is trimmed.
+            vocabulary: what its logits stand for, and which are never chosen.
             row_threads: what computes several rows in parts; None computes them together.
         """
-        super().__init__(geometry, embed, end_ids, stop_loops, kept)
+        super().__init__(geometry, embed, end_ids, stop_loops, vocabulary)
         self.session = session
         self.row_threads = row_threads
         half = any(each.type == "tensor(float16)" for each in session.get_inputs())

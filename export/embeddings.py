@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.quantise import fits_bfloat16, from_bfloat16, quantise_blocks, to_bfloat16
-from export.vocabulary import TokenIds
+from export.vocabulary import WHOLE, Vocabulary
 
 FloatArray = NDArray[np.float32]
 
@@ -52,8 +52,8 @@ class EmbeddingTable:
     folder: Path
     bits: int
     hidden: int
-    kept: TokenIds | None = None
-    """Token id of each row, ascending; the row's number where None."""
+    vocabulary: Vocabulary = WHOLE
+    """What its rows stand for."""
 
     def __post_init__(self) -> None:
         self._table = self._open(TABLE)
@@ -64,7 +64,11 @@ class EmbeddingTable:
         return np.asarray(np.load(self.folder / name, mmap_mode="r", allow_pickle=False))
 
     def __call__(self, tokens: Sequence[int]) -> FloatArray:
-        """Embeddings of the tokens, (tokens, hidden), which must not be written to."""
+        """Embeddings of the tokens, (tokens, hidden), which must not be written to.
+
+        Raises:
+            InputError: a token that a trimmed package has not kept.
+        """
         if len(tokens) == 1:
             return self._row(tokens[0])
         if 0 < len(tokens) <= _FEW:
@@ -77,9 +81,7 @@ class EmbeddingTable:
         return row
 
     def _look_up(self, tokens: Sequence[int]) -> FloatArray:
-        places = np.asarray(tokens, dtype=np.int64)
-        if self.kept is not None:
-            places = np.searchsorted(self.kept, places)
+        places = self.vocabulary.rows(tokens)
         rows = self._table[places]
         if self._scales is None:
             return from_bfloat16(rows) if self.bits == 16 else np.asarray(rows, dtype=np.float32)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from export.geometry import Geometry
 from export.rows import Decoder, RowBatch
-from export.vocabulary import TokenIds
+from export.vocabulary import WHOLE, Vocabulary
 from halve import environment
 from halve.errors import HalveError, InputError
 
@@ -55,19 +55,19 @@ class LlamaDecoder(Decoder):
         exact: bool,
         threads: int | None = None,
         stop_loops: bool = False,
-        kept: TokenIds | None = None,
+        vocabulary: Vocabulary = WHOLE,
     ) -> None:
         """Loads the file.
 
         Args:
             exact: keeps keys and values in float32 and attends to them without shortcuts.
             threads: None takes all cores.
-            kept: token id of each logit where the vocabulary is trimmed.
+            vocabulary: what its logits stand for, and which are never chosen.
 
         Raises:
             ValueError: llama.cpp cannot load it.
         """
-        super().__init__(geometry, embed, end_ids, stop_loops, kept)
+        super().__init__(geometry, embed, end_ids, stop_loops, vocabulary)
         self.exact = exact
         self.threads = threads or environment.cores()
         llama_cpp.llama_log_set(_LOG, ctypes.c_void_p(0))

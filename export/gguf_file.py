@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.vocabulary import TokenIds
+from export.vocabulary import WHOLE, Vocabulary
 
 FloatArray = NDArray[np.float32]
 
@@ -21,21 +21,23 @@ BLOCK_SIZE = 32
 class GgufTable:
     """Looks tokens up in the embedding table of a GGUF file; its pages are read on demand."""
 
-    def __init__(self, path: Path, kept: TokenIds | None = None) -> None:
-        """`kept`: token id of each row, ascending; the row's number where None."""
+    def __init__(self, path: Path, vocabulary: Vocabulary = WHOLE) -> None:
+        """`vocabulary`: what its rows stand for."""
         from gguf import GGMLQuantizationType, GGUFReader
 
         tensor = next(each for each in GGUFReader(path).tensors if each.name == TABLE)
         self._rows, self._kind = tensor.data, GGMLQuantizationType(tensor.tensor_type)
-        self._kept = kept
+        self._vocabulary = vocabulary
 
     def __call__(self, tokens: Sequence[int]) -> FloatArray:
-        """Embeddings of the tokens, (tokens, hidden)."""
-        places = np.asarray(tokens, dtype=np.int64)
-        if self._kept is not None:
-            places = np.searchsorted(self._kept, places)
+        """Embeddings of the tokens, (tokens, hidden).
+
+        Raises:
+            InputError: a token that a trimmed package has not kept.
+        """
         from gguf.quants import dequantize
 
+        places = self._vocabulary.rows(tokens)
         values: FloatArray = dequantize(np.ascontiguousarray(self._rows[places]), self._kind)
         return values
 

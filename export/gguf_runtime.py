@@ -59,8 +59,8 @@ class GgufTranslator(PackagedTranslator):
         from export.gguf_decoding import LlamaDecoder
 
         self._open_front(path, threads)
-        kept = self._kept(path)
-        self._embed = GgufTable(path / GGUF, kept)
+        vocabulary = self._kept(path)
+        self._embed = GgufTable(path / GGUF, vocabulary)
         self._decoder = LlamaDecoder(
             path / GGUF,
             self.manifest.decoder,
@@ -69,7 +69,7 @@ class GgufTranslator(PackagedTranslator):
             exact=self.manifest.precision == "fp32",
             threads=threads,
             stop_loops=stop_loops,
-            kept=kept,
+            vocabulary=vocabulary,
         )
 
     def open_batch(self, slots: int, capacity: int = 512) -> RowBatch:

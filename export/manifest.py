@@ -9,6 +9,7 @@ from export.frontend import LogMel
 from export.geometry import Geometry
 from halve.artefact import read_json, write_json
 from halve.errors import ArtefactError
+from halve.languages import LANGUAGES
 
 MANIFEST = "package.json"
 SCHEMA_VERSION = 1
@@ -33,15 +34,20 @@ class Manifest:
     parity: dict[str, Any] = field(default_factory=dict)
     onnx: dict[str, Any] | None = None
     """Of an ONNX package, and of a GGUF package, whose encoder is ONNX too: front_end, decoder, bits."""
-    template: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Of a model that reads: the prompt's text before and after the source text, by language code."""
+    templates: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    """Of a model that reads: the prompt's text before and after the source text, by the code of the language
+    that it translates into, then by the source's."""
     begins: bool = False
     """Of a model that reads: whether its tokenizer must add its begin token to that."""
+    suppressed_ids: list[int] = field(default_factory=list)
+    """Tokens that the model's generation config forbids."""
+    suppressed_first_ids: list[int] = field(default_factory=list)
+    """Tokens that it forbids a translation to begin with."""
 
     @property
     def reads(self) -> str:
         """audio or text."""
-        return "text" if self.template else "audio"
+        return "text" if self.templates else "audio"
 
     @property
     def front_end(self) -> LogMel:
@@ -98,11 +104,21 @@ def read_manifest(folder: Path, target: str | None = None) -> Manifest:
         )
     try:
         facts["prompt"] = {code: (ids[0], ids[1]) for code, ids in facts["prompt"].items()}
-        templates = facts.get("template", {}).items()
-        facts["template"] = {code: (parts[0], parts[1]) for code, parts in templates}
+        facts["templates"] = _templates(facts)
         manifest = Manifest(**facts)
-    except (TypeError, KeyError, IndexError) as error:
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise ArtefactError(f"{folder / MANIFEST} is incomplete ({error})") from None
     if target and manifest.target != target:
         raise ArtefactError(f"{folder} is of target {manifest.target}", expected=target)
     return manifest
+
+
+def _templates(facts: dict[str, Any]) -> dict[str, dict[str, tuple[str, str]]]:
+    """The prompts of a model that reads; `facts` loses what an earlier halve wrote in their place."""
+    # It knew one prompt for each language translated into, whatever the source was in.
+    single = facts.pop("template", {})
+    by_source = {code: dict.fromkeys(LANGUAGES, parts) for code, parts in single.items()}
+    return {
+        code: {source: (parts[0], parts[1]) for source, parts in each.items()}
+        for code, each in (by_source | facts.get("templates", {})).items()
+    }

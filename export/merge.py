@@ -46,7 +46,7 @@ def run_merge(
         corpus: needed by ``onto="auto"`` alone.
 
     Raises:
-        ArtefactError: the adapter does not fit the model, or files are damaged.
+        ArtefactError: the adapter was tuned on another model or does not fit this one, or files are damaged.
         InputError: ``auto`` without a corpus.
     """
     if not is_adapter(adapter) and not (adapter / "config.json").is_file():
@@ -56,6 +56,7 @@ def run_merge(
             else f"{adapter} is no directory",
             expected="what `halve tune` wrote",
         )
+    _check_base(model, adapter)
     parents = {"model": model, "adapter": adapter}
     if config.onto == "auto" and is_adapter(adapter):
         if corpus is None:
@@ -81,6 +82,20 @@ def run_merge(
     return artefact.read(out, "student")
 
 
+def _check_base(model: Path, adapter: Path) -> None:
+    """Refuses what is on record as tuned on another model; what was made elsewhere has no record."""
+    if not (adapter / artefact.RECORD).is_file():
+        return
+    base = artefact.read(adapter).parents.get("model")
+    if base is not None and base != artefact.identity(model):
+        raise ArtefactError(
+            f"{adapter} was tuned on another model than {model}, or on another version of it",
+            expected="the model that `halve tune` started from",
+            mend="name that model, or tune this one; if you mean it, merge a copy of the adapter without "
+            f"its {artefact.RECORD}",
+        )
+
+
 def _tuned(adapter: Path) -> dict[str, Any]:
     """How the adapter was trained, for those who must state it."""
     if not (adapter / artefact.RECORD).is_file():
@@ -92,25 +107,38 @@ def _tuned(adapter: Path) -> dict[str, Any]:
 
 def _merge(config: MergeConfig, model: Path, adapter: Path, onto: str, folder: Path) -> None:
     family = family_for(read_config(model))
-    change = _change(onto, family, read_adapter(adapter, family, tensor_shapes(model)))
+    read = read_adapter(adapter, family, tensor_shapes(model))
+    change = _change(family, read, _arithmetic(adapter) if onto == "dequantized" else None)
     write_plain(model, folder, config.dtype, config.max_shard_bytes, change)
 
 
-def _change(onto: str, family: Family, adapter: Adapter) -> Change:
-    """What merging does to a tensor; nothing where neither the adapter nor 4-bit rounding changes it."""
+def _arithmetic(adapter: Path) -> str:
+    """What the adapter's base computed in while it was trained; QLoRA's bfloat16 where no record says."""
+    if not (adapter / artefact.RECORD).is_file():
+        return "bfloat16"
+    return str(artefact.read(adapter).extra.get("arithmetic", "bfloat16"))
+
+
+def _change(family: Family, adapter: Adapter, arithmetic: str | None) -> Change:
+    """What merging does to a tensor; nothing where neither the adapter nor 4-bit rounding changes it.
+
+    Args:
+        arithmetic: what weights were rounded to 4 bits in; None leaves them as they are stored.
+    """
 
     def change(stored: Stored) -> Rows | None:
-        rounded = onto == "dequantized" and nf4.is_quantised(family, stored)
-        if not rounded and stored.key not in adapter.factors:
-            return None
-        return lambda: adapter.added(stored.key, _rounded(stored) if rounded else stored.rows())
+        if arithmetic is not None and nf4.is_quantised(family, stored):
+            return lambda: adapter.added(stored.key, _rounded(stored, arithmetic))
+        if stored.key in adapter.factors:
+            return lambda: adapter.added(stored.key, stored.rows())
+        return None
 
     return change
 
 
-def _rounded(stored: Stored) -> "Iterator[tuple[int, torch.Tensor]]":
+def _rounded(stored: Stored, arithmetic: str) -> "Iterator[tuple[int, torch.Tensor]]":
     """A weight as NF4 rounds it, a thousand rows at a time. Its scales' mean needs the whole weight."""
-    whole = nf4.rounded(stored)
+    whole = nf4.rounded(stored, arithmetic)
     for first in range(0, len(whole), 1024):
         yield first, whole[first : first + 1024]
 

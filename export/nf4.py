@@ -39,10 +39,12 @@ _CODES = 16
 def is_quantised(family: Family, stored: Stored) -> bool:
     """Whether a tensor on disk is the weight of a linear layer in the decoder's layers.
 
-    Embeddings, head, audio tower and projector stay as they are, as in QLoRA training.
+    Embeddings, head, audio tower, projector and norms stay as they are, as in QLoRA training. A norm's
+    weight can have two dimensions: one row for each head of queries or keys.
     """
     key = stored.key
-    return key.startswith(family.disk_layers) and key.endswith(".weight") and len(stored.shape) == 2
+    linear = key.endswith(".weight") and not key.endswith("norm.weight") and len(stored.shape) == 2
+    return linear and key.startswith(family.disk_layers)
 
 
 def parts_of(stored: Stored) -> list[Part]:
@@ -170,8 +172,12 @@ def _state(absmax: "torch.Tensor", shape: tuple[int, ...], dtype: "torch.dtype")
     )
 
 
-def rounded(stored: Stored) -> "torch.Tensor":
+def rounded(stored: Stored, arithmetic: str) -> "torch.Tensor":
     """A weight as a 4-bit layer computes with it: quantised and dequantised, in float32.
+
+    Args:
+        arithmetic: float32 or bfloat16, which the layer is loaded and computes in: what it quantises is the
+            weight cast to that.
 
     Raises:
         FamilyError: the weight's rows are not of a length that 4-bit kernels take.
@@ -181,7 +187,8 @@ def rounded(stored: Stored) -> "torch.Tensor":
     from bitsandbytes.functional import dequantize_4bit
 
     _check(stored)
-    packed, absmax = _codes(stored.tensor())
-    state = _state(absmax, stored.shape, torch.float32)
+    dtype = getattr(torch, arithmetic)
+    packed, absmax = _codes(stored.tensor().to(dtype))
+    state = _state(absmax, stored.shape, dtype)
     restored: torch.Tensor = dequantize_4bit(packed.unsqueeze(1), state)
-    return restored.reshape(stored.shape)
+    return restored.reshape(stored.shape).float()

@@ -1,5 +1,6 @@
 """Packages a student for one runtime, and publishes only what translates as the student does."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,10 @@ from export.blocks import choose_block
 from export.calibrate import Calibrated, Calibration, DataFree, Quantiser, read_samples
 from export.card import write_card
 from export.checkpoint import DTYPES, write_nf4, write_plain
-from export.config import PackageConfig, check_possible
+from export.config import PackageConfig, check_family, check_possible
 from export.contest import check_contest, write_contest
 from export.gguf_runtime import check_installed
-from export.manifest import MANIFEST, Manifest, write_manifest
+from export.manifest import Manifest, write_manifest
 from export.parity import check_parity
 from export.runtime import open_translator
 from export.scoring import SelectSet, open_select_sets
@@ -23,13 +24,14 @@ from halve.audio import SAMPLE_RATE_HZ
 from halve.corpus import read_corpus
 from halve.errors import FamilyError, InputError, MissingExtraError
 from halve.families import Family, family_for
-from halve.languages import Language, language
+from halve.languages import LANGUAGES, language
 from halve.models import load_model, load_processor, read_config, resolve_model
 from halve.progress import SILENT, Progress
-from halve.sources import source_language
 
 _BITS = {"fp32": 32, "fp16": 32, "int8": 8, "int4": 4}
 _GGUF_BITS = {**_BITS, "fp16": 16}
+_NOT_LISTED = ("partial.json", artefact.TIMINGS)
+"""Of the files in a draft, those that are not the package's."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,14 @@ def run_package(
         corpus: its `select` is what the check translates; without it the package is marked unchecked.
 
     Raises:
-        InputError: a precision that the target has not, or no language named.
+        InputError: a precision that the target has not, a vocabulary that cannot be trimmed, or no language named.
         FamilyError: the model cannot be packaged so.
         ParityError: the package is not faithful enough (`config.force` keeps it, marked).
     """
     check_possible(config)
     model = resolve_model(model)
     family = family_for(read_config(model))
+    check_family(config, family)
     check_contest(config, family)
     sets = (
         open_select_sets(corpus, config.langs, config.parity_segments, family.reads)
@@ -77,10 +80,11 @@ def run_package(
     parents = {"model": model} | ({"corpus": corpus} if corpus else {})
     recipe = config.model_dump(mode="json")
     with artefact.writing(out, "package", recipe, config.seed, parents) as draft:
+        _clear(draft.path)
         job = _Job(config, model, corpus, langs, family, load_processor(model), draft.path)
         progress.message(f"package: write {config.target} in {config.precision}")
         onnx = TARGETS[config.target](job)
-        manifest = _manifest(job, onnx, source_language(sets[0].audio[0] if sets else None))
+        manifest = _manifest(job, onnx)
         write_manifest(draft.path, manifest)
         manifest = replace(manifest, parity=_checked(job, sets, progress))
         write_manifest(draft.path, manifest)
@@ -96,6 +100,17 @@ def run_package(
             facts["trimmed"] = config.trim_vocab
             write_contest(draft.path, config, facts, manifest.logical_parameters)
     return artefact.read(out, "package")
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a killed run has written: a package is made in one go, and lists what lies in it."""
+    for entry in folder.iterdir():
+        if entry.name in _NOT_LISTED:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _write_checkpoint(job: _Job) -> None:
@@ -220,13 +235,16 @@ def _prompts(job: _Job) -> dict[str, tuple[list[int], list[int]]]:
     }
 
 
-def _end_ids(job: _Job) -> list[int]:
+def _generating(job: _Job) -> Any:
+    """What families ask for in a model: its generation config. No model is loaded here."""
     from transformers import GenerationConfig
 
-    generation = GenerationConfig.from_pretrained(str(job.student))
-    # The family asks a model for its generation config; none is loaded here.
-    stand_in = type("Generating", (), {"generation_config": generation})
-    return list(job.family.end_ids(stand_in))
+    try:
+        generation = GenerationConfig.from_pretrained(str(job.student))
+    except OSError:
+        # Without the file, stock code goes by the model's config when it loads a model.
+        generation = GenerationConfig.from_model_config(read_config(job.student))
+    return type("Generating", (), {"generation_config": generation})
 
 
 def _kept(job: _Job) -> TokenIds | None:
@@ -242,24 +260,28 @@ def _kept(job: _Job) -> TokenIds | None:
     return kept_tokens(
         job.processor.tokenizer.backend_tokenizer,
         texts,
-        needed | set(_end_ids(job)),
+        needed | set(job.family.end_ids(_generating(job))),
         int(text["vocab_size"]),
     )
 
 
-def _templates(job: _Job, source: Language) -> dict[str, tuple[str, str]]:
-    """A text model's prompts around the source text, by language."""
-    if job.family.reads != "text":
+def _templates(job: _Job) -> dict[str, dict[str, tuple[str, str]]]:
+    """A text model's prompts around the source text, by target and source: as its student would ask."""
+    family = job.family
+    if family.reads != "text":
         return {}
     return {
-        code: job.family.prompt_template(
-            job.processor, job.family.instruction(language(code), source)
-        )
+        code: {
+            source.code: family.prompt_template(
+                job.processor, family.instruction(language(code), source)
+            )
+            for source in LANGUAGES.values()
+        }
         for code in job.langs
     }
 
 
-def _manifest(job: _Job, onnx: dict[str, Any] | None, source: Language) -> Manifest:
+def _manifest(job: _Job, onnx: dict[str, Any] | None) -> Manifest:
     config = read_config(job.student)
     counts = job.family.count_parameters(config)
     parameters = counts.total
@@ -269,6 +291,8 @@ def _manifest(job: _Job, onnx: dict[str, Any] | None, source: Language) -> Manif
         tables = 2 if counts.head else 1
         parameters -= tables * rows * onnx["decoder"]["hidden"]
     files = sorted(entry.name for entry in job.folder.iterdir() if entry.is_file())
+    generating = _generating(job)
+    suppressed, suppressed_first = job.family.suppressed(generating)
     return Manifest(
         target=job.config.target,
         precision=job.config.precision,
@@ -277,13 +301,15 @@ def _manifest(job: _Job, onnx: dict[str, Any] | None, source: Language) -> Manif
         max_audio_s=job.family.max_audio_s,
         sample_rate_hz=SAMPLE_RATE_HZ,
         prompt=_prompts(job),
-        end_ids=_end_ids(job),
-        files=[name for name in files if name not in ("partial.json", artefact.TIMINGS, MANIFEST)],
+        end_ids=list(job.family.end_ids(generating)),
+        files=[name for name in files if name not in _NOT_LISTED],
         logical_parameters=parameters,
         decoder_layers=counts.decoder_layers,
         onnx=onnx,
-        template=_templates(job, source),
+        templates=_templates(job),
         begins=job.family.reads == "text" and not job.processor.tokenizer.chat_template,
+        suppressed_ids=list(suppressed),
+        suppressed_first_ids=list(suppressed_first),
     )
 
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from export.manifest import Manifest
 from export.rows import Decoder, RowBatch
-from export.vocabulary import VOCABULARY, TokenIds
+from export.vocabulary import VOCABULARY, Vocabulary
 from halve.errors import ArtefactError, InputError
 from halve.families import Source, SourceText
 from halve.languages import language
-from halve.sources import limits_for
+from halve.sources import limits_for, source_language
 from halve.translate import TextStream, Translation
 
 FloatArray = NDArray[np.float32]
@@ -74,12 +74,13 @@ class PackagedTranslator(ABC):
             self._front = FrontEnd(self.manifest.front_end)
             self._encoder = open_session(path / "encoder.onnx", threads, spin=False, device=device)
 
-    def _kept(self, path: Path) -> TokenIds | None:
-        """Token id of each logit of a trimmed package."""
-        if not self.manifest.is_trimmed:
-            return None
-        kept: TokenIds = np.load(path / VOCABULARY, allow_pickle=False).astype(np.int64)
-        return kept
+    def _kept(self, path: Path) -> Vocabulary:
+        """What the package's tables and logits stand for: all tokens, or those that trimming kept."""
+        facts = self.manifest
+        kept = None
+        if facts.is_trimmed:
+            kept = np.load(path / VOCABULARY, allow_pickle=False).astype(np.int64)
+        return Vocabulary(kept, facts.suppressed_ids, facts.suppressed_first_ids)
 
     def prompt(self, lang: str) -> tuple[FloatArray, FloatArray]:
         """Embeddings of the prompt before and after the audio, each (tokens, hidden).
@@ -119,17 +120,30 @@ class PackagedTranslator(ABC):
         return embeddings[0]
 
     def inputs(self, audio: Source, lang: str) -> FloatArray:
-        """Embeddings of the whole prompt with one clip, or text, in it, (positions, hidden)."""
+        """Embeddings of the whole prompt with one clip, or text, in it, (positions, hidden).
+
+        Raises:
+            InputError: a language that the package does not translate into, or a text's that it does not
+                translate from; an empty clip; or a trimmed vocabulary without one of a text's tokens.
+        """
         if isinstance(audio, SourceText):
-            return self._embed(self._prompt_with(audio.text, lang))
+            return self._embed(self._prompt_with(audio, lang))
         before, after = self.prompt(lang)
         return np.concatenate([before, self.encode(audio), after])
 
-    def _prompt_with(self, text: str, lang: str) -> list[int]:
+    def _prompt_with(self, source: SourceText, lang: str) -> list[int]:
         self.prompt(lang)  # refuses a language that the package was not made for
-        before, after = self.manifest.template[language(lang).code]
+        spoken = source_language(source)
+        templates = self.manifest.templates[language(lang).code]
+        if spoken.code not in templates:
+            raise InputError(
+                f"This package does not translate from {spoken.name}",
+                expected=f"one of {', '.join(templates)}",
+                mend="make the package again with this halve",
+            )
+        before, after = templates[spoken.code]
         ids: list[int] = self._tokenizer.encode(
-            f"{before}{text.strip()}{after}", add_special_tokens=self.manifest.begins
+            f"{before}{source.text.strip()}{after}", add_special_tokens=self.manifest.begins
         ).ids
         return ids
 
@@ -194,11 +208,12 @@ class PackagedTranslator(ABC):
                 yield running.pop(id(row)), self._translation(row)
 
     def top_two_gap(self, audio: Source, lang: str, tokens: Sequence[int]) -> float:
-        """The difference of the two highest logits after `tokens` have been said."""
+        """The difference of the two highest logits after `tokens`, of what may be said; inf where only one may."""
         inputs = self.inputs(audio, lang)
         if tokens:
             inputs = np.concatenate([inputs, self._embed(tokens)])
         logits = self.open_batch(1, len(inputs) + 1).logits_after(inputs)
+        self._decoder.block(logits, first=not tokens)
         second, best = np.partition(logits, -2)[-2:]
         return float(best - second)
 

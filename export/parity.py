@@ -130,7 +130,8 @@ def _first_difference(
 def top_two_gap(
     translator: TorchTranslator, audio: Source, lang: str, tokens: Sequence[int]
 ) -> float:
-    """The difference of the two highest logits after `tokens`; infinite where it is no number."""
+    """The difference of the two highest logits after `tokens`, of what the model may say; infinite where it
+    is no number."""
     import torch
 
     speech = translator.speech
@@ -142,7 +143,7 @@ def top_two_gap(
         hidden = speech.part(speech.family.decoder)(
             **speech.family.decoder_inputs(speech.model, inputs), **speech.family.conditions(taken)
         ).last_hidden_state
-        best = speech.family.logits(speech.model, hidden[0, -1]).topk(2).values
+        best = translator.logits(hidden[0, -1:], first=not tokens)[0].topk(2).values
     gap = float(best[0] - best[1])
     return gap if math.isfinite(gap) else math.inf
 

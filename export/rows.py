@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.geometry import Geometry
-from export.vocabulary import TokenIds
+from export.vocabulary import WHOLE, Vocabulary
 from halve.beams import BeamSearch
 from halve.errors import InputError
 from halve.translate import is_looping
@@ -41,25 +41,42 @@ class Decoder:
         embed: Callable[[Sequence[int]], FloatArray],
         end_ids: Sequence[int],
         stop_loops: bool = False,
-        kept: TokenIds | None = None,
+        vocabulary: Vocabulary = WHOLE,
     ) -> None:
-        """`kept`: token id of each logit where the vocabulary is trimmed."""
+        """`vocabulary`: what its logits stand for, and which are never chosen."""
         self.geometry = geometry
         self.embed = embed
         self._ends = frozenset(end_ids)
         self._stop_loops = stop_loops
-        self._kept = kept
+        self._vocabulary = vocabulary
+        # As in stock code, an id beyond the vocabulary (or -1) forbids nothing.
+        always, at_first = (
+            [place for place in places if 0 <= place < geometry.vocabulary]
+            for places in vocabulary.blocked
+        )
+        self._blocked = always, at_first
 
-    def choose(self, logits: FloatArray) -> list[int]:
-        """The most likely token of each row of logits, (rows, vocabulary)."""
-        places = logits.argmax(axis=1)
-        chosen: list[int] = (places if self._kept is None else self._kept[places]).tolist()
-        return chosen
+    def choose(self, logits: FloatArray, first: bool) -> list[int]:
+        """The most likely token of each row of logits, (rows, vocabulary), of those that it may say.
+
+        Args:
+            logits: are changed: see `block`.
+            first: whether a translation begins with it.
+        """
+        self.block(logits, first)
+        return self._vocabulary.tokens(logits.argmax(axis=1))
+
+    def block(self, logits: FloatArray, first: bool) -> None:
+        """Makes -inf of the logits, (…, vocabulary), of what stock `generate` does not say."""
+        always, at_first = self._blocked
+        for places in (always, at_first if first else []):
+            if places:
+                logits[..., places] = -np.inf
 
     def beam_search(self, beams: int, limit: int) -> BeamSearch:
         """A search over this decoder's tokens."""
         loops = is_looping if self._stop_loops else None
-        return BeamSearch(beams, limit, self._ends, self._kept, loops)
+        return BeamSearch(beams, limit, self._ends, self._vocabulary.kept, loops, self._blocked)
 
     def take(self, row: Row, token: int) -> None:
         """Notes the token a row says next, and whether it stops there."""
@@ -119,7 +136,8 @@ class RowBatch(ABC):
             raise InputError(f"All {self._slots} slots are taken", expected="one free slot")
         self._reserve(len(inputs), limit)
         row = Row(limit, length=len(inputs))
-        self._decoder.take(row, self._decoder.choose(self.logits_after(inputs)[None])[0])
+        (token,) = self._decoder.choose(self.logits_after(inputs)[None], first=True)
+        self._decoder.take(row, token)
         if not row.stopped:
             self.rows.append(row)
         return row
@@ -130,7 +148,7 @@ class RowBatch(ABC):
             return []
         tokens = [row.tokens[-1] for row in self.rows]
         logits = self._run(tokens, [row.length for row in self.rows])
-        chosen = self._decoder.choose(logits)
+        chosen = self._decoder.choose(logits, first=False)
         for row, token in zip(self.rows, chosen, strict=True):
             row.length += 1
             self._decoder.take(row, token)

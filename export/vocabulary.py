@@ -4,15 +4,77 @@ A token that is kept has the same embedding and the same logit as before: a trim
 same tokens for as long as its student would say kept ones. The tokenizer stays whole.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from halve.errors import InputError
+
 VOCABULARY = "vocabulary.npy"
 
 TokenIds = NDArray[np.int64]
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """What the rows of a package's tables and its logits stand for, and which of them are never chosen."""
+
+    kept: TokenIds | None = None
+    """Token id of each row, ascending; the row's number where None."""
+    suppressed: Sequence[int] = ()
+    """Ids of tokens that stock `generate` never says."""
+    suppressed_first: Sequence[int] = ()
+    """Ids of tokens that it does not begin with."""
+
+    def rows(self, tokens: Sequence[int]) -> Rows:
+        """The row of each token, (tokens,).
+
+        Raises:
+            InputError: a trimmed package has not kept one of them.
+        """
+        ids = np.asarray(tokens, dtype=np.int64)
+        if self.kept is None:
+            return ids
+        rows, there = self._find(ids)
+        if not there.all():
+            raise InputError(
+                f"This package's vocabulary is trimmed, and token {ids[~there][0]} is not in it",
+                expected=f"one of the {len(self.kept)} tokens that it has kept",
+                mend="make the package again without --trim-vocab",
+            )
+        return rows
+
+    def tokens(self, rows: Rows) -> list[int]:
+        """The token id of each row."""
+        found: list[int] = (rows if self.kept is None else self.kept[rows]).tolist()
+        return found
+
+    @cached_property
+    def blocked(self) -> tuple[list[int], list[int]]:
+        """Rows that are never chosen, and those that are not chosen first."""
+        return self._present(self.suppressed), self._present(self.suppressed_first)
+
+    def _present(self, tokens: Sequence[int]) -> list[int]:
+        """The rows of those tokens that there are."""
+        ids = np.asarray(tokens, dtype=np.int64)
+        rows, there = (ids, slice(None)) if self.kept is None else self._find(ids)
+        found: list[int] = rows[there].tolist()
+        return found
+
+    def _find(self, ids: TokenIds) -> tuple[Rows, NDArray[np.bool_]]:
+        """The row of each id, and whether it is the id's own: that of another token if it was not kept."""
+        assert self.kept is not None
+        rows = np.minimum(np.searchsorted(self.kept, ids), len(self.kept) - 1)
+        return rows, self.kept[rows] == ids
+
+
+WHOLE = Vocabulary()
+"""Nothing trimmed, nothing suppressed."""
 
 
 def kept_tokens(tokenizer: Any, texts: Iterable[str], needed: Iterable[int], size: int) -> TokenIds:

@@ -24,6 +24,7 @@ from halve.models import load_model
 from halve.origin import origin, read_head
 from halve.translate import TorchTranslator
 from tests import tiny
+from tests.families.text_models import make_model as make_text_model
 
 STOCK = """
 import sys
@@ -152,7 +153,37 @@ def test_nf4_codes_are_those_of_bitsandbytes(tmp_path: Path, dtype: torch.dtype)
     packed, state = quantize_4bit(
         weight.float(), blocksize=64, compress_statistics=True, quant_type="nf4"
     )
-    assert torch.equal(nf4.rounded(stored), dequantize_4bit(packed, state))
+    assert torch.equal(nf4.rounded(stored, "float32"), dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
+def test_rounded_weights_are_those_that_training_computes_with(
+    tiny_model: Path, arithmetic: str
+) -> None:
+    """The tiny model is stored in float32: cast to bfloat16, some of its weights get other codes."""
+    trained = load_model(tiny_model, dtype=arithmetic, quantization="nf4")
+    path, key = "model.language_model.layers.0.mlp.", "language_model.model.layers.0.mlp."
+    stored = {each.key: each for each in shards.iter_stored(tiny_model)}
+    for name in ("up_proj", "down_proj"):
+        weight = trained.part(path + name).weight
+        wanted = dequantize_4bit(weight.data, weight.quant_state).float()
+        assert torch.equal(nf4.rounded(stored[f"{key}{name}.weight"], arithmetic), wanted)
+
+
+def test_norms_of_every_head_are_not_quantised(tmp_path: Path) -> None:
+    model = make_text_model(
+        tmp_path / "m", "cohere", hidden_size=256, num_attention_heads=4, head_dim=64
+    )
+    config = PackageConfig(target="checkpoint", precision="nf4", langs=("de",))
+    made = run_package(config, model, None, tmp_path / "p").path
+    kinds = {key: kind for key, (_, kind) in shards.tensor_shapes(made).items()}
+    layer = "model.layers.0.self_attn."
+    assert kinds[f"{layer}q_norm.weight"] == kinds[f"{layer}k_norm.weight"] == "BF16"
+    assert kinds[f"{layer}q_proj.weight"] == "U8"
+    packaged = load_model(made, dtype="bfloat16").model.state_dict()
+    loaded = load_model(model, dtype="bfloat16", quantization="nf4").model.state_dict()
+    assert packaged.keys() == loaded.keys()
+    assert all(torch.equal(packaged[key], loaded[key]) for key in loaded)
 
 
 def test_shards_are_hashed_while_they_are_written(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from export.config import PackageConfig
 from export.gguf_file import GGUF, GgufTable
 from export.package import run_package
 from export.runtime import open_translator
+from export.vocabulary import Vocabulary
 from halve import artefact
 from halve.errors import ArtefactError, FamilyError, InputError, MissingExtraError
 from halve.models import load_model
@@ -97,9 +98,10 @@ def test_the_table_is_read_from_the_file(unchecked: dict[str, Path], student: Pa
     table = stored["language_model.model.embed_tokens.weight"].float().numpy()
     tokens = [3, 300, 3]
     assert np.array_equal(GgufTable(unchecked["fp32"] / GGUF)(tokens), table[tokens])
-    kept = np.array([1, 3, 7])
-    rows = GgufTable(unchecked["fp32"] / GGUF, kept)([7, 1])
-    assert np.array_equal(rows, table[[2, 0]])
+    trimmed = GgufTable(unchecked["fp32"] / GGUF, Vocabulary(np.array([1, 3, 7])))
+    assert np.array_equal(trimmed([7, 1]), table[[2, 0]])
+    with pytest.raises(InputError, match="token 2 is not in it"):
+        trimmed([1, 2])
 
 
 @pytest.mark.parametrize("missing", ["llama_cpp", "gguf"])

@@ -1,20 +1,25 @@
 """A merged student computes what its model with the adapter on computes."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForMultimodalLM
 
+from export import nf4
+from export.adapter import read_adapter
 from export.card import stored_bytes
 from export.config import MergeConfig
 from export.merge import run_merge
 from halve import artefact
 from halve.errors import ArtefactError, InputError
-from halve.models import load_model
+from halve.families import family_for
+from halve.models import load_model, read_config
 from halve.origin import read_head
-from halve.shards import tensor_shapes
+from halve.shards import iter_stored, tensor_shapes
 from halve.translate import TorchTranslator
 from tests import tiny
 
@@ -35,18 +40,58 @@ def test_onto_base_equals_adapter_on(tmp_path: Path, tiny_model: Path, adapter: 
     assert (on - logits(load_model(tiny_model))).abs().max() > 0.1, "the adapter changes something"
 
 
+def on_record(adapter: Path, out: Path, model: Path, **facts: Any) -> Path:
+    """An adapter as `halve tune` leaves it: with a record of the model that it was tuned on."""
+    with artefact.writing(out, "adapter", {"langs": ["de"]}, 0, {"model": model}) as draft:
+        for file in adapter.iterdir():
+            shutil.copyfile(file, draft.path / file.name)
+        draft.extra = facts
+    return out
+
+
 def test_onto_dequantised_is_nearer_to_what_qlora_trained(
     tmp_path: Path, tiny_model: Path, adapter: Path
 ) -> None:
     students = {}
+    trained = on_record(adapter, tmp_path / "adapter", tiny_model, arithmetic="float32")
     for onto in ("base", "dequantized"):
         config = MergeConfig(onto=onto, dtype="float32")
-        run_merge(config, tiny_model, adapter, None, tmp_path / onto)
+        run_merge(config, tiny_model, trained, None, tmp_path / onto)
         students[onto] = logits(load_model(tmp_path / onto))
     on = logits(load_model(tiny_model, quantization="nf4", adapter=adapter))
     gaps = {onto: (on - found).abs().mean() for onto, found in students.items()}
     assert gaps["dequantized"] < 0.05
     assert gaps["dequantized"] < gaps["base"] / 5
+
+
+@pytest.mark.parametrize("recorded", [None, "bfloat16", "float32"])
+def test_onto_dequantised_rounds_in_the_arithmetic_of_the_training(
+    tmp_path: Path, tiny_model: Path, adapter: Path, recorded: str | None
+) -> None:
+    facts = {"arithmetic": recorded} if recorded else {}
+    trained = on_record(adapter, tmp_path / "adapter", tiny_model, **facts)
+    config = MergeConfig(onto="dequantized", dtype="float32")
+    run_merge(config, tiny_model, trained, None, tmp_path / "s")
+    key = "language_model.model.layers.0.mlp.down_proj.weight"
+    base = next(each for each in iter_stored(tiny_model) if each.key == key)
+    merged = next(each for each in iter_stored(tmp_path / "s") if each.key == key).tensor()
+    wanted = nf4.rounded(base, recorded or "bfloat16")
+    read = read_adapter(trained, family_for(read_config(tiny_model)), tensor_shapes(tiny_model))
+    (rows,) = read.added(key, [(0, wanted)])
+    assert torch.equal(merged, rows)
+
+
+def test_an_adapter_on_record_fits_its_own_model_alone(
+    tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    other = tiny.make_model(tmp_path / "other", seed=9)
+    trained = on_record(adapter, tmp_path / "adapter", tiny_model)
+    with pytest.raises(ArtefactError, match=r"was tuned on another model than .*other"):
+        run_merge(MergeConfig(), other, trained, None, tmp_path / "s")
+    assert not list(tmp_path.glob("*s*partial*")) and not (tmp_path / "s").exists()
+    run_merge(MergeConfig(), tiny_model, trained, None, tmp_path / "s")
+    # What peft made elsewhere has no record: its shapes must do.
+    run_merge(MergeConfig(), other, adapter, None, tmp_path / "elsewhere")
 
 
 def test_auto_scores_both_and_keeps_the_better(

@@ -73,7 +73,7 @@ def test_nf4_checkpoint_reloads_and_translates(
     kinds = {key: kind for key, (_, kind) in tensor_shapes(path).items()}
     assert kinds["language_model.model.layers.0.mlp.up_proj.weight"] == "U8"
     assert kinds["language_model.lm_head.weight"] == kinds["audio_tower.conv1.weight"] == "BF16"
-    translator = open_translator(path)
+    translator = open_translator(path, dtype="bfloat16")
     rows = translator.translate(clips, "de", limits=[8] * len(clips))
     # The same weights, quantised on loading instead of in the file.
     loaded = TorchTranslator(load_model(student, dtype="bfloat16", quantization="nf4"))

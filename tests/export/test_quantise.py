@@ -12,6 +12,8 @@ from export.embeddings import EmbeddingTable, write_table
 from export.gptq import gptq_blocks
 from export.graph import GraphWriter
 from export.quantise import fits_bfloat16, from_bfloat16, quantise_blocks, to_bfloat16
+from export.vocabulary import Vocabulary
+from halve.errors import InputError
 
 
 @settings(max_examples=30, deadline=None)
@@ -82,7 +84,7 @@ def test_tokens_looked_up_again_are_the_same(
     monkeypatch.setattr(embeddings, "KEPT_BYTES", 10 * 4 * 64)
     table = np.random.default_rng(0).normal(0, 1, (200, 64)).astype(np.float32)
     write_table(tmp_path, from_bfloat16(to_bfloat16(table)), 32 if bits == 16 else bits, 32)
-    table = EmbeddingTable(tmp_path, bits, 64, kept=np.arange(0, 400, 2))
+    table = EmbeddingTable(tmp_path, bits, 64, Vocabulary(np.arange(0, 400, 2)))
     whole = table(range(0, 400, 2))
     for _ in range(2):
         for token in range(0, 60, 2):
@@ -90,6 +92,9 @@ def test_tokens_looked_up_again_are_the_same(
     assert (table([8, 2, 8]) == whole[[4, 1, 4]]).all()
     with pytest.raises(ValueError, match="read-only"):
         table([2])[:] = 0
+    for tokens in ([7], [8, 7], [*range(0, 200, 2), 399], [400], [-1]):
+        with pytest.raises(InputError, match=r"trimmed, and token -?\d+ is not in it"):
+            table(tokens)
 
 
 def test_embedding_table_keeps_bfloat16_exactly(tmp_path) -> None:

@@ -272,14 +272,32 @@ def _fingerprint(
 def is_current(
     out: Path, kind: str, recipe: Mapping[str, Any], seed: int, parents: Mapping[str, Path]
 ) -> bool:
-    """Whether `out` already is what this stage would make."""
-    _finish_publishing(Path(out))
+    """Whether `out` already is what this stage would make.
+
+    Raises:
+        ArtefactError: it was, and lacks files or has others of their names now; or something is in the way.
+    """
+    out = _real(out)
+    _finish_publishing(out)
     if not (out / RECORD).is_file():
         return False
     artefact = read(out)
-    return artefact.kind == kind and artefact.fingerprint == fingerprint(
-        kind, recipe, seed, parents
-    )
+    if artefact.kind != kind or artefact.fingerprint != fingerprint(kind, recipe, seed, parents):
+        return False
+    _check_sizes(artefact)
+    return True
+
+
+def _check_sizes(artefact: Artefact) -> None:
+    """Refuses an artefact whose files are gone or cut: the hashes would take too long to look at each time."""
+    for name, record in artefact.files.items():
+        file = artefact.path / name
+        if not file.is_file() or file.stat().st_size != record.size_bytes:
+            raise ArtefactError(
+                f"{file} is {'missing' if not file.is_file() else 'not as it was written'}",
+                expected=f"the {record.size_bytes:,} bytes that {RECORD} has on record",
+                mend=f"put it back, or remove {artefact.path} to have it made again",
+            )
 
 
 @contextmanager
@@ -296,7 +314,8 @@ def writing(
         ArtefactError: `out` is taken by something else, is one of the inputs, lies inside an artefact, or is
             being written by another process.
     """
-    out = Path(out)
+    out = _real(out)
+    _check_ground(out)
     _finish_publishing(out)
     _check_place(out, kind)
     _check_inputs(out, parents.values())
@@ -378,12 +397,40 @@ def _where() -> dict[str, Any]:
     return {"cpu": environment.cpu_model(), "cores": environment.cores()}
 
 
+def _real(out: Path) -> Path:
+    """A link's target: what is renamed into the link's place would not be where it points."""
+    return Path(out).resolve() if Path(out).is_symlink() else Path(out)
+
+
+def _check_ground(out: Path) -> None:
+    """Refuses before any work a directory that another one cannot be renamed into the place of."""
+    place, here = out.resolve(), Path.cwd()
+    what = (
+        "the directory that this runs in, or above it"
+        if place in (here, *here.parents)
+        else "a mount point"
+    )
+    if place in (here, *here.parents) or os.path.ismount(place):
+        raise ArtefactError(
+            f"{out} is {what}, which nothing can take the place of",
+            mend=f"name a directory inside it, such as --out {out / 'halve'}",
+        )
+
+
 def _check_place(out: Path, kind: str) -> None:
+    """Refuses to replace anything but an older artefact of the same kind, and nothing that was put beside its files."""
     if not out.exists():
         return
-    if (out / RECORD).is_file() and read(out).kind == kind:
-        return
     if out.is_dir() and not any(out.iterdir()):
+        return
+    if (out / RECORD).is_file() and (old := read(out)).kind == kind:
+        others = [name for name in _files(out) if name not in old.files]
+        if others := [name for name in others if "/." not in f"/{name}"]:
+            raise ArtefactError(
+                f"{out} also holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}, which would be lost",
+                expected=f"an artefact of kind {kind} as it was written",
+                mend="move that elsewhere, or choose another --out",
+            )
         return
     raise ArtefactError(
         f"{out} is in the way",
@@ -398,10 +445,9 @@ def _check_inputs(out: Path, parents: Iterable[Path]) -> None:
     if place in inputs:
         raise ArtefactError(f"{out} would replace its own input", mend="choose another --out")
     for folder in place.parents:
-        model = folder in inputs and (folder / "config.json").is_file()
-        if model or (folder / RECORD).is_file():
+        if folder in inputs or (folder / RECORD).is_file():
             raise ArtefactError(
-                f"{out} would lie inside {folder}, which would then no longer be whole",
+                f"{out} would lie inside {folder}, which would then no longer be what it was",
                 mend="choose another --out",
             )
 
@@ -441,6 +487,7 @@ def _sync(paths: Iterable[Path]) -> None:
 
 def partial_path(out: Path) -> Path:
     """Where an artefact is written before it has its place."""
+    out = _real(out)
     return out.parent / f".{out.name}.partial"
 
 
@@ -448,11 +495,18 @@ def _aside(out: Path) -> Path:
     return out.parent / f".{out.name}.old"
 
 
+def _drop_aside(out: Path) -> None:
+    """Deletes what has stepped aside: an older artefact or an empty directory, and nothing else of that name."""
+    aside = _aside(out)
+    if aside.is_dir() and ((aside / RECORD).is_file() or not any(aside.iterdir())):
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _finish_publishing(out: Path) -> None:
     """A run killed after its record was written had only the renaming left to do; a living one does it itself."""
     if (out / RECORD).is_file():
         (out / _CLAIM).unlink(missing_ok=True)
-        shutil.rmtree(_aside(out), ignore_errors=True)
+        _drop_aside(out)
     partial = partial_path(out)
     if not (partial / RECORD).is_file():
         return
@@ -471,16 +525,19 @@ def _publish(partial: Path, out: Path) -> None:
     """Renames the finished directory into its place; an older artefact steps aside first.
 
     The claim, whose lock keeps others away, goes last.
+
+    Raises:
+        ArtefactError: something has come into the way meanwhile; the finished directory stays.
     """
+    _check_place(out, read(partial).kind)
     shutil.rmtree(partial / _WORK, ignore_errors=True)
     # Closing a file gives up the process's lock on it.
     _sync([e for e in partial.rglob("*") if e.is_file() and e != partial / _CLAIM])
     _sync([partial])
-    aside = _aside(out)
-    shutil.rmtree(aside, ignore_errors=True)
+    _drop_aside(out)
     if out.exists():
-        out.rename(aside)
+        out.rename(_aside(out))
     partial.rename(out)
     (out / _CLAIM).unlink(missing_ok=True)
     _sync([out.parent])
-    shutil.rmtree(aside, ignore_errors=True)
+    _drop_aside(out)

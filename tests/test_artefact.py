@@ -286,3 +286,72 @@ def test_what_a_downloader_keeps_beside_a_model_is_not_the_model(tmp_path: Path)
     assert artefact.identity(model) == before
     (model / "vocab.json").write_text("{}")
     assert artefact.identity(model) != before
+
+
+def test_what_somebody_put_into_an_artefact_is_not_deleted_with_it(tmp_path: Path) -> None:
+    out = make(tmp_path / "out").path
+    (out / "notes.txt").write_text("dear")
+    with pytest.raises(ArtefactError, match=r"notes\.txt, which would be lost"):
+        make(out, recipe={"n": 2})
+    assert (out / "notes.txt").read_text() == "dear" and (out / "a.txt").is_file()
+
+
+def test_what_came_into_the_way_while_a_stage_ran_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(ArtefactError, match="in the way"),
+        artefact.writing(out, "results", {"n": 1}, 0, {}) as draft,
+    ):
+        (draft.path / "a.txt").write_text("hello")
+        out.mkdir()
+        (out / "love.txt").write_text("dear")
+    for look in (make, lambda out: artefact.is_current(out, "results", {"n": 1}, 0, {})):
+        with pytest.raises(ArtefactError, match="in the way"):
+            look(out)
+        assert (out / "love.txt").read_text() == "dear"
+    (out / "love.txt").rename(tmp_path / "love.txt")
+    assert artefact.is_current(out, "results", {"n": 1}, 0, {}), "the finished work was kept"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "out").symlink_to(disk / "out")
+    for number in (1, 2):
+        make(tmp_path / "out", recipe={"n": number})
+        assert (tmp_path / "out").is_symlink()
+        assert artefact.is_current(tmp_path / "out", "results", {"n": number}, 0, {})
+        assert [entry.name for entry in disk.iterdir()] == ["out"]
+
+
+def test_where_nothing_can_be_renamed_to_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(), tmp_path, tmp_path.parent):
+        with pytest.raises(ArtefactError, match="take the place of"):
+            make(out)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mnt")
+    (tmp_path / "mnt").mkdir()
+    with pytest.raises(ArtefactError, match="a mount point"):
+        make(tmp_path / "mnt")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mnt"]
+
+
+@pytest.mark.parametrize("damage", ["remove", "grow"])
+def test_an_artefact_without_its_weights_is_not_up_to_date(tmp_path: Path, damage: str) -> None:
+    out = make(tmp_path / "out").path
+    if damage == "remove":
+        (out / "a.txt").unlink()
+    else:
+        (out / "a.txt").write_text("hello hello")
+    with pytest.raises(ArtefactError, match=r"a\.txt is .*remove .*out to have it made again"):
+        artefact.is_current(out, "results", {"n": 1}, 0, {})
+
+
+def test_an_output_inside_an_input_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "recordings"
+    source.mkdir()
+    (source / "a.txt").write_text("hello")
+    with pytest.raises(ArtefactError, match="would lie inside"):
+        make(source / "runs" / "out", parents={"source": source})

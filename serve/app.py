@@ -32,6 +32,17 @@ PAGE_POLICY = (
     "media-src blob:; img-src 'self' data:; form-action 'none'; base-uri 'none'; "
     "frame-ancestors 'none'"
 )
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "retry-after",
+    "x-halve-audio-seconds",
+    "x-halve-coverage",
+    "x-halve-ignored",
+    "x-halve-language",
+    "x-halve-processing-ms",
+    "x-halve-tokens",
+)
+"""What pages elsewhere may read of an answer, beside its body."""
 
 
 def create_app(
@@ -74,14 +85,17 @@ def create_app(
     _add_page(app)
     _add_errors(app)
     _complete_document(app)
+    app.add_middleware(Guard, service=service)
     if settings.allow_origins:
+        # Outside the guard: a page may read a refusal only if it too carries these headers.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.allow_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            # OpenAI's client sends a dozen of its own, x-stainless-…
+            allow_headers=["*"],
+            expose_headers=list(EXPOSED_HEADERS),
         )
-    app.add_middleware(Guard, service=service)
     return app
 
 
@@ -109,15 +123,17 @@ def _add_information(app: FastAPI, service: Service) -> None:
         """One model."""
         return _card(service.registry.find(model_id))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         """That the process answers."""
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: {"model": dict[str, str]}})
     async def ready() -> JSONResponse:
-        """Whether new work is welcome: 200, or 503 while loading or shutting down."""
-        status = "ready" if service.registry.is_ready else "loading"
+        """Whether new work is welcome: 200, or 503 while shutting down or without a model."""
+        status = "ready" if service.registry.is_ready else "no model"
         status = "draining" if service.is_draining else status
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
@@ -149,7 +165,7 @@ def _add_page(app: FastAPI) -> None:
         async def page() -> Response:
             return Response(content, media_type=media_type, headers=headers)
 
-        app.add_api_route(path, page, include_in_schema=False)
+        app.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
 
     for path, (name, media_type) in PAGE_FILES.items():
         add(path, name, media_type)

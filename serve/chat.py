@@ -16,19 +16,23 @@ from halve.languages import LANGUAGES
 from serve import formats
 from serve.answers import JobStream, run_limited, start_stream, while_connected
 from serve.audio_input import Recording
-from serve.errors import bad_field
+from serve.errors import ApiError, bad_field
 from serve.formats import Transcript
 from serve.jobs import Job
 from serve.pieces import Ticket
-from serve.schemas import AudioPart, ChatRequest, ErrorBody, Message, TextPart, body_schema
+from serve.schemas import AudioPart, ChatRequest, ErrorBody, Message, Part, TextPart, body_schema
 from serve.service import Service
-from serve.translations import check_temperature, faults
+from serve.translations import check_temperature, faults, name_ignored, plain_names
 from serve.upload import read_body, store_base64
 
 router = APIRouter()
 
 MOST_BODY_BYTES = 48 * 1024 * 1024
 """Chat bodies are held in memory, unlike forms; longer audio belongs there."""
+MOST_MARKS = 100_000
+"""Commas and opening brackets in a body, which bound its values: each takes a hundred bytes and more."""
+MOST_SEARCHED = 200_000
+"""Characters that are searched for a language: some 30 ms in which the server does nothing else."""
 _REQUEST_BODY = {
     "required": True,
     "content": {"application/json": {"schema": body_schema(ChatRequest)}},
@@ -43,41 +47,97 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def read_message(messages: list[Message]) -> tuple[str, str]:
-    """(base64 audio, text) of the conversation: its one recording, and the text beside it.
+_CODES = {language.name.lower(): language.code for language in LANGUAGES.values()}
+_NAMED = re.compile(
+    rf"\b(?:(into|to|from)\s+)?({'|'.join(_CODES)})\b(\s+(?:speech|audio|recording)\b)?"
+)
+
+
+def read_chat(body: bytes) -> ChatRequest:
+    """The body's fields, checked; megabytes of JSON take a while: not in the event loop.
+
+    Raises:
+        ApiError: they cannot be used.
+    """
+    # A recording is one value, however long; millions of small ones would take gigabytes.
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MOST_MARKS:
+        raise ApiError(400, f"The body holds more than {MOST_MARKS:,} values.", code="too_long")
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise faults(error) from None
+
+
+def read_message(messages: list[Message]) -> tuple[str, list[str]]:
+    """(base64 audio, texts) of the conversation: its one recording, and what is said to do with it.
+
+    The first text is that of the recording's own message; then come those of the system, developer
+    and user messages, latest first.
 
     Raises:
         ApiError: no recording, or several.
     """
-    audio, text = [], ""
-    for message in messages:
-        parts = message.content if isinstance(message.content, list) else []
-        found = [part.input_audio.data for part in parts if isinstance(part, AudioPart)]
-        audio += found
-        if found:
-            text = " ".join(part.text for part in parts if isinstance(part, TextPart))
-    if not text and messages:
-        # Some tools put the instruction into a message of its own.
-        text = " ".join(m.content for m in messages if isinstance(m.content, str))
-    if len(audio) != 1:
+    held = [
+        (message, part.input_audio.data)
+        for message in messages
+        for part in _parts(message)
+        if isinstance(part, AudioPart)
+    ]
+    if len(held) != 1:
         raise bad_field(
             "messages",
-            f"The messages hold {len(audio)} input_audio parts; send exactly one recording a request.",
+            f"The messages hold {len(held)} input_audio parts; send exactly one recording a request.",
         )
-    return audio[0], text
+    own, data = held[0]
+    others = [m for m in reversed(messages) if m is not own and m.role != "assistant"]
+    return data, [_text(message) for message in (own, *others)]
 
 
-def named_language(text: str) -> str | None:
-    """The language that an instruction such as "Translate into German" asks for.
+def _parts(message: Message) -> list[Part]:
+    return message.content if isinstance(message.content, list) else []
 
-    The last one named after "into" or "to" wins, else the last one named at all.
+
+def _text(message: Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return " ".join(part.text for part in _parts(message) if isinstance(part, TextPart))
+
+
+def asked_language(texts: list[str], known: tuple[str, ...]) -> str | None:
+    """The language that instructions such as "Translate into German" ask for.
+
+    The first text, the recording's own, goes before the others. Among those, one named after "into"
+    or "to" goes before one only named.
+
+    Args:
+        texts: as from `read_message`.
+        known: codes that the model translates into; others count only after "into" or "to".
+
+    Raises:
+        ApiError: too much text to search.
     """
-    names = {language.name.lower(): language.code for language in LANGUAGES.values()}
-    pattern = "|".join(names)
-    lowered = text.lower()
-    found = re.findall(rf"\b(?:into|to)\s+({pattern})\b", lowered)
-    found = found or re.findall(rf"\b({pattern})\b", lowered)
-    return names[found[-1]] if found else None
+    if sum(map(len, texts)) > MOST_SEARCHED:
+        raise bad_field(
+            "to_language",
+            f"The messages are longer than {MOST_SEARCHED:,} characters together, which are not "
+            "searched for a language: name it in to_language.",
+        )
+    own, *others = [_named(text, known) for text in texts]
+    order = [*own, *(into for into, _ in others), *(bare for _, bare in others)]
+    return next((code for code in order if code), None)
+
+
+def _named(text: str, known: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """(the last language after "into" or "to", the last known one) that a text names."""
+    into, bare = None, None
+    for preposition, name, noun in _NAMED.findall(text.lower()):
+        code = _CODES[name]
+        if preposition in ("into", "to"):
+            into = code
+        # "The English speech", "from English": what is heard, not what is asked for.
+        elif code in known and not preposition and not noun:
+            bare = code
+    return into, bare
 
 
 @router.post(
@@ -95,7 +155,8 @@ async def complete(request: Request) -> Response:
             job, wants_stream, with_usage = await _accept(request, service, held, ticket)
         reply = _Reply(job.model.id)
         if wants_stream:
-            return await start_stream(request, service, job, reply.events(with_usage), held)
+            events = reply.events(with_usage)
+            return name_ignored(await start_stream(request, service, job, events, held), job)
         transcript = await while_connected(request, run_limited(service, job))
     headers = formats.headers(transcript, time.monotonic() - ticket.arrival_s)
     return JSONResponse(reply.whole(transcript), headers=headers)
@@ -110,24 +171,21 @@ async def _accept(
     """
     most = min(service.settings.max_upload_bytes * 4 // 3, MOST_BODY_BYTES)
     async with read_body(request.stream(), most, service.body_room) as body:
-        try:
-            # Megabytes of JSON take a while: not in the event loop.
-            chat = await asyncio.to_thread(ChatRequest.model_validate_json, body)
-        except ValidationError as error:
-            raise faults(error) from None
+        chat = await asyncio.to_thread(read_chat, body)
         check_temperature(chat.temperature)
         job = await _prepare(request, service, held, chat, ticket)
     options = chat.stream_options
-    return job, chat.stream, options is not None and options.include_usage
+    return job, bool(chat.stream), options is not None and bool(options.include_usage)
 
 
 async def _prepare(
     request: Request, service: Service, held: AsyncExitStack, chat: ChatRequest, ticket: Ticket
 ) -> Job:
-    data, text = read_message(chat.messages)
+    data, texts = read_message(chat.messages)
     lending = held.enter_async_context(service.borrow(chat.model))
     model, engine = await while_connected(request, lending)
-    lang = model.choose_language(chat.to_language or named_language(text))
+    asked = chat.to_language or asked_language(texts, model.languages or ())
+    lang = model.choose_language(asked)
     file = await asyncio.to_thread(store_base64, data, service.directory)
     held.callback(file.close)
     return Job(
@@ -139,6 +197,7 @@ async def _prepare(
         ticket,
         service.readers,
         token_limit=chat.max_completion_tokens or chat.max_tokens,
+        ignored=plain_names(chat.model_extra or ()),
     )
 
 

@@ -79,9 +79,11 @@ def draining() -> ApiError:
     )
 
 
-def unavailable(message: str, code: str = "model_unavailable") -> ApiError:
+def unavailable(
+    message: str, code: str = "model_unavailable", retry_after_s: int = RETRY_AFTER_S
+) -> ApiError:
     """The server cannot do this now."""
-    return ApiError(503, message, kind="server_error", code=code, retry_after_s=RETRY_AFTER_S)
+    return ApiError(503, message, kind="server_error", code=code, retry_after_s=retry_after_s)
 
 
 def too_slow(limit_s: float) -> ApiError:

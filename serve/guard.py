@@ -107,7 +107,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or origin in settings.allow_origins:
             return
-        if scope["method"] == "POST" and urlsplit(origin).netloc.lower() != host.lower():
+        if scope["method"] == "POST" and _address(origin) != host.lower():
             raise ApiError(
                 403, "Web pages from elsewhere may not use this server.", code="unknown_origin"
             )
@@ -139,6 +139,14 @@ def _host_name(host: str) -> str:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
         return ""
+
+
+def _address(origin: str) -> str | None:
+    """The host and port of an origin; None where it is no URL."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 class _Exchange:

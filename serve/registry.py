@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import logging
 import math
@@ -38,6 +39,8 @@ LONGEST_POSITIONS = 1024
 UNLOAD_WAIT_S = 60.0
 PATIENCE_S = 5.0
 """A model that waits so long for room takes that of a busy one, as soon as its requests are done."""
+RETRY_S = 60.0
+"""A model that could not be loaded makes no others leave for so long."""
 
 OpenTranslator = Callable[[str, ServeSettings], Translator]
 
@@ -62,6 +65,13 @@ class Model:
     is_leaving: bool = False
     """Takes no new requests until it has made room for another model."""
     used_s: float = 0.0
+    retry_s: float = 0.0
+    """After a load that failed: when it may be tried again, on the monotonic clock."""
+
+    @property
+    def can_work(self) -> bool:
+        """Whether it is loaded, or would be if a request came."""
+        return self.engine is not None or time.monotonic() >= self.retry_s
 
     def choose_language(self, asked: str | None) -> str:
         """The language to translate into, which the model must know.
@@ -96,16 +106,23 @@ def find_models(settings: ServeSettings) -> dict[str, Model]:
     """The models of the settings by id, in their order; nothing is loaded.
 
     Raises:
-        InputError: a model is given twice, or cannot fit into the memory allowed.
+        InputError: a model is given twice, is a path to no directory, or cannot fit into the memory
+            allowed.
     """
     models: dict[str, Model] = {}
+    places: set[str] = set()
     for given in settings.models:
         path = Path(given)
-        name = path.resolve().name if path.is_dir() else given
-        if name in models:
-            name = f"{path.resolve().parent.name}-{name}"
-        if name in models:
+        if not path.is_dir() and _looks_like_path(given):
+            raise InputError(
+                f"The model {given} is not a directory",
+                expected="the directory of a package, a student or a teacher, or a hub id",
+            )
+        place = str(path.resolve()) if path.is_dir() else given
+        if place in places:
             raise InputError(f"The model {given} is given twice", mend="give each model once")
+        places.add(place)
+        name = _free_name(place, models)
         models[name] = _describe(name, given, settings)
     if settings.memory_gb is not None:
         for model in models.values():
@@ -116,6 +133,23 @@ def find_models(settings: ServeSettings) -> dict[str, Model]:
                     mend="allow more, or serve a smaller package",
                 )
     return models
+
+
+def _looks_like_path(given: str) -> bool:
+    """Whether it cannot be a hub id, which is a name or OWNER/NAME."""
+    is_marked = given.startswith(("/", "./", "../", "~")) or given.endswith("/")
+    return is_marked or given.count("/") > 1 or Path(given).exists()
+
+
+def _free_name(place: str, taken: dict[str, Model]) -> str:
+    """A model's id: its directory's name, with the parent's or a number too if others have it."""
+    path = Path(place)
+    if not path.is_absolute():
+        short = long = place
+    else:
+        short, long = path.name, f"{path.parent.name}-{path.name}"
+    numbered = (f"{long}-{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain((short, long), numbered) if name not in taken)
 
 
 def _describe(name: str, given: str, settings: ServeSettings) -> Model:
@@ -194,11 +228,13 @@ class Registry:
         self._watcher = watcher or Watcher()
         self._room = asyncio.Condition()
         self._one_at_a_time = asyncio.Lock()
+        self._opening: set[Engine] = set()
+        self._restoring: asyncio.Task[None] | None = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether some model can answer at once."""
-        return any(model.engine is not None for model in self.models.values())
+        """Whether some model is loaded, or would be if a request came."""
+        return any(model.can_work for model in self.models.values())
 
     def find(self, model_id: str) -> Model:
         """The model of an id.
@@ -238,6 +274,7 @@ class Registry:
         try:
             if model.engine is None:
                 if model.loading is None:
+                    _check_retry(model)
                     model.loading = asyncio.create_task(self._load(model))
                     # Its failure counts as seen even if everyone who waited is gone.
                     model.loading.add_done_callback(
@@ -263,20 +300,33 @@ class Registry:
                 await self._room.wait()
 
     async def _load(self, model: Model) -> None:
+        evicted: list[Model] = []
         try:
             async with self._one_at_a_time:
-                await self._make_room(model)
-                await self._start(model)
-        except HalveError as error:
-            log.error("%s: cannot be loaded: %s", model.id, error)
-            raise unavailable(f"The model {model.id} cannot be loaded.") from None
-        except ApiError:
-            raise
-        except Exception:
-            log.exception("%s: cannot be loaded", model.id)
+                if model.engine is None:
+                    await self._make_room(model, evicted)
+                    await self._start(model)
+        except Exception as error:
+            if isinstance(error, HalveError):
+                log.error("%s: cannot be loaded: %s", model.id, error)
+            else:
+                log.exception("%s: cannot be loaded", model.id)
+            model.retry_s = time.monotonic() + RETRY_S
+            if evicted:
+                self._restoring = asyncio.create_task(self._restore(evicted))
             raise unavailable(f"The model {model.id} cannot be loaded.") from None
         finally:
             model.loading = None
+
+    async def _restore(self, evicted: list[Model]) -> None:
+        """Loads again what made room in vain, the last used first, as far as there is room now."""
+        for model in reversed(evicted):
+            async with self._one_at_a_time:
+                if model.engine is None and self._fits(model):
+                    try:
+                        await self._start(model)
+                    except Exception:
+                        log.exception("%s: cannot be loaded again", model.id)
 
     async def _start(self, model: Model) -> None:
         engine = Engine(
@@ -286,7 +336,10 @@ class Registry:
             reserve=self._settings.reserve,
             watcher=self._watcher,
         )
-        translator = await asyncio.wrap_future(engine.ready)
+        self._opening.add(engine)
+        engine.ready.add_done_callback(lambda _: self._opening.discard(engine))
+        # Who stops waiting must not cancel the future that the engine's thread will resolve.
+        translator = await asyncio.shield(asyncio.wrap_future(engine.ready))
         if model.default_lang is None and len(translator.languages) == 1:
             model.default_lang = translator.languages[0]
         model.languages = model.languages or tuple(translator.languages)
@@ -294,7 +347,8 @@ class Registry:
         model.engine = engine
         log.info("%s: loaded", model.id)
 
-    async def _make_room(self, wanted: Model) -> None:
+    async def _make_room(self, wanted: Model, evicted: list[Model]) -> None:
+        """Unloads what is in the way, and adds it to `evicted`."""
         if self._settings.memory_gb is None:
             return
         patient_until_s = time.monotonic() + PATIENCE_S
@@ -303,7 +357,8 @@ class Registry:
                 loaded = [m for m in self.models.values() if m.engine is not None]
                 idle = [m for m in loaded if not m.users]
                 if idle:
-                    await self._evict(min(idle, key=lambda m: m.used_s))
+                    evicted.append(min(idle, key=lambda m: m.used_s))
+                    await self._evict(evicted[-1])
                     continue
                 left_s = patient_until_s - time.monotonic()
                 if left_s <= 0:
@@ -329,12 +384,22 @@ class Registry:
             log.info("%s: unloaded", model.id)
 
     async def close(self, wait_s: float) -> bool:
-        """Unloads everything; False if an engine is still in a translation."""
+        """Unloads everything; False if an engine is still loading or in a translation."""
         engines = [m.engine for m in self.models.values() if m.engine is not None]
         for model in self.models.values():
             model.engine = None
         closing = [asyncio.to_thread(engine.close, wait_s) for engine in engines]
-        return all(await asyncio.gather(*closing))
+        return all(await asyncio.gather(*closing)) and not self._opening
+
+
+def _check_retry(model: Model) -> None:
+    """Refuses a model that could not be loaded a moment ago."""
+    left_s = model.retry_s - time.monotonic()
+    if left_s > 0:
+        raise unavailable(
+            f"The model {model.id} could not be loaded a moment ago.",
+            retry_after_s=math.ceil(left_s),
+        )
 
 
 def _return_memory() -> None:

@@ -85,11 +85,15 @@ def _listen(settings: ServeSettings) -> socket.socket:
         listener.bind((settings.host, settings.port))
     except OSError as error:
         listener.close()
-        raise InputError(
-            f"Cannot listen on {settings.host}:{settings.port} ({error.strerror or error})",
-            mend="choose another --port (0 takes a free one) or --host",
-        ) from None
+        raise _no_address(settings, error) from None
     return listener
+
+
+def _no_address(settings: ServeSettings, error: OSError) -> InputError:
+    return InputError(
+        f"Cannot listen on {settings.host}:{settings.port} ({error.strerror or error})",
+        mend="choose another --port (0 takes a free one) or --host",
+    )
 
 
 async def _serve(
@@ -99,25 +103,30 @@ async def _serve(
     open_translator: OpenTranslator | None,
 ) -> bool:
     service = Service(settings, open_translator)
+    config = uvicorn.Config(
+        create_app(settings, service=service),
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=CLOSING_S,
+    )
+    server = _Server(config, service)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    names = ", ".join(service.registry.models)
+    announce = f"Serving on http://{host}:{listener.getsockname()[1]} ({names})"
     try:
-        await service.start()
-        app = create_app(settings, service=service)
-        config = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            loop="asyncio",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=CLOSING_S,
-        )
-        server = _Server(config, service)
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        names = ", ".join(service.registry.models)
-        announce = f"Serving on http://{host}:{listener.getsockname()[1]} ({names})"
-        await server.run_until_told(listener, lambda: progress.message(announce))
+        with server.capture_signals():
+            if await server.load():
+                try:
+                    # Another server may have bound the same port, and listened first.
+                    listener.listen(config.backlog)
+                except OSError as error:
+                    raise _no_address(settings, error) from None
+                await server.run_until_told(listener, lambda: progress.message(announce))
     finally:
         stopped = await service.stop()
     return stopped
@@ -129,13 +138,27 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._loading: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._announce: Callable[[], None] = lambda: None
+        self._loop = asyncio.get_running_loop()
+
+    async def load(self) -> bool:
+        """Loads the first model; False if a signal came before it was.
+
+        Raises:
+            HalveError: it cannot be loaded.
+        """
+        self._loading = asyncio.create_task(self._service.start())
+        await asyncio.wait([self._loading])
+        if self._loading.cancelled():
+            return False
+        self._loading.result()
+        return True
 
     async def run_until_told(self, listener: socket.socket, announce: Callable[[], None]) -> None:
         """Serves on an open socket; `announce` is called once it does."""
         self._announce = announce
-        self._loop = asyncio.get_running_loop()
         await self.serve(sockets=[listener])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -156,6 +179,9 @@ class _Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin_to_stop)
 
     def _begin_to_stop(self) -> None:
+        if self._loading is not None and not self._loading.done():
+            self._loading.cancel()
+            return
         if self._draining is not None:
             self.should_exit = self.force_exit = True
             return

@@ -135,17 +135,25 @@ class ContinuousRunner:
         # One a step: reading a prompt holds up the rows that are being written.
         if self._encoding and (self._encoding[0][1].done() or not (self._rows or self._left)):
             self._join(*self._encoding.popleft())
+        try:
+            self._batch.step()
+            self._read_rows()
+        except Exception:
+            # Of those in the batch nothing is left; those that have left it are done.
+            log.exception("a step of %d rows failed", len(self._rows))
+            failed = [Finished(piece, error=internal()) for piece in self._drop()]
+            self._left += failed
         left, self._left = self._left, []
-        self._batch.step()
-        running = []
-        for entry in self._rows:
+        return left
+
+    def _read_rows(self) -> None:
+        """Lets the rows that have stopped leave, and tells of the others' text."""
+        for entry in list(self._rows):
             if entry[1].stopped:
-                left.append(self._end(*entry))
+                self._left.append(self._end(*entry))
+                self._rows.remove(entry)
             else:
                 self._tell(*entry)
-                running.append(entry)
-        self._rows = running
-        return left
 
     def _join(self, piece: Piece, encoded: "Future[Any]") -> None:
         """Reads a prompt, whose encoding is waited for if there is nothing else to do."""
@@ -180,14 +188,18 @@ class ContinuousRunner:
         return Finished(piece, Translation(text, list(row.tokens), row.stopped))
 
     def abandon(self) -> list[Piece]:
-        pieces = [piece for piece, _, _ in self._rows] + [f.piece for f in self._left]
-        pieces += [piece for piece, _ in self._encoding]
+        left, self._left = self._left, []
+        return [finished.piece for finished in left] + self._drop()
+
+    def _drop(self) -> list[Piece]:
+        """Empties the batch and gives up what is encoded for it."""
+        pieces = [piece for piece, _, _ in self._rows] + [piece for piece, _ in self._encoding]
         # The model must not be freed under its encoder.
         wait([encoded for _, encoded in self._encoding])
         for _, row, _ in self._rows:
             if not row.stopped:
                 self._batch.remove(row)
-        self._rows, self._left = [], []
+        self._rows = []
         self._encoding.clear()
         return pieces
 

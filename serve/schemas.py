@@ -6,6 +6,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 ResponseFormat = Literal["json", "text", "verbose_json", "srt", "vtt"]
 
+MOST_TEXT = 100_000
+"""Characters of one text in a chat: a translation of two hours, sent back as history."""
+MOST_PARTS = 100
+"""Parts of one chat message."""
+
 
 class ErrorDetail(BaseModel):
     message: str
@@ -60,37 +65,42 @@ class AudioPart(_Request):
 
 class TextPart(_Request):
     type: Literal["text"]
-    text: str = Field(max_length=20_000)
+    text: str = Field(max_length=MOST_TEXT)
 
 
 Part = Annotated[AudioPart | TextPart, Field(discriminator="type")]
+# One fault is answered: a list of a million wrong items must not make a million of them.
+Parts = Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)]
 
 
 class Message(_Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: Annotated[str, Field(max_length=MOST_TEXT)] | Parts | None = None
 
 
 class StreamOptions(_Request):
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class ChatRequest(_Request):
-    """The body sent to /v1/chat/completions: one recording in the last user message."""
+    """The body sent to /v1/chat/completions: one recording in one of the messages."""
+
+    # Unlike "ignore" this keeps the names, for x-halve-ignored.
+    model_config = ConfigDict(extra="allow")
 
     model: str = Field(min_length=1, max_length=200)
-    messages: list[Message] = Field(min_length=1, max_length=200)
+    messages: list[Message] = Field(min_length=1, max_length=200, fail_fast=True)
     to_language: str | None = Field(default=None, min_length=2, max_length=20)
-    """Language to translate into (halve's addition); default: the one that the message's text
-    names, else the model's first."""
+    """Language to translate into (halve's addition); default: the one that the recording's message
+    names, else the one that the other messages name, else the model's first."""
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     """0 or absent."""
     n: Literal[1] | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=100_000)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=100_000)
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: list[Literal["text"]] | None = Field(default=None, max_length=4, fail_fast=True)
     logprobs: Literal[False] | None = None
     tools: list[Any] | None = Field(default=None, max_length=0)
     response_format: dict[str, Any] | None = None

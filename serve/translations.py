@@ -1,7 +1,8 @@
 """POST /v1/audio/translations."""
 
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -28,6 +29,14 @@ from serve.service import Service
 from serve.upload import Form, read_form
 
 router = APIRouter()
+
+MOST_FAULTS = 100
+"""More in one request are counted and not described: that takes kilobytes and microseconds each."""
+MOST_NAMES = 16
+"""Fields without effect that an answer names."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}(?:\[\])?")
+_WRONG_KIND = ("string_type", "list_type")
+_KIND = re.compile(r"(?:constrained-)?str|.*\[.*")
 
 
 def _form_schema() -> dict[str, Any]:
@@ -60,11 +69,22 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 def faults(error: ValidationError) -> ApiError:
     """The first fault of a request's fields, in OpenAI's shape."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
+    if error.error_count() > MOST_FAULTS:
+        return ApiError(400, f"The body has {error.error_count():,} faults.", code="invalid_value")
+    found = error.errors(include_url=False, include_input=False)
+    # What may be a text or a list has a fault for each, with the kind in its place; that of the
+    # wrong kind says nothing.
+    first = next((fault for fault in found if fault["type"] not in _WRONG_KIND), found[0])
+    places = [str(part) for part in first["loc"]]
+    param = ".".join(place for place in places if not _KIND.fullmatch(place)) or None
     # Custom validators' messages begin with the exception's name.
     message = str(first["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{param or 'The body'}: {message}.", param=param, code=str(first["type"]))
+
+
+def plain_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of a client's field names that can stand in a header, sorted, and not too many."""
+    return tuple(sorted(name for name in names if _PLAIN_NAME.fullmatch(name))[:MOST_NAMES])
 
 
 def read_fields(form: Form) -> tuple[TranslationFields, tuple[str, ...]]:
@@ -85,9 +105,7 @@ def read_fields(form: Form) -> tuple[TranslationFields, tuple[str, ...]]:
     ignored = set(form.fields) - set(TranslationFields.model_fields)
     if fields.prompt:
         ignored.add("prompt")
-    # Names come from the client and go into a header.
-    plain = {name for name in ignored if name.isidentifier() and name.isascii()}
-    return fields, tuple(sorted(plain)[:16])
+    return fields, plain_names(ignored)
 
 
 def check_temperature(temperature: float | None) -> None:
@@ -123,9 +141,17 @@ async def translate(request: Request) -> Response:
         job.ignored = ignored
         if fields.stream:
             events = _events(ticket.arrival_s)
-            return await start_stream(request, service, job, events, held)
+            stream = await start_stream(request, service, job, events, held)
+            return name_ignored(stream, job)
         transcript = await while_connected(request, run_limited(service, job))
     return _answer(transcript, fields.response_format, time.monotonic() - ticket.arrival_s)
+
+
+def name_ignored(stream: Response, job: Job) -> Response:
+    """A stream whose headers name the fields without effect, as those of whole answers do."""
+    if job.ignored:
+        stream.headers["x-halve-ignored"] = ",".join(job.ignored)
+    return stream
 
 
 async def _prepare(

@@ -11,7 +11,7 @@ from serve.engine import Engine
 from serve.errors import ApiError
 from serve.pieces import Piece, Ticket
 from tests.serve.conftest import eventually
-from tests.serve.fakes import FakeTranslator, SteppingTranslator
+from tests.serve.fakes import FakeBatch, FakeRow, FakeTranslator, SteppingTranslator
 
 WAIT_S = 60
 
@@ -215,3 +215,44 @@ def test_stepping_streams_and_survives_failures(stepping_engine: Engine) -> None
     assert len(texts) > 1
     with pytest.raises(ApiError):
         bad.future.result(WAIT_S)
+
+
+class BreakingBatch(FakeBatch):
+    """Rows under a second end as they join, and the step after that fails."""
+
+    broken = False
+
+    def add(self, inputs: np.ndarray, limit: int) -> FakeRow:
+        row = super().add(inputs, limit)
+        if row.limit == 0:
+            row.stopped, self.broken = "end", True
+            self.rows.remove(row)
+        return row
+
+    def step(self) -> list[FakeRow]:
+        self.owner.entered.set()
+        assert self.owner.gate.wait(60)
+        if self.broken:
+            self.broken = False
+            raise MemoryError("no room for the step")
+        return []
+
+
+def test_what_is_done_is_not_lost_when_the_next_step_fails(
+    stepping: SteppingTranslator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stepping, "open_batch", lambda slots: BreakingBatch(slots, stepping))
+    engine = Engine("breaking", lambda: stepping, batch_size=2)
+    running = held(engine, stepping)
+    done = piece(0.5)
+    engine.submit(done)
+    stepping.gate.set()
+    assert done.future.result(WAIT_S).translation.tokens == [0]
+    with pytest.raises(ApiError) as caught:
+        running.future.result(WAIT_S)
+    assert caught.value.status == 500
+    # The engine goes on.
+    last = piece(0.5)
+    engine.submit(last)
+    assert last.future.result(WAIT_S).translation.tokens == [0]
+    assert engine.close(WAIT_S)

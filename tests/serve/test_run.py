@@ -133,6 +133,59 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
             run_server(settings, open_translator=lambda path, settings: FakeTranslator())
 
 
+def test_a_port_taken_while_the_model_loads_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "fake").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    others: list[socket.socket] = []
+
+    def open_slowly(path: str, settings: ServeSettings) -> FakeTranslator:
+        # Both may bind, since neither listened then.
+        others.append(socket.create_server(("127.0.0.1", port)))
+        return FakeTranslator()
+
+    settings = ServeSettings(models=(str(tmp_path / "fake"),), port=port, temp_dir=tmp_path)
+    try:
+        with pytest.raises(InputError, match="--port"):
+            run_server(settings, open_translator=open_slowly)
+    finally:
+        for other in others:
+            other.close()
+    assert others
+    assert [path.name for path in tmp_path.iterdir()] == ["fake"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_first_model_loads(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "fake").mkdir()
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    script = f"""
+import sys, time
+from pathlib import Path
+from serve.run import run_server
+from serve.settings import ServeSettings
+def open_for_ever(path, settings):
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(600)
+settings = ServeSettings(models=({str(tmp_path / "fake")!r},), port=0, temp_dir=Path({str(uploads)!r}))
+run_server(settings, open_translator=open_for_ever)
+"""
+    command = [sys.executable, "-c", script]
+    server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        assert server.stderr.readline() == "loading\n"
+        assert list(uploads.iterdir())
+        server.send_signal(number)
+        assert server.wait(60) == 0
+        assert server.stderr.read() == ""
+    finally:
+        server.kill()
+        server.wait()
+    assert not list(uploads.iterdir())
+
+
 def test_no_place_for_uploads_is_said_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "fake").mkdir()
     (tmp_path / "file").touch()

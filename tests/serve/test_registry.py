@@ -1,0 +1,105 @@
+"""Which models a server takes, what it calls them, and what a failed load leaves behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halve.errors import ArtefactError, InputError
+from serve.registry import find_models
+from serve.settings import ServeSettings
+from tests.serve.conftest import eventually, serving, wav
+from tests.serve.fakes import FakeTranslator
+
+
+def make(directory: Path) -> str:
+    """A package of a megabyte."""
+    directory.mkdir(parents=True)
+    (directory / "model.onnx").write_bytes(bytes(1_000_000))
+    (directory / "package.json").write_text(json.dumps({"languages": ["de"]}))
+    return str(directory)
+
+
+def test_a_path_that_is_no_directory_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = make(tmp_path / "good")
+    (tmp_path / "file").touch()
+    gone = (str(tmp_path / "gone"), "./gone", "../gone", "~/gone", "a/b/gone", "gone/", "file")
+    for given in gone:
+        with pytest.raises(InputError, match="not a directory") as caught:
+            find_models(ServeSettings(models=(good, given)))
+        assert caught.value.exit_code == 2
+    hub = ("gpt2", "Qwen/Qwen2-Audio-7B-Instruct")
+    assert list(find_models(ServeSettings(models=(good, *hub)))) == ["good", *hub]
+
+
+def test_the_same_directory_is_given_twice_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = make(tmp_path / "model")
+    (tmp_path / "link").symlink_to(path)
+    for again in (path, "model", "./model", "model/../model", "link"):
+        with pytest.raises(InputError, match="twice"):
+            find_models(ServeSettings(models=(path, again)))
+    with pytest.raises(InputError, match="twice"):
+        find_models(ServeSettings(models=("gpt2", "gpt2")))
+
+
+def test_directories_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    places = ("a/runs/model", "b/runs/model", "c/runs/model", "d/runs/model")
+    paths = tuple(make(tmp_path / place) for place in places)
+    models = find_models(ServeSettings(models=paths))
+    assert list(models) == ["model", "runs-model", "runs-model-2", "runs-model-3"]
+    assert tuple(model.path for model in models.values()) == paths
+
+
+def test_a_load_that_fails_leaves_the_server_as_it_was(tmp_path: Path) -> None:
+    opened: list[str] = []
+    broken = {"bad"}
+
+    def open_fake(path: str, settings: ServeSettings) -> FakeTranslator:
+        opened.append(Path(path).name)
+        if opened[-1] in broken:
+            raise ArtefactError(f"{path} is damaged")
+        return FakeTranslator()
+
+    paths = tuple(make(tmp_path / name) for name in ("good", "bad"))
+    settings = ServeSettings(models=paths, memory_gb=0.002)
+    with serving(settings, open_fake) as server:
+        models = server.service.registry.models
+        answer = server.post(wav(0.5), model="bad")
+        assert answer.status_code == 503
+        assert server.get("/ready").status_code == 200
+        eventually(lambda: models["good"].engine is not None)
+        assert opened == ["good", "bad", "good"]
+        # Repeats do not push the good one out again.
+        for _ in range(3):
+            answer = server.post(wav(0.5), model="bad")
+            assert answer.status_code == 503
+            assert int(answer.headers["retry-after"]) > 10
+        assert opened == ["good", "bad", "good"]
+        assert server.post(wav(0.5), model="good").status_code == 200
+        # Later it is tried again, and may have been mended.
+        models["bad"].retry_s, broken = 0.0, set()
+        assert server.post(wav(0.5), model="bad").status_code == 200
+
+
+def test_a_server_that_can_load_nothing_is_not_ready(tmp_path: Path) -> None:
+    broken = {"bad"}
+
+    def open_fake(path: str, settings: ServeSettings) -> FakeTranslator:
+        if Path(path).name in broken:
+            raise ArtefactError(f"{path} is damaged")
+        return FakeTranslator()
+
+    paths = tuple(make(tmp_path / name) for name in ("good", "bad"))
+    settings = ServeSettings(models=paths, memory_gb=0.002)
+    with serving(settings, open_fake) as server:
+        broken.add("good")
+        for model in ("bad", "good"):
+            assert server.post(wav(0.5), model=model).status_code == 503
+        assert server.get("/ready").status_code == 503
+        assert server.get("/health").status_code == 200

@@ -16,7 +16,7 @@ import soxr
 from numpy.typing import NDArray
 
 from halve.audio import SAMPLE_RATE_HZ
-from serve import ffmpeg
+from serve import ffmpeg, headers, ogg
 from serve.errors import ApiError, bad_audio
 
 FloatArray = NDArray[np.float32]
@@ -34,6 +34,8 @@ BLOCK_VALUES = 1 << 20
 """Most values (frames times channels) decoded at once."""
 MISSING_S = 0.5
 """A file that ends this much before its header says is reported as not fully covered."""
+UNKNOWN_FRAMES = 1 << 62
+"""A stream that does not say its length has so many frames or more, for libsndfile."""
 
 READABLE = "WAV, FLAC, Ogg Opus or Vorbis, MP3, AIFF or AU"
 
@@ -75,6 +77,38 @@ class _Forward(soundfile.SoundFile):  # type: ignore[misc]
         return False
 
 
+class _Part:
+    """Bytes of an open file as libsndfile reads them.
+
+    Nothing moves the file's offset. When the request is over the file seems to end, so that a
+    decoder which searches through it stops soon.
+    """
+
+    def __init__(self, descriptor: int, start: int, end: int, check: Check) -> None:
+        self._descriptor = descriptor
+        self._start = start
+        self._size = end - start
+        self._position = 0
+        self._check = check
+
+    def seek(self, offset: int, whence: int) -> None:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, min(base + offset, self._size))
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, count: int) -> bytes:
+        try:
+            self._check()
+        except ApiError:
+            return b""
+        count = min(count, self._size - self._position)
+        data = os.pread(self._descriptor, count, self._start + self._position)
+        self._position += len(data)
+        return data
+
+
 @dataclass
 class Recording:
     """An upload being decoded, and what is known of it so far."""
@@ -93,6 +127,15 @@ class Recording:
         missing = self.claimed_s - self.decoded_s
         return self.claimed_s if missing > MISSING_S else self.decoded_s
 
+    def take_file(self) -> BinaryIO:
+        """Gives the recording a handle of its own, which the caller closes.
+
+        Decoding in a thread may outlive the request, whose upload is closed at its end; the number
+        of that handle is then another upload's.
+        """
+        self.file = os.fdopen(os.dup(self.file.fileno()), "rb")
+        return self.file
+
     def blocks(self) -> Iterator[FloatArray]:
         """Decodes.
 
@@ -102,15 +145,13 @@ class Recording:
         Raises:
             ApiError: not audio, damaged, too long, too short, or samples that are not numbers.
         """
-        descriptor = self.file.fileno()
-        container = sniff(os.pread(descriptor, 12, 0))
-        os.lseek(descriptor, 0, os.SEEK_SET)
+        container = sniff(os.pread(self.file.fileno(), 12, 0))
         if container is None:
             raise bad_audio(f"The file is not audio in a known format. Send {READABLE}.")
         if container in ffmpeg.DEMUXERS:
-            raw = ffmpeg.blocks(self.file, container, self.max_audio_s, self.check)
+            raw = self._ffmpeg_blocks(container)
         else:
-            raw = self._sound_blocks()
+            raw = self._sound_blocks(container)
         for block in raw:
             self._count(block)
             yield block
@@ -124,16 +165,30 @@ class Recording:
         if not np.isfinite(block).all() or (len(block) and np.abs(block).max() > LOUDEST):
             raise bad_audio("The file holds samples that are not numbers, or absurdly large ones.")
 
-    def _sound_blocks(self) -> Iterator[FloatArray]:
+    def _ffmpeg_blocks(self, container: str) -> Iterator[FloatArray]:
+        descriptor = self.file.fileno()
+        if container == "mp4":
+            self.claimed_s = headers.mp4_audio_s(descriptor)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return ffmpeg.blocks(self.file, container, self.max_audio_s, self.check)
+
+    def _sound_blocks(self, container: str) -> Iterator[FloatArray]:
+        descriptor = self.file.fileno()
+        found_share = headers.found_share(descriptor, container)
+        parts: tuple[tuple[int, int], ...] = ((0, os.fstat(descriptor).st_size),)
+        if container == "ogg":
+            parts = ogg.links(descriptor, self.max_audio_s, self.check)
         try:
-            with _Forward(self.file.fileno(), closefd=False) as sound:
-                self._check_header(sound)
-                yield from self._mono_blocks(sound)
+            for start, end in parts:
+                with _Forward(_Part(descriptor, start, end, self.check)) as sound:
+                    self._check_header(sound, found_share)
+                    yield from self._mono_blocks(sound)
         except (soundfile.SoundFileError, RuntimeError, ValueError, MemoryError):
+            self.check()
             after = f" after {self.decoded_s:.1f} s" if self.decoded_s else ""
             raise bad_audio(f"The audio file is damaged{after} and cannot be decoded.") from None
 
-    def _check_header(self, sound: soundfile.SoundFile) -> None:
+    def _check_header(self, sound: soundfile.SoundFile, found_share: float) -> None:
         rate, channels = sound.samplerate, sound.channels
         if not LOWEST_RATE_HZ <= rate <= HIGHEST_RATE_HZ:
             raise bad_audio(
@@ -142,9 +197,10 @@ class Recording:
             )
         if not 1 <= channels <= MOST_CHANNELS:
             raise bad_audio(f"The audio has {channels} channels; it may have 1 to {MOST_CHANNELS}.")
-        self.claimed_s = max(0, sound.frames) / rate
-        if self.claimed_s > self.max_audio_s:
+        found_s = max(0, sound.frames) / rate if sound.frames < UNKNOWN_FRAMES else 0.0
+        if self.claimed_s + found_s > self.max_audio_s:
             raise too_long(self.max_audio_s)
+        self.claimed_s += found_s / found_share if found_share else 0.0
 
     def _mono_blocks(self, sound: soundfile.SoundFile) -> Iterator[FloatArray]:
         rate = sound.samplerate

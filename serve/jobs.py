@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from serve.audio_input import Recording
 from serve.engine import Engine
@@ -46,16 +47,26 @@ class Job:
             ApiError: the audio cannot be used, or the engine failed.
         """
         self.recording.check = self._check
+        file = self.recording.take_file()
         source = stretches(self.recording.blocks(), self.window_s)
         try:
             return await self._run(source)
         finally:
-            # Whatever is still in the engine is no longer wanted, and the upload may be closed only
-            # when no thread reads it any more.
+            # Whatever is still in the engine is no longer wanted. A thread that is inside the decoder
+            # cannot be stopped: nobody waits for it, and it closes the file when it comes back.
             self.ticket.cancelled = True
-            if self._reading is not None and not self._reading.done():
-                await asyncio.wait([asyncio.wrap_future(self._reading)])
+            self._close_when_read(source, file)
+
+    def _close_when_read(self, source: Generator[Stretch], file: BinaryIO) -> None:
+        def close(_: object = None) -> None:
             source.close()
+            file.close()
+
+        if self._reading is None:
+            close()
+            return
+        self._reading.cancel()
+        self._reading.add_done_callback(close)
 
     def _check(self) -> None:
         if self.ticket.cancelled:
@@ -107,7 +118,9 @@ class Job:
             is_first=number == 0,
         )
         self.engine.submit(piece)
-        return Waiting(stretch, "", asyncio.wrap_future(piece.future))
+        future = asyncio.wrap_future(piece.future)
+        future.add_done_callback(_take_note)
+        return Waiting(stretch, "", future)
 
     def _teller(self) -> Callable[[str], None]:
         """Passes text into the event loop; a later stretch's first text brings the joiner."""
@@ -131,6 +144,13 @@ class Job:
         if self.token_limit is not None:
             self.token_limit = max(0, self.token_limit - len(found.tokens))
         return Translated(start_s, end_s, found.text, tuple(found.tokens), found.stopped)
+
+
+def _take_note(future: "asyncio.Future[Outcome]") -> None:
+    """Looks at a piece's error: asyncio prints those that nobody saw, and a job that ends early
+    leaves some behind."""
+    if not future.cancelled():
+        future.exception()
 
 
 @dataclass(eq=False)

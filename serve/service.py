@@ -19,7 +19,7 @@ from serve.errors import busy, draining, too_slow
 from serve.metrics import Metrics
 from serve.registry import Model, OpenTranslator, Registry
 from serve.settings import ServeSettings
-from serve.upload import BodyRoom
+from serve.upload import BodyRoom, no_space
 
 log = logging.getLogger("halve.serve")
 
@@ -53,22 +53,32 @@ class Service:
 
     @property
     def directory(self) -> Path:
-        """The private directory for uploads (0700).
+        """The private directory for uploads (0700); made anew where something removed it.
 
         Raises:
             InputError: it cannot be made.
+            ApiError: it cannot be made anew (503).
         """
         if self._directory is None:
+            self._directory = self._make_directory()
+        elif not self._directory.is_dir():
+            log.warning("the directory for uploads %s is gone; another is made", self._directory)
             try:
-                made = tempfile.mkdtemp(prefix="halve-serve-", dir=self.settings.temp_dir)
-            except OSError as error:
-                place = self.settings.temp_dir or tempfile.gettempdir()
-                raise InputError(
-                    f"No directory for uploads can be made in {place} ({error.strerror})",
-                    mend="name a directory that can be written with --temp-dir",
-                ) from None
-            self._directory = Path(made)
+                self._directory = self._make_directory()
+            except InputError as error:
+                log.warning("%s", error)
+                raise no_space() from None
         return self._directory
+
+    def _make_directory(self) -> Path:
+        try:
+            return Path(tempfile.mkdtemp(prefix="halve-serve-", dir=self.settings.temp_dir))
+        except OSError as error:
+            place = self.settings.temp_dir or tempfile.gettempdir()
+            raise InputError(
+                f"No directory for uploads can be made in {place} ({error.strerror})",
+                mend="name a directory that can be written with --temp-dir",
+            ) from None
 
     async def start(self) -> None:
         """Makes the directory for uploads and loads the first model; a second call does nothing.

@@ -7,6 +7,9 @@ and chooses where to put it.
 import asyncio
 import base64
 import binascii
+import contextlib
+import logging
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,10 +23,26 @@ from python_multipart.multipart import parse_options_header
 
 from serve.errors import ApiError, bad_field, busy, too_large, unavailable
 
+log = logging.getLogger("halve.serve")
+
 FIELD_BYTES = 64 * 1024
 MOST_PARTS = 32
 IN_THREAD_BYTES = 1 << 20
 """Writes are gathered to this size and then made in a thread, off the event loop."""
+KEPT_FREE_SHARE = 0.1
+KEPT_FREE_BYTES = 512 * 1024 * 1024
+"""Uploads together leave this share of the file system free, or this much where that is less."""
+
+
+def no_space() -> ApiError:
+    """An upload that cannot be stored now."""
+    return unavailable("The server cannot store the upload now.", code="no_space")
+
+
+def storage_failed(error: OSError) -> ApiError:
+    """The same, with the reason in the server's log."""
+    log.warning("an upload cannot be stored: %s", error)
+    return no_space()
 
 
 def private_file(directory: Path) -> BinaryIO:
@@ -34,8 +53,17 @@ def private_file(directory: Path) -> BinaryIO:
     """
     try:
         return tempfile.TemporaryFile(dir=directory)
-    except OSError:
-        raise unavailable("The server cannot store the upload now.", code="no_space") from None
+    except OSError as error:
+        raise storage_failed(error) from None
+
+
+def close_file(file: BinaryIO) -> None:
+    """Closes a private file, whose content no longer matters.
+
+    What could not be written before is tried once more by close(), and fails once more.
+    """
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 @dataclass
@@ -47,7 +75,7 @@ class Form:
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            close_file(self.file)
 
 
 class _FormReader:
@@ -56,6 +84,8 @@ class _FormReader:
     def __init__(self, directory: Path) -> None:
         self.form = Form()
         self.pending = bytearray()
+        self.is_whole = False
+        """Whether the boundary that ends a form was seen."""
         self._directory = directory
         self._name = ""
         self._value = bytearray()
@@ -74,6 +104,7 @@ class _FormReader:
             "on_headers_finished": self._headers_finished,
             "on_part_data": self._data,
             "on_part_end": self._end,
+            "on_end": self._form_end,
         }
 
     def _begin(self) -> None:
@@ -114,6 +145,9 @@ class _FormReader:
         if not self._in_file:
             self.form.fields[self._name] = self._value.decode("utf8", "replace")
 
+    def _form_end(self) -> None:
+        self.is_whole = True
+
     async def flush(self) -> None:
         """Writes what has gathered."""
         if self.pending and self.form.file is not None:
@@ -123,10 +157,21 @@ class _FormReader:
 
 def _write(file: BinaryIO, data: bytes) -> None:
     try:
+        _check_space(file, len(data))
         file.write(data)
         file.flush()
-    except OSError:
-        raise unavailable("The server cannot store the upload now.", code="no_space") from None
+    except OSError as error:
+        raise storage_failed(error) from None
+
+
+def _check_space(file: BinaryIO, size_bytes: int) -> None:
+    """Refuses what would fill the disk, or the memory where the directory lies in it."""
+    disk = os.fstatvfs(file.fileno())
+    kept = min(KEPT_FREE_BYTES, KEPT_FREE_SHARE * disk.f_blocks * disk.f_frsize)
+    free = disk.f_bavail * disk.f_frsize
+    if free - size_bytes < kept:
+        log.warning("an upload is refused: the disk has %d MB free", free // 1_000_000)
+        raise no_space()
 
 
 async def read_form(
@@ -155,6 +200,8 @@ async def read_form(
             if len(reader.pending) >= IN_THREAD_BYTES:
                 await reader.flush()
         parser.finalize()
+        if not reader.is_whole:
+            raise ApiError(400, "The multipart form was cut off.", code="bad_form")
         await reader.flush()
     except FormParserError:
         reader.form.close()
@@ -229,6 +276,6 @@ def store_base64(data: str, directory: Path) -> BinaryIO:
     try:
         _write(file, content)
     except BaseException:
-        file.close()
+        close_file(file)
         raise
     return file

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halve.audio import read_audio
-from serve import ffmpeg
+from serve import ffmpeg, headers
 from serve.audio_input import Recording, sniff
 from serve.errors import ApiError
 from serve.splitting import stretches
@@ -121,12 +121,22 @@ def test_a_header_that_promises_too_much_is_refused_unread() -> None:
     assert refusal(bytes(flac)).code == "audio_too_long"
 
 
+def unknown_length(flac: bytes) -> bytes:
+    """A FLAC file whose header counts no samples, as every encoder that streams writes it."""
+    content = bytearray(flac)
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    return bytes(content)
+
+
+def test_streamed_flac_is_read() -> None:
+    flac = encoded(tiny.tone(3.0, 0), format="FLAC")
+    assert np.array_equal(decode(unknown_length(flac)), decode(flac))
+
+
 def test_a_bomb_is_stopped_at_the_limit() -> None:
     silence = encoded(np.zeros(16_000 * 200, np.float32), format="FLAC")
     assert len(silence) < 20_000
-    flac = bytearray(silence)
-    flac[21:26] = bytes([flac[21] & 0xF0, 0, 0, 0, 0])  # total unknown
-    assert refusal(bytes(flac), max_audio_s=100).code == "audio_too_long"
+    assert refusal(unknown_length(silence), max_audio_s=100).code == "audio_too_long"
 
 
 def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
@@ -166,6 +176,45 @@ def test_a_truncated_file_says_what_is_missing() -> None:
         else:
             assert recording.duration_s == 20.0
             assert recording.decoded_s < 12.0
+
+
+def lengths(content: bytes) -> tuple[float, float]:
+    """(decoded, claimed) seconds."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        recording = Recording(file, 60.0)
+        for _ in recording.blocks():
+            pass
+        return recording.decoded_s, recording.duration_s
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "WAV"},
+        {"format": "WAV", "subtype": "IMA_ADPCM"},
+        {"format": "WAV", "endian": "BIG"},
+        {"format": "AIFF"},
+        {"format": "AU"},
+        {"format": "MP3"},
+    ],
+)
+def test_files_cut_in_half_say_so(options: dict[str, str]) -> None:
+    content = encoded(tiny.tone(20.0, 0), **options)
+    assert lengths(content)[1] == pytest.approx(20.0, abs=0.1)
+    decoded_s, claimed_s = lengths(content[: len(content) // 2])
+    assert decoded_s == pytest.approx(10.0, abs=0.4)
+    assert claimed_s == pytest.approx(20.0, abs=0.1)
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+def test_lengths_of_streamed_wav_are_not_believed(size: int) -> None:
+    content = wav_header(1, 16_000, size) + bytes(64_000)
+    if size:
+        assert lengths(content) == (2.0, 2.0)
+    else:
+        assert refusal(content).code == "empty_audio"
 
 
 def test_decoding_stops_when_asked() -> None:
@@ -261,3 +310,36 @@ def test_what_ffmpeg_reads(name: str, tmp_path: Path) -> None:
     subprocess.run(arguments, input=wav(2.0), check=True)
     assert abs(len(decode(path.read_bytes())) - 32_000) < 4_000
     assert refusal(path.read_bytes(), max_audio_s=1.0).code == "audio_too_long"
+
+
+@pytest.mark.skipif(ffmpeg.find() is None, reason="ffmpeg is not installed")
+def test_m4a_that_was_cut_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.m4a"
+    index_first = ["-movflags", "+faststart", str(path)]
+    arguments = [str(ffmpeg.find()), "-v", "error", "-f", "wav", "-i", "pipe:0", *index_first]
+    subprocess.run(arguments, input=wav(20.0), check=True)
+    content = path.read_bytes()
+    assert lengths(content) == (pytest.approx(20.0, abs=0.2), pytest.approx(20.0, abs=0.2))
+    decoded_s, claimed_s = lengths(content[: len(content) // 2])
+    assert decoded_s < 15.0
+    assert claimed_s == pytest.approx(20.0, abs=0.2)
+
+
+@pytest.mark.skipif(ffmpeg.find() is None, reason="ffmpeg is not installed")
+def test_the_length_of_a_film_is_that_of_its_sound(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    picture = ["-f", "lavfi", "-i", "color=size=32x32:duration=6:rate=5"]
+    arguments = [str(ffmpeg.find()), "-v", "error", *picture, "-f", "wav", "-i", "pipe:0"]
+    subprocess.run([*arguments, str(path)], input=wav(2.0), check=True)
+    assert lengths(path.read_bytes())[1] == pytest.approx(2.0, abs=0.2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from([b"", b"moov", b"RIFF"]))
+def test_headers_of_anything(content: bytes, kind: bytes) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(struct.pack(">I", 200) + kind + content)
+        file.flush()
+        assert headers.mp4_audio_s(file.fileno()) >= 0.0
+        for container in ("wav", "aiff", "au"):
+            assert 0.0 <= headers.found_share(file.fileno(), container) <= 1.0

@@ -1,6 +1,7 @@
 """Audio in: any file libsndfile reads becomes 16 kHz mono float32."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +16,16 @@ from halve.errors import CorpusError
 SAMPLE_RATE_HZ = 16_000
 
 FloatArray = NDArray[np.float32]
+
+_BLOCK_FRAMES = 1 << 16
+# Headers may count an encoder's padding, which decoders leave out.
+_SLACK_S = 0.1
+# libsndfile takes a WAV's length from the bytes that are there, and notes what its header said.
+_CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+# Written to a pipe, a WAV's header says about this or twice as much: not known.
+_UNKNOWN_BYTES = 0x7FFF_0000
+# A FLAC's says nothing then: libsndfile gives its highest number, and fails at the end of the file.
+_UNKNOWN_FRAMES = 1 << 62
 
 _MEND = "convert it to 16 kHz mono WAV, FLAC or Ogg Opus, for example with ffmpeg or sox"
 
@@ -50,7 +61,49 @@ def probe(path: str | Path) -> AudioInfo:
         ) from None
     if info.frames <= 0 or info.samplerate <= 0:
         raise CorpusError(f"{path}: holds no audio samples", mend="record or copy it again")
+    if info.frames >= _UNKNOWN_FRAMES:
+        raise CorpusError(f"{path}: its header does not say how long it is", mend=_MEND)
     return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels, info.frames)
+
+
+def decode_through(path: str | Path) -> AudioInfo:
+    """Decodes a file to its end, a block at a time, so that memory stays flat however long it is.
+
+    Returns:
+        what was decoded: of a header that counts padding, the true length.
+
+    Raises:
+        CorpusError: as `probe`, and where the samples end before the header says or are not finite numbers.
+    """
+    info = probe(path)
+    frames, promised = 0, info.frames
+    slack = round(_SLACK_S * info.sample_rate_hz)
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            promised = _promised_frames(file)
+            while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+                if not np.isfinite(block).all():
+                    raise CorpusError(
+                        f"{path}: holds samples that are not finite numbers", mend=_MEND
+                    )
+                frames += len(block)
+    except (soundfile.SoundFileError, RuntimeError):
+        slack = -1  # it broke off, however near to the end
+    if frames < promised - slack:
+        raise CorpusError(
+            f"{path}: damaged or cut short: of {promised / info.sample_rate_hz:.2f} s only the first "
+            f"{frames / info.sample_rate_hz:.2f} s can be decoded",
+            mend="copy or convert it again",
+        )
+    return AudioInfo(frames / info.sample_rate_hz, info.sample_rate_hz, info.channels, frames)
+
+
+def _promised_frames(file: soundfile.SoundFile) -> int:
+    """How many frames the header says there are."""
+    cut = _CUT_WAV.search(file.extra_info)
+    if cut and int(cut[2]) and int(cut[1]) < _UNKNOWN_BYTES:
+        return int(file.frames * int(cut[1]) / int(cut[2]))
+    return int(file.frames)
 
 
 def error_text(error: BaseException) -> str:
@@ -81,6 +134,11 @@ def read_audio(
         raise CorpusError(
             f"{path}: not readable as audio ({error_text(error)})", mend=_MEND
         ) from None
+    if not len(data):
+        raise CorpusError(
+            f"{path}: no sample from {offset_s} s on, the file is {info.duration_s:.2f} s long",
+            mend="correct the offset and the duration",
+        )
     return to_model_rate(data, info.sample_rate_hz, str(path))
 
 

@@ -1,14 +1,18 @@
 """A corpus of segmented speech with translations: `manifest.jsonl`, one segment a line, beside its audio."""
 
 import json
+import math
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halve.audio import FloatArray, probe, read_audio
+from halve.audio import SAMPLE_RATE_HZ, AudioInfo, FloatArray, decode_through, read_audio
 from halve.errors import CorpusError
+from halve.progress import SILENT, Progress
 
 MANIFEST = "manifest.jsonl"
 SPLITS = ("train", "select", "test")
@@ -128,30 +132,74 @@ def read_corpus(path: str | Path) -> Corpus:
 
 def _manifest_lines(manifest: Path) -> list[str]:
     """Lines of JSON: other separators than a line feed (U+2028, say) belong to the texts."""
-    return manifest.read_text(encoding="utf8").split("\n")
+    data = manifest.read_bytes()
+    try:
+        return data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise CorpusError(
+            f"{manifest}:{line}: not UTF-8", mend="convert the file, for example with iconv"
+        ) from None
 
 
 def _fault(error: Exception) -> str:
     return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
-def _segment(record: dict[str, Any]) -> Segment:
+def _segment(record: Any) -> Segment:
+    if not isinstance(record, dict):
+        raise ValueError("not a mapping of a segment's facts")
     record = dict(record)
-    audio = str(record.pop("audio", ""))
+    audio = _text(record.pop("audio", ""), "audio")
+    duration = record.pop("duration_s") if audio else record.pop("duration_s", 0.0)
     known: dict[str, Any] = {
-        "id": str(record.pop("id")),
+        "id": _name(record.pop("id"), "id"),
         "audio": audio,
-        "offset_s": float(record.pop("offset_s", 0.0)),
-        "duration_s": float(record.pop("duration_s") if audio else record.pop("duration_s", 0.0)),
-        "source_lang": str(record.pop("source_lang")),
-        "source_text": str(record.pop("source_text", "")),
-        "references": dict(record.pop("references")),
-        "split": str(record.pop("split")),
-        "group": str(record.pop("group")),
+        "offset_s": seconds(record.pop("offset_s", 0.0), "offset_s"),
+        "duration_s": seconds(duration, "duration_s"),
+        "source_lang": _text(record.pop("source_lang"), "source_lang"),
+        "source_text": _text(record.pop("source_text", ""), "source_text"),
+        "references": _references(record.pop("references")),
+        "split": _text(record.pop("split"), "split"),
+        "group": _name(record.pop("group"), "group"),
     }
+    if audio and known["duration_s"] == 0:
+        raise ValueError("duration_s is 0: the segment holds no sample")
     if known["split"] not in SPLITS:
         raise ValueError(f"split {known['split']!r} is none of {', '.join(SPLITS)}")
     return Segment(**known, extra=record)
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {json.dumps(value)}, not a text")
+    return value
+
+
+def _name(value: object, name: str) -> str:
+    """Numbers are names too: `"id": 5`."""
+    return str(value) if type(value) is int else _text(value, name)
+
+
+def _references(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError(f"references is {json.dumps(value)}, not texts by language")
+    return {lang: _text(text, f"the {lang} reference") for lang, text in value.items()}
+
+
+def seconds(value: Any, name: str) -> float:
+    """A time in seconds as a manifest, a table or a segments file writes it.
+
+    Raises:
+        ValueError: no finite number, or below zero.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or number < 0:
+        raise ValueError(f"{name} {value!r} is no number of seconds (0 or more)")
+    return number
 
 
 def write_manifest(path: Path, segments: Sequence[Segment]) -> None:
@@ -173,24 +221,63 @@ def check_segments(
     Returns:
         One line a fault; empty when all is well.
     """
-    faults: list[str] = []
-    lengths: dict[str, float | str] = {}
+    places = list(where) or [segment.id for segment in segments]
+    files = {segment.audio: root / segment.audio for segment in segments if segment.audio}
+    heard = decode_all(list(files.values()))
+    audio = {name: heard[path] for name, path in files.items()}
+    faults = [
+        f"{places[index]}: {fault}"
+        for index, fault in segment_faults(segments, max_audio_s, places, audio)
+    ]
+    return faults + _group_faults(segments)
+
+
+def segment_faults(
+    segments: Sequence[Segment],
+    max_audio_s: float,
+    places: Sequence[str],
+    audio: Mapping[str, AudioInfo | str],
+) -> Iterator[tuple[int, str]]:
+    """The faults of single segments, each with the segment's index.
+
+    Args:
+        max_audio_s: the longest audio that the model family hears.
+        places: "file:line" of each segment.
+        audio: by `Segment.audio`, what `decode_all` heard.
+    """
     seen: dict[str, str] = {}
     texts: dict[tuple[str, str, str], str] = {}
     for index, segment in enumerate(segments):
-        place = where[index] if where else segment.id
-        faults += [f"{place}: {fault}" for fault in _text_faults(segment, seen, texts, place)]
-        if not segment.audio:
-            if not segment.source_text.strip():
-                faults.append(f"{place}: neither audio nor source text")
-            continue
-        if segment.audio not in lengths:
-            lengths[segment.audio] = _length(root / segment.audio)
-        faults += [
-            f"{place}: {fault}"
-            for fault in _audio_faults(segment, lengths[segment.audio], max_audio_s)
-        ]
-    return faults + _group_faults(segments)
+        for fault in _text_faults(segment, seen, texts, places[index]):
+            yield index, fault
+        if segment.audio:
+            for fault in _audio_faults(segment, audio[segment.audio], max_audio_s):
+                yield index, fault
+        elif not segment.source_text.strip():
+            yield index, "neither audio nor source text"
+
+
+def decode_all(paths: Sequence[Path], progress: Progress = SILENT) -> dict[Path, AudioInfo | str]:
+    """Decodes each file to its end: what it holds, or its fault in words."""
+    found: dict[Path, AudioInfo | str] = {}
+    if not paths:  # a corpus of texts
+        return found
+    # libsndfile decodes outside Python's lock: threads share the cores, each with one block in memory.
+    with (
+        progress.task("Decoding audio", len(paths)) as advance,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
+        for path, heard in zip(paths, pool.map(_heard, paths), strict=True):
+            found[path] = heard
+            advance()
+    return found
+
+
+def _heard(path: Path) -> AudioInfo | str:
+    try:
+        return decode_through(path)
+    except CorpusError as error:
+        return str(error)
 
 
 def _text_faults(
@@ -213,29 +300,32 @@ def _text_faults(
     return faults
 
 
-def _length(path: Path) -> float | str:
-    try:
-        return probe(path).duration_s
-    except CorpusError as error:
-        return str(error)
-
-
-def _audio_faults(segment: Segment, length: float | str, max_audio_s: float) -> list[str]:
-    if isinstance(length, str):
-        return [length]
+def _audio_faults(segment: Segment, heard: AudioInfo | str, max_audio_s: float) -> list[str]:
+    if isinstance(heard, str):
+        return [heard]
     faults = []
-    end_s = segment.offset_s + segment.duration_s
-    if segment.duration_s <= 0 or segment.offset_s < 0:
+    start_s, length_s = segment.offset_s, segment.duration_s
+    end_s = start_s + length_s
+    # Every comparison with NaN is false: only numbers that are finite and in order make a segment.
+    if not (0 <= start_s < math.inf and 0 < length_s < math.inf):
+        faults.append(f"offset {start_s} s and duration {length_s} s make no segment")
+    elif end_s > heard.duration_s + _END_TOLERANCE_S:
         faults.append(
-            f"offset {segment.offset_s} s and duration {segment.duration_s} s make no segment"
+            f"ends at {end_s:.2f} s, past the end of {segment.audio} ({heard.duration_s:.2f} s)"
         )
-    elif end_s > length + _END_TOLERANCE_S:
-        faults.append(f"ends at {end_s:.2f} s, past the end of {segment.audio} ({length:.2f} s)")
-    if segment.duration_s > max_audio_s:
+    elif round((min(end_s, heard.duration_s) - start_s) * _rate_hz(heard)) < 1:
         faults.append(
-            f"{segment.duration_s:.2f} s long, the model hears at most {max_audio_s:.0f} s"
+            f"offset {start_s} s and duration {length_s} s hold no sample of {segment.audio} "
+            f"({heard.duration_s:.2f} s at {heard.sample_rate_hz} Hz)"
         )
+    if length_s > max_audio_s:
+        faults.append(f"{length_s:.2f} s long, the model hears at most {max_audio_s:.0f} s")
     return faults
+
+
+def _rate_hz(heard: AudioInfo) -> int:
+    """The rate at which a segment must hold a sample: the file's own, and the model's."""
+    return min(heard.sample_rate_hz, SAMPLE_RATE_HZ)
 
 
 def _group_faults(segments: Sequence[Segment]) -> list[str]:

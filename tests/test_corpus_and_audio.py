@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from halve.audio import SAMPLE_RATE_HZ, pcm_sha256, probe, read_audio
+from halve.audio import SAMPLE_RATE_HZ, decode_through, pcm_sha256, probe, read_audio
 from halve.corpus import Segment, check_segments, read_corpus, write_manifest
 from halve.errors import CorpusError, HalveError
 from halve.languages import language, token_limit
@@ -137,6 +137,110 @@ def test_every_fault_is_found_at_once(tmp_path: Path) -> None:
     ):
         assert needle in faults, needle
     assert check_segments(tmp_path, [segment()], max_audio_s=30) == []
+
+
+def test_a_manifest_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest.jsonl").write_bytes(b"{}\n" + "schließen".encode("latin-1"))
+    with pytest.raises(CorpusError, match=r"manifest\.jsonl:2: not UTF-8"):
+        read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"references": {"de": 5}}, "the de reference is 5, not a text"),
+        ({"references": ["öffnen"]}, "not texts by language"),
+        ({"source_text": None}, "source_text is null, not a text"),
+        ({"group": None}, "group is null, not a text"),
+        ({"duration_s": float("nan")}, "duration_s nan is no number of seconds"),
+        ({"offset_s": float("inf")}, "offset_s inf is no number of seconds"),
+        ({"offset_s": -0.5}, "offset_s -0.5 is no number of seconds"),
+        ({"duration_s": True}, "duration_s True is no number of seconds"),
+        ({"duration_s": 0}, "holds no sample"),
+    ],
+)
+def test_a_manifest_line_that_is_no_segment(tmp_path: Path, changes: dict, fault: str) -> None:
+    record = segment().record()
+    (tmp_path / "manifest.jsonl").write_text(
+        f"{json.dumps(record)}\n{json.dumps({**record, **changes})}\n5\n"
+    )
+    with pytest.raises(CorpusError) as caught:
+        read_corpus(tmp_path)
+    assert len(caught.value.faults) == 2
+    assert "manifest.jsonl:2: " in caught.value.faults[0] and fault in caught.value.faults[0]
+    assert "manifest.jsonl:3: not a mapping" in caught.value.faults[1]
+
+
+@pytest.mark.parametrize(
+    ("offset_s", "duration_s", "fault"),
+    [
+        (float("nan"), 0.5, "make no segment"),
+        (0.0, float("nan"), "make no segment"),
+        (0.1, 0.00001, "hold no sample"),
+        (1.005, 0.01, "hold no sample"),
+        (0.0, 1 / SAMPLE_RATE_HZ, ""),
+    ],
+)
+def test_a_segment_holds_a_sample(
+    tmp_path: Path, offset_s: float, duration_s: float, fault: str
+) -> None:
+    soundfile.write(tmp_path / "a.wav", tiny.tone(1.0, 1), SAMPLE_RATE_HZ)
+    one = segment(offset_s=offset_s, duration_s=duration_s)
+    faults = check_segments(tmp_path, [one], max_audio_s=30)
+    assert [fault in found for found in faults] == ([True] if fault else [])
+
+
+def test_a_stretch_past_the_end_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", tiny.tone(1.0, 1), SAMPLE_RATE_HZ)
+    with pytest.raises(CorpusError, match=r"no sample from 1\.2 s on, the file is 1\.00 s long"):
+        read_audio(tmp_path / "a.wav", 1.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.flac", "FLAC"), ("a.mp3", "MP3"), ("a.wav", "WAV"), ("a.ogg", "OGG")]
+)
+def test_audio_that_was_cut_short_is_found(tmp_path: Path, name: str, kind: str) -> None:
+    """The header of half a file still says how long the whole one was; an Ogg's does not."""
+    file = tmp_path / name
+    soundfile.write(file, tiny.tone(20.0, 1), SAMPLE_RATE_HZ, format=kind)
+    whole = decode_through(file)
+    assert (whole.frames, whole.duration_s) == (20 * SAMPLE_RATE_HZ, 20.0)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    if kind == "OGG":
+        assert decode_through(file).duration_s < 15
+        return
+    faults = check_segments(tmp_path, [segment(audio=name)], max_audio_s=30)
+    assert len(faults) == 1
+    assert "damaged or cut short: of 20.00 s only the first" in faults[0]
+
+
+def test_audio_from_a_pipe(tmp_path: Path) -> None:
+    """Who writes to a pipe cannot go back to write the length: WAV then says the highest number, FLAC none."""
+    file = tmp_path / "a.wav"
+    soundfile.write(file, tiny.tone(1.0, 1), SAMPLE_RATE_HZ)
+    data = bytearray(file.read_bytes())
+    for at in (4, data.index(b"data") + 4):
+        data[at : at + 4] = b"\xff\xff\xff\xff"
+    file.write_bytes(data)
+    assert decode_through(file).duration_s == 1.0
+    flac = tmp_path / "a.flac"
+    soundfile.write(flac, tiny.tone(1.0, 1), SAMPLE_RATE_HZ)
+    data = bytearray(flac.read_bytes())
+    # STREAMINFO begins at byte 8; its 36-bit count of samples ends at byte 18 of it.
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    flac.write_bytes(data)
+    with pytest.raises(CorpusError, match=r"a\.flac: its header does not say how long it is"):
+        probe(flac)
+
+
+def test_samples_are_finite_to_the_end(tmp_path: Path) -> None:
+    """A segment of good samples in a file that holds others is a fault too: the file goes into the corpus."""
+    wave = tiny.tone(10.0, 1)
+    wave[-1] = np.inf
+    soundfile.write(tmp_path / "a.wav", wave, SAMPLE_RATE_HZ, subtype="FLOAT")
+    (fault,) = check_segments(tmp_path, [segment()], max_audio_s=30)
+    assert "not finite numbers" in fault
 
 
 def test_a_split_says_what_there_is_instead(tiny_corpus: Path) -> None:

@@ -1,12 +1,16 @@
 """Each importer on its real layout; every fault named with file and line."""
 
 import errno
+import json
 import os
+import re
 import shutil
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from halve.importers import CorpusConfig, run_corpus
 from halve.importers.base import Row
 from halve.importers.iwslt import import_iwslt
 from halve.importers.splits import divide
+from halve.progress import Advance, Progress
 
 
 def sound(path: Path, duration_s: float = 1.0, rate_hz: int = 16_000) -> Path:
@@ -34,6 +39,23 @@ def text(path: Path, *lines: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
     return path
+
+
+class Heard(Progress):
+    """Keeps what was told: warnings, and each task with its total and its steps."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.tasks: list[tuple[str, int | None, int]] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    @contextmanager
+    def task(self, label: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+        steps = [done]
+        yield lambda n=1, note="": steps.append(n)
+        self.tasks.append((label, total, sum(steps)))
 
 
 def faults_of(config: CorpusConfig, source: Path, out: Path) -> str:
@@ -76,6 +98,132 @@ def test_iwslt_layout(tmp_path: Path) -> None:
     rows = import_iwslt(str(yaml), CorpusConfig(format="iwslt")).rows
     assert [row.id for row in rows] == ["dev-00001", "dev-00002"]
     assert all(row.audio == source / "dev" / "wav" / "ted_3.wav" for row in rows)
+
+
+def test_segments_on_one_line_stay_apart(tmp_path: Path) -> None:
+    """JSON is YAML: a segments file and an XML text may hold all of them on one line."""
+    source = tmp_path / "iwslt"
+    for name in ("train", "dev", "tst"):
+        sound(source / f"{name}.wav", 3.0)
+        entries = [{"wav": f"{name}.wav", "offset": i, "duration": 0.5 + i / 10} for i in range(3)]
+        text(source / f"{name}.yaml", json.dumps(entries))
+        for lang in ("en", "de"):
+            text(source / f"{name}.{lang}", *(f"{lang} {name} {i}" for i in range(3)))
+    made = run_corpus(CorpusConfig(format="iwslt"), source, tmp_path / "c")
+    found = read_corpus(made.path).split("train")
+    assert [s.id for s in found] == ["train-00001", "train-00002", "train-00003"]
+    assert [(s.offset_s, s.duration_s) for s in found] == [(0, 0.5), (1, 0.6), (2, 0.7)]
+    assert [s.references["de"] for s in found] == ["de train 0", "de train 1", "de train 2"]
+    # Of three on one line only the faulty one is left out, and the message tells which that is.
+    text(source / "train.de", "de 0", "", "de 2")
+    made = run_corpus(CorpusConfig(format="iwslt", faulty="drop"), source, tmp_path / "d")
+    kept = read_corpus(made.path).split("train")
+    assert [s.id for s in kept] == ["train-00001", "train-00003"]
+    assert re.search(r"train\.yaml:1:\d+: the de text", (made.path / "dropped.json").read_text())
+
+
+def test_acl6060_on_one_line(tmp_path: Path) -> None:
+    source = acl6060(tmp_path / "source")
+    for path in source.rglob("*.xml"):
+        path.write_text(path.read_text().replace("\n", " "))
+    made = run_corpus(CorpusConfig(format="acl6060", split="given"), source, tmp_path / "c")
+    assert [s.id for s in read_corpus(made.path).segments] == [
+        *(f"dev-{i:04d}" for i in (1, 2, 3, 4)),
+        "eval-0001",
+        "eval-0002",
+    ]
+
+
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
+    source, disk = tmp_path / "source", tmp_path / "disk"
+    for name in ("train", "dev", "tst"):
+        iwslt_set(source, name, {f"{name}_talk": 2})
+    disk.mkdir()
+    (source / "train").rename(disk / "train")
+    (source / "train").symlink_to(disk / "train")
+    (source / "dev" / "wav").rename(disk / "wav")
+    (source / "dev" / "wav").symlink_to(disk / "wav")
+    (source / "dev" / "round").symlink_to(source)
+    (source / "self").symlink_to(source / "self")
+    made = run_corpus(CorpusConfig(format="iwslt"), source, tmp_path / "c")
+    assert made.extra["segments"] == {"select": 2, "test": 2, "train": 2}
+    talks = acl6060(tmp_path / "acl")
+    gold = talks / "2/acl_6060/dev/segmented_wavs/gold"
+    gold.rename(disk / "gold")
+    gold.symlink_to(disk / "gold")
+    (tmp_path / "link").symlink_to(talks)
+    config = CorpusConfig(format="acl6060", split="given")
+    made = run_corpus(config, tmp_path / "link", tmp_path / "d")
+    assert made.extra["segments"] == {"select": 4, "test": 2}
+
+
+def test_another_yaml_is_left_aside(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("train", "dev", "tst"):
+        iwslt_set(source, name, {f"{name}_talk": 1})
+    text(source / "recipe.yaml", "lang: de")
+    text(source / "unsaid.yaml", "- {wav: train_talk.wav, offset: 0, duration: 1}")
+    heard = Heard()
+    made = run_corpus(CorpusConfig(format="iwslt"), source, tmp_path / "c", heard)
+    assert made.extra["segments"] == {"select": 1, "test": 1, "train": 1}
+    assert f"{source / 'recipe.yaml'} is left aside: no list" in heard.warnings[0]
+    assert f"{source / 'unsaid.yaml'} is left aside: no text" in heard.warnings[1]
+    # With a text beside it, it was meant: a set is not lost for a slip of the pen.
+    text(source / "train" / "txt" / "train.yaml", "lang: de")
+    message = faults_of(CorpusConfig(format="iwslt"), source, tmp_path / "d")
+    assert "train.yaml: no list" in message
+
+
+@pytest.mark.parametrize(
+    ("item", "fault"),
+    [
+        ("{wav: [a.wav], offset: 0, duration: 1}", "wav is a list"),
+        ("{wav: a.wav, offset: {a: b}, duration: 1}", "offset is a mapping"),
+        ("{? [a, b] : c, wav: a.wav, offset: 0, duration: 1}", "a list where a name should be"),
+        ("{wav: , offset: 0, duration: 1}", "wav is empty"),
+        ("{wav: a.wav, wav: b.wav, offset: 0, duration: 1}", "wav is there twice"),
+        ("{wav: a.wav, offset: nan, duration: 1}", "offset 'nan' is no number of seconds"),
+        ("{wav: a.wav, offset: 0, duration: inf}", "duration 'inf' is no number of seconds"),
+        ("{wav: a.wav, offset: -1, duration: 1}", "offset '-1' is no number of seconds"),
+        ("{wav: a.wav, offset: 0}", "no duration"),
+        ("a.wav", "not a mapping"),
+    ],
+)
+def test_what_is_no_segment_is_named(tmp_path: Path, item: str, fault: str) -> None:
+    source = tmp_path / "source"
+    sound(source / "a.wav", 2.0)
+    good = "- {wav: a.wav, offset: 0.5, duration: 0.9, notes: [read, twice]}"
+    text(source / "train.yaml", f"- {item}", good)
+    text(source / "train.en", "one", "two")
+    text(source / "train.de", "eins", "zwei")
+    message = faults_of(CorpusConfig(format="iwslt"), source, tmp_path / "c")
+    assert f"train.yaml:1: {fault}" in message
+    assert "1 faults" in message
+    made = run_corpus(CorpusConfig(format="iwslt", faulty="drop"), source, tmp_path / "d")
+    (kept,) = read_corpus(made.path).segments
+    assert (kept.id, kept.references, kept.offset_s) == ("train-00002", {"de": "zwei"}, 0.5)
+
+
+def test_a_whole_set_is_never_dropped(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("train", "dev"):
+        iwslt_set(source, name, {f"{name}_talk": 3})
+    text(source / "train" / "txt" / "train.de", "only one line")
+    config = CorpusConfig(format="iwslt", faulty="drop")
+    message = faults_of(config, source, tmp_path / "c")
+    assert "train.de: 1 lines for the 3 segments of train.yaml" in message
+    assert "--faulty drop" in message
+    # In a FILE_ORDER a segment that cannot be read would move the lines of all that follow.
+    order = tmp_path / "order"
+    for talk in ("a", "b"):
+        sound(order / f"{talk}.wav", 1.0)
+        text(order / f"{talk}.yaml", f"- {{wav: {talk}.wav, offset: 0.0, duration: 1.0}}")
+    text(order / "a.yaml", "- {wav: a.wav, offset: x, duration: 1.0}")
+    text(order / "FILE_ORDER", "a", "b")
+    text(order / "order.en", "one", "two")
+    text(order / "order.de", "eins", "zwei")
+    message = faults_of(config, order, tmp_path / "c")
+    assert "a.yaml:1: offset 'x'" in message
 
 
 def test_iwslt_file_order(tmp_path: Path) -> None:
@@ -140,6 +288,18 @@ def test_acl6060_counts_must_agree(tmp_path: Path) -> None:
     assert "eval.en-xx.de.xml: 2 sentences for 1 files" in message
 
 
+def test_acl6060_numbers_have_no_gap(tmp_path: Path) -> None:
+    """sent_7.wav is the seventh sentence: with files missing, the next in line is another's."""
+    source = acl6060(tmp_path / "source")
+    gold = source / "2/acl_6060/dev/segmented_wavs/gold"
+    (gold / "sent_2.wav").rename(gold / "sent_7.wav")
+    for faulty in ("refuse", "drop"):
+        config = CorpusConfig(format="acl6060", faulty=faulty)
+        message = faults_of(config, source, tmp_path / "c")
+        assert f"{gold}: where sent_2.wav should be stands sent_3.wav" in message
+        assert "numbered 1 to 4" in message
+
+
 def test_paper_split_is_the_papers() -> None:
     rows = [Row(f"f:{i}", str(i), Path("a.wav"), "", {"de": "x"}, group="talk") for i in range(884)]
     divided = divide(rows, CorpusConfig(format="acl6060", split="paper"))
@@ -192,6 +352,119 @@ def test_tsv(tmp_path: Path) -> None:
     for path in (tmp_path / "source").rglob("*.flac"):
         path.unlink()
     assert read_corpus(made.path).audio(segments[1]).shape == (32_000,)
+
+
+def test_a_tsv_has_no_quoting_and_no_longest_cell(tmp_path: Path) -> None:
+    sound(tmp_path / "source" / "a.wav")
+    long = "lang " * 40_000
+    table = tsv(tmp_path, f'a\ta.wav\t"open\t{long}\ttrain\tg', f"b\ta.wav\tno\t{long}x\ttrain\tg")
+    (first, second) = read_corpus(
+        run_corpus(CorpusConfig(format="tsv"), table, tmp_path / "c").path
+    ).segments
+    assert first.source_text == '"open'
+    assert second.references == {"de": f"{long}x"}
+
+
+def test_a_carriage_return_is_no_end_of_a_line(tmp_path: Path) -> None:
+    sound(tmp_path / "source" / "a.wav")
+    table = tsv(tmp_path, "a\ta.wav\tone\tHallo\rWelt\ttrain\tg", "b\tb.wav\ttwo\tzwei\ttrain\tg")
+    message = faults_of(CorpusConfig(format="tsv"), table, tmp_path / "c")
+    assert f"{table}:2: a carriage return inside the line" in message
+    assert f"{table}:3: " in message
+    table.write_bytes(table.read_bytes().replace(b"\n", b"\r"))
+    message = faults_of(CorpusConfig(format="tsv"), table, tmp_path / "c")
+    assert f"{table}:1: lines end in a carriage return alone" in message
+
+
+@pytest.mark.parametrize("header", ["audio\tde\tAudio", "audio\tde\t DE "])
+def test_a_column_is_there_once(tmp_path: Path, header: str) -> None:
+    sound(tmp_path / "source" / "a.wav")
+    table = tsv(tmp_path, "a.wav\teins\tb.wav", header=header)
+    message = faults_of(CorpusConfig(format="tsv"), table, tmp_path / "c")
+    assert f"{table}:1: the header names" in message and "more than once" in message
+
+
+@pytest.mark.parametrize(
+    ("offset", "duration", "fault"),
+    [
+        ("nan", "nan", "offset 'nan' is no number of seconds"),
+        ("0.1", "inf", "duration 'inf' is no number of seconds"),
+        ("-1", "0.5", "offset '-1' is no number of seconds"),
+        ("0.1", "0.00001", "hold no sample"),
+        ("1.01", "0.005", "hold no sample"),
+        ("0.1", "0", "make no segment"),
+    ],
+)
+def test_a_stretch_of_a_table_holds_a_sample(
+    tmp_path: Path, offset: str, duration: str, fault: str
+) -> None:
+    sound(tmp_path / "source" / "a.wav")
+    table = tsv(
+        tmp_path, f"a.wav\teins\t{offset}\t{duration}", header="audio\tde\toffset\tduration"
+    )
+    message = faults_of(CorpusConfig(format="tsv"), table, tmp_path / "c")
+    assert any(
+        row.strip().startswith(f"{table}:2: ") and fault in row for row in message.split("\n")
+    )
+
+
+def test_audio_is_heard_to_its_end(tmp_path: Path) -> None:
+    """Half a FLAC and samples that are no numbers: named at the import, with all other faults."""
+    source = tmp_path / "source"
+    half = sound(source / "half.flac", 5.0)
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    soundfile.write(source / "nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
+    sound(source / "good.wav")
+    table = tsv(
+        tmp_path,
+        "a\thalf.flac\tone\teins\ttrain\tg",
+        "b\tnan.wav\ttwo\tzwei\ttrain\tg",
+        "c\tgood.wav\tthree\t\ttrain\tg",
+        "d\tgood.wav\tfour\tvier\ttrain\tg",
+    )
+    message = faults_of(CorpusConfig(format="tsv"), table, tmp_path / "c")
+    assert f"{table}:2: {half}: damaged or cut short: of 5.00 s" in message
+    assert f"{table}:3: {source / 'nan.wav'}: holds samples that are not finite" in message
+    assert f"{table}:4: the de text is empty" in message
+    heard = Heard()
+    config = CorpusConfig(format="tsv", faulty="drop")
+    made = run_corpus(config, table, tmp_path / "c", heard)
+    assert [s.id for s in read_corpus(made.path).segments] == ["d"]
+    assert ("Decoding audio", 3, 3) in heard.tasks
+
+
+def test_files_and_folders_of_one_name(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("real", "audio/x/y", "z/w", "audio/z"):
+        sound(source / f"{name}.wav").rename(source / name)
+    (source / "real").rename(source / "x")
+    names = ("x", "audio/x/y", "z/w", "audio/z")
+    table = tsv(tmp_path, *(f"{i}\t{name}\ts {i}\tt {i}\ttrain\tg" for i, name in enumerate(names)))
+    made = run_corpus(CorpusConfig(format="tsv"), table, tmp_path / "c")
+    segments = read_corpus(made.path).segments
+    assert [s.audio for s in segments] == ["audio/x", "audio/x-2/y", "audio/z/w", "audio/z-2"]
+    for segment, name in zip(segments, names, strict=True):
+        assert (made.path / segment.audio).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_full_disk_names_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = sound(tmp_path / "source" / "a.wav")
+    table = tsv(tmp_path, "a\ta.wav\tone\teins\ttrain\tg")
+
+    def full(*paths: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+
+    def no_link(*paths: object) -> None:
+        raise OSError(errno.EXDEV, "other file system")
+
+    monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run_corpus(CorpusConfig(format="tsv"), table, tmp_path / "c")
+    assert str(caught.value.filename).endswith("/audio/a.wav")
+    assert caught.value.filename != str(source)
 
 
 def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
@@ -377,14 +650,72 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     )
 
 
+def test_hugging_face_names_what_is_missing(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = sound(tmp_path / "one.wav").read_bytes()
+
+    def saved(name: str, **columns: list[Any]) -> Path:
+        rows = {"audio": [data] * 4, "text_de": [f"t {i}" for i in range(4)], **columns}
+        datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / name))
+        return tmp_path / name
+
+    config = CorpusConfig(format="hf", split="segment")
+    made = run_corpus(config, saved("bytes"), tmp_path / "c")
+    assert len(read_corpus(made.path).segments) == 4
+    message = faults_of(config, saved("numbers", audio=[1, 2, 3, 4]), tmp_path / "d")
+    assert "The column 'audio'" in message and "int64" in message
+    message = faults_of(config, saved("texts", text_de=[1, 2, 3, 4]), tmp_path / "d")
+    assert "texts:train:2: text_de is '3' (int), not a text" in message
+    message = faults_of(config, saved("none", audio=[data, None, data, data]), tmp_path / "d")
+    assert "none:train:1: no audio" in message and "1 faults" in message
+    grouped = CorpusConfig(format="hf", group_column="speaker")
+    message = faults_of(grouped, tmp_path / "bytes", tmp_path / "d")
+    assert "has no column 'speaker'. Expected: one of audio, text_de" in message
+    source = saved("speakers", speaker=["ann", None, "", "bob"])
+    segments = read_corpus(run_corpus(grouped, source, tmp_path / "e").path).segments
+    assert [s.group for s in segments] == ["ann", "train-000001", "train-000002", "bob"]
+
+
+def test_hugging_face_paths_are_relative_to_the_source(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    source = tmp_path / "source"
+    for index in range(3):
+        sound(source / f"a{index}.wav")
+    lines = ["audio,text_en,text_de", *(f"a{i}.wav,s{i},t{i}" for i in range(3))]
+    text(source / "train.csv", *lines)
+    config = CorpusConfig(format="hf", split="segment")
+    made = run_corpus(config, source, tmp_path / "c")
+    assert [s.audio for s in read_corpus(made.path).segments] == [
+        "audio/a0.wav",
+        "audio/a1.wav",
+        "audio/a2.wav",
+    ]
+
+
+def test_hugging_face_tells_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` wraps it: the outermost error says no more than that there was one."""
+
+    def load(cause: Exception) -> Any:
+        def load_dataset(source: str, subset: str | None) -> None:
+            raise RuntimeError("An error occurred while generating the dataset") from cause
+
+        return types.SimpleNamespace(load_dataset=load_dataset)
+
+    config, source = CorpusConfig(format="hf"), tmp_path / "source"
+    source.mkdir()
+    cause: Exception = ImportError("To support encoding audio data, please install 'torchcodec'.")
+    monkeypatch.setitem(sys.modules, "datasets", load(cause))
+    message = faults_of(config, source, tmp_path / "c")
+    assert "pip install torchcodec" in message and "--format tsv" in message
+    monkeypatch.setitem(sys.modules, "datasets", load(ValueError("line 3 is torn")))
+    assert "(line 3 is torn)" in faults_of(config, source, tmp_path / "c")
+
+
 class _Table(list[dict[str, Any]]):
-    """The two calls of a `datasets.Dataset` that the importer makes."""
+    """What the importer asks of a `datasets.Dataset`."""
 
     column_names = ("index", "audio", "text_en", "text_de")
-
-    def cast_column(self, name: str, feature: Any) -> "_Table":
-        assert (name, feature) == ("audio", "undecoded")
-        return self
+    features: ClassVar[dict[str, Any]] = {"audio": {"bytes": "binary", "path": "string"}}
 
 
 def _datasets(tmp_path: Path) -> types.SimpleNamespace:
@@ -400,5 +731,5 @@ def _datasets(tmp_path: Path) -> types.SimpleNamespace:
     )
     return types.SimpleNamespace(
         load_dataset=lambda source, subset: {"train": table},
-        Audio=lambda decode: "undecoded",
+        Audio=type("Audio", (), {}),
     )

@@ -1,26 +1,28 @@
 """Corpora in: each importer reads one layout; `run_corpus` checks, splits and writes a complete corpus."""
 
+import errno
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 
 from halve import artefact
 from halve.artefact import Artefact
-from halve.audio import probe
-from halve.corpus import Segment, check_segments, write_manifest
+from halve.audio import AudioInfo
+from halve.corpus import Segment, decode_all, segment_faults, write_manifest
 from halve.errors import CorpusError
 from halve.families import FAMILIES
 from halve.importers.acl6060 import import_acl6060
 from halve.importers.base import CorpusConfig, Importer, Row, Rows, Sound
+from halve.importers.hf import import_hf
 from halve.importers.iwslt import import_iwslt
 from halve.importers.parallel import import_text
 from halve.importers.splits import divide, own_group
-from halve.importers.tables import import_halve, import_hf, import_tsv
-from halve.progress import SILENT, Advance, Progress
+from halve.importers.tables import import_halve, import_tsv
+from halve.progress import SILENT, Progress
 
 __all__ = ["IMPORTERS", "CorpusConfig", "Row", "Rows", "Sound", "read_source", "run_corpus"]
 
@@ -57,22 +59,23 @@ def run_corpus(
     local = Path(source).exists()
     parents = {"source": Path(source)} if local else {}
     recipe = config.model_dump(mode="json") | ({} if local else {"source": str(source)})
-    max_audio_s = _max_audio_s(config)
+    _max_audio_s(config)  # an unknown family is refused before anything is read
     progress.message(f"Reading {source}")
     with artefact.writing(out, "corpus", recipe, config.seed, parents) as draft:
         found = read_source(config, source)
-        with progress.task("Checking segments", len(found.rows)) as advance:
-            segments = [_segment(row, draft.path, config, advance) for row in found.rows]
-        where = [row.where for row in found.rows]
-        checks = check_segments(Path("/"), segments, max_audio_s, where)
-        faults = [*found.faults, *checks, *_duplicates(found.rows, config)]
-        faults += _straddling(found.rows, config)
-        rows = _without_faulty(found.rows, faults, config, progress)
+        for warning in found.warnings:
+            progress.warn(warning)
+        paths = [_audio_path(row, draft.path) for row in found.rows]
+        heard = decode_all(list(dict.fromkeys(path for path in paths if path)), progress)
+        segments = [
+            _segment(row, path, heard, config) for row, path in zip(found.rows, paths, strict=True)
+        ]
+        faults, kept = _without_faulty(found, segments, heard, config, progress)
         if faults:
             artefact.write_json(draft.path / "dropped.json", {"faults": faults})
-        segments_by_id = dict(zip((row.where for row in found.rows), segments, strict=True))
-        divided = divide(rows, config)
-        final = [_placed(row, segments_by_id[row.where]) for row in divided]
+        divided = divide([found.rows[index] for index in kept], config)
+        # By place, not by line: several segments may stand on one.
+        final = [_placed(row, segments[index]) for index, row in zip(kept, divided, strict=True)]
         _check_groups(final)
         final = _take_audio(final, Path(source), draft.path)
         write_manifest(draft.path, final)
@@ -92,108 +95,123 @@ def _max_audio_s(config: CorpusConfig) -> float:
     return FAMILIES[config.family].max_audio_s
 
 
-def _segment(row: Row, partial: Path, config: CorpusConfig, advance: Advance) -> Segment:
-    """The row with an absolute audio path; its length read from the file where the source tells none."""
+def _audio_path(row: Row, partial: Path) -> Path | None:
+    """The absolute path of the row's audio; bytes from a data set become a file of the draft."""
     if row.audio is None:
-        advance()
-        return _text_segment(row, config)
-    if isinstance(row.audio, Sound):
-        path = partial / "audio" / _safe(row.audio.name)
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(row.audio.data)
-    else:
-        path = row.audio
+        return None
+    if isinstance(row.audio, Path):
+        return row.audio.absolute()
+    path = partial / "audio" / _safe(row.audio.name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(row.audio.data)
+    return path.absolute()
+
+
+def _segment(
+    row: Row, path: Path | None, heard: Mapping[Path, AudioInfo | str], config: CorpusConfig
+) -> Segment:
+    """The row with an absolute audio path; its length that of the file where the source tells none."""
     duration_s = row.duration_s
-    if duration_s is None:
-        try:
-            duration_s = max(0.0, probe(path).duration_s - row.offset_s)
-        except CorpusError:  # check_segments names it with the others
-            duration_s = 0.0
-    advance()
+    if path is None:
+        duration_s = 0.0
+    elif duration_s is None:
+        info = heard[path]  # a text is a fault, which is named with the others
+        duration_s = 0.0 if isinstance(info, str) else max(0.0, info.duration_s - row.offset_s)
     return Segment(
         id=row.id,
-        audio=str(path.absolute()),
-        offset_s=row.offset_s,
+        audio="" if path is None else str(path),
+        offset_s=0.0 if path is None else row.offset_s,
         duration_s=round(duration_s, 6),
         source_lang=config.source_lang,
         source_text=row.source_text,
         references=row.references,
         split=row.split or "train",
-        # Groups are checked once the splits are known; until then each segment is its own.
+        # Groups are known once the splits are: until then each segment is its own.
         group=row.where,
         extra=row.extra,
     )
 
 
-def _text_segment(row: Row, config: CorpusConfig) -> Segment:
-    """A segment without audio."""
-    return Segment(
-        id=row.id,
-        audio="",
-        offset_s=0.0,
-        duration_s=0.0,
-        source_lang=config.source_lang,
-        source_text=row.source_text,
-        references=row.references,
-        split=row.split or "train",
-        group=row.where,
-        extra=row.extra,
-    )
-
-
-def _duplicates(rows: Sequence[Row], config: CorpusConfig) -> list[str]:
+def _duplicates(rows: Sequence[Row], config: CorpusConfig) -> Iterator[tuple[int, str]]:
     if config.duplicates == "keep":
-        return []
+        return
     seen: dict[tuple[str, ...], Row] = {}
-    faults = []
-    for row in rows:
+    for index, row in enumerate(rows):
         key = (row.source_text.casefold(), *(text for _, text in sorted(row.references.items())))
         first = seen.setdefault(key, row)
         if first is not row and any(text.strip() for text in key):
-            faults.append(f"{row.where}: same text as {first.where}")
-    return faults
+            yield index, f"same text as {first.where}"
 
 
-def _straddling(rows: Sequence[Row], config: CorpusConfig) -> list[str]:
+def _straddling(rows: Sequence[Row], config: CorpusConfig) -> Iterator[tuple[int, str]]:
     """Groups that the source itself puts in more than one split, at the first line that does.
 
     Leaving that line out would not mend it: under ``faulty="drop"`` they are refused on their own.
     """
     given = config.split in (None, "given") and all(row.split for row in rows)
     if not given or config.faulty == "drop":
-        return []
+        return
     first: dict[str, dict[str, str]] = {}
-    faults = []
-    for row in rows:
+    for index, row in enumerate(rows):
         group, split = row.group or own_group(row), str(row.split)
         places = first.setdefault(group, {})
         if places and split not in places:
             other, where = next(iter(places.items()))
-            faults.append(f"{row.where}: group {group!r} is in {split}, and in {other} at {where}")
+            yield index, f"group {group!r} is in {split}, and in {other} at {where}"
         places.setdefault(split, row.where)
-    return faults
 
 
 def _without_faulty(
-    rows: Sequence[Row], faults: list[str], config: CorpusConfig, progress: Progress
-) -> list[Row]:
-    if not faults:
-        if not rows:
-            raise CorpusError("The source has no segment")
-        return list(rows)
-    if config.faulty == "refuse":
-        raise CorpusError(
-            f"{len(faults)} faults in the corpus; nothing was written",
-            mend="mend the source, or leave faulty segments out with --faulty drop (and keep repeated "
-            "sentences with --duplicates keep)",
-            faults=faults,
-        )
-    faulty = {row.where for row in rows for fault in faults if fault.startswith(f"{row.where}: ")}
-    kept = [row for row in rows if row.where not in faulty]
+    found: Rows,
+    segments: Sequence[Segment],
+    heard: Mapping[Path, AudioInfo | str],
+    config: CorpusConfig,
+    progress: Progress,
+) -> tuple[list[str], list[int]]:
+    """The faults of segments that were left out, and the indices of the rows that are kept.
+
+    Raises:
+        CorpusError: faults, and none may be left out or leaving segments out would not mend them.
+    """
+    rows = found.rows
+    audio = {str(path): info for path, info in heard.items()}
+    places = [row.where for row in rows]
+    of_rows = [
+        *segment_faults(segments, _max_audio_s(config), places, audio),
+        *_duplicates(rows, config),
+        *_straddling(rows, config),
+    ]
+    faults = [*found.faults, *(f"{places[index]}: {fault}" for index, fault in of_rows)]
+    _refuse(found, faults, config)
+    faulty = {index for index, _ in of_rows}
+    kept = [index for index in range(len(rows)) if index not in faulty]
     if not kept:
         raise CorpusError("Every segment is faulty", faults=faults)
-    progress.warn(f"{len(rows) - len(kept)} faulty segments left out; dropped.json lists them.")
-    return kept
+    if faults:
+        left_out = len(faulty) + len(found.faults)
+        progress.warn(f"{left_out} faulty segments left out; dropped.json lists them.")
+    return faults, kept
+
+
+def _refuse(found: Rows, faults: list[str], config: CorpusConfig) -> None:
+    """Raises CorpusError where faults stop the import."""
+    every = [*found.set_faults, *faults]
+    if every and config.faulty == "refuse":
+        raise CorpusError(
+            f"{len(every)} faults in the corpus; nothing was written",
+            mend="mend the source, or leave faulty segments out with --faulty drop (and keep repeated "
+            "sentences with --duplicates keep)",
+            faults=every,
+        )
+    if found.set_faults:
+        raise CorpusError(
+            f"{len(found.set_faults)} faults of whole files; nothing was written",
+            expected="faults of single segments, which are all that --faulty drop can leave out",
+            mend="mend the files, or take them out of the source",
+            faults=found.set_faults,
+        )
+    if not found.rows and not faults:
+        raise CorpusError("The source has no segment")
 
 
 def _placed(row: Row, segment: Segment) -> Segment:
@@ -223,10 +241,12 @@ def _take_audio(segments: Sequence[Segment], source: Path, partial: Path) -> lis
     """Hard-links (else copies) each file into `audio/` and makes the paths relative."""
     root = (source if source.is_dir() else source.parent).absolute()
     names: dict[str, str] = {}
-    for segment in segments:
-        if segment.audio and segment.audio not in names:
-            names[segment.audio] = _name(Path(segment.audio), root, partial, set(names.values()))
-            _link(Path(segment.audio), partial / names[segment.audio])
+    taken = _Taken()
+    files = dict.fromkeys(Path(segment.audio) for segment in segments if segment.audio)
+    # Those that lie in the draft already have their names: the others go round them.
+    for path in sorted(files, key=lambda path: not path.is_relative_to(partial.absolute())):
+        names[str(path)] = _name(path, root, partial, taken)
+        _link(path, partial / names[str(path)])
     kept = {partial / name for name in names.values()}
     for path in sorted((partial / "audio").rglob("*")):
         if path.is_file() and path not in kept:  # bytes of a segment that was left out
@@ -237,22 +257,49 @@ def _take_audio(segments: Sequence[Segment], source: Path, partial: Path) -> lis
     ]
 
 
-def _name(path: Path, root: Path, partial: Path, taken: set[str]) -> str:
+@dataclass
+class _Taken:
+    """Names that are given away: of files, and of the folders that hold them."""
+
+    files: set[str] = field(default_factory=set)
+    folders: set[str] = field(default_factory=set)
+
+    def add(self, name: str) -> str:
+        self.files.add(name)
+        self.folders.update(parent.as_posix() for parent in PurePosixPath(name).parents)
+        return name
+
+
+def _name(path: Path, root: Path, partial: Path, taken: _Taken) -> str:
+    """A file's name in the corpus: its own as far as no other file or folder has it."""
     if path.is_relative_to(partial.absolute()):
-        return path.relative_to(partial.absolute()).as_posix()
+        return taken.add(path.relative_to(partial.absolute()).as_posix())
     inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
     parts = [_safe(part) for part in inside.parts]
-    if parts[0] != "audio":
+    # `audio/` becomes the corpus's own; a file of that name does not.
+    if parts[0] != "audio" or len(parts) == 1:
         parts.insert(0, "audio")
-    name, count = "/".join(parts), 1
-    while name in taken:
+    name = ""
+    for at, part in enumerate(parts):
+        clashes = taken.files if at < len(parts) - 1 else taken.files | taken.folders
+        name = _free(name, part, clashes)
+    return taken.add(name)
+
+
+def _free(folder: str, part: str, clashes: Set[str]) -> str:
+    name = f"{folder}/{part}".lstrip("/")
+    count = 1
+    while name in clashes:
         count += 1
-        name = "/".join([*parts[:-1], f"{Path(parts[-1]).stem}-{count}{Path(parts[-1]).suffix}"])
+        name = f"{folder}/{Path(part).stem}-{count}{Path(part).suffix}"
     return name
 
 
 def _safe(name: str) -> str:
     return re.sub(r"[^\w.+-]", "_", name).lstrip(".") or "audio"
+
+
+_TARGET_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def _link(path: Path, target: Path) -> None:
@@ -263,7 +310,12 @@ def _link(path: Path, target: Path) -> None:
         os.link(path.resolve(), target)
     except OSError:  # another file system, or one without hard links
         fresh = target.with_name(f".{target.name}.new")
-        shutil.copyfile(path, fresh)
+        try:
+            shutil.copyfile(path, fresh)
+        except OSError as error:
+            if error.errno in _TARGET_ERRORS:  # Python names the file that was read
+                raise OSError(error.errno, error.strerror, str(target)) from None
+            raise
         fresh.replace(target)
 
 

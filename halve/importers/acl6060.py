@@ -18,6 +18,7 @@ from halve.importers.base import (
     CorpusConfig,
     Row,
     Rows,
+    below,
     known_language,
     read_lines,
     source_dir,
@@ -52,9 +53,9 @@ def import_acl6060(source: str, config: CorpusConfig) -> Rows:
 
 
 def _set_dirs(root: Path, name: str) -> Iterator[Path]:
-    for gold in sorted(root.rglob("segmented_wavs/gold")):
-        if gold.parent.parent.name == name:
-            yield gold.parent.parent
+    for path in [root, *below(root)]:
+        if path.name == name and (path / "segmented_wavs" / "gold").is_dir():
+            yield path
 
 
 def _import_set(folder: Path, name: str, config: CorpusConfig, found: Rows) -> None:
@@ -63,6 +64,9 @@ def _import_set(folder: Path, name: str, config: CorpusConfig, found: Rows) -> N
         for path in (folder / "segmented_wavs" / "gold").iterdir()
         if (match := _WAV.search(path.name))
     )
+    gaps = _gaps([number for number, _ in wavs])
+    if gaps:
+        found.set_faults.append(f"{folder / 'segmented_wavs' / 'gold'}: {gaps}")
     files = _texts(folder, name)
     targets = wanted_languages(files, config)
     texts: dict[str, list[tuple[str, str, str]]] = {}
@@ -71,10 +75,10 @@ def _import_set(folder: Path, name: str, config: CorpusConfig, found: Rows) -> N
             continue
         texts[lang] = list(_sentences(files[lang]))
         if len(texts[lang]) != len(wavs):
-            found.faults.append(
+            found.set_faults.append(
                 f"{files[lang]}: {len(texts[lang])} sentences for {len(wavs)} files in segmented_wavs/gold"
             )
-    if any(len(lines) != len(wavs) for lines in texts.values()):
+    if gaps or any(len(lines) != len(wavs) for lines in texts.values()):
         return
     for index, (number, wav) in enumerate(wavs):
         where, talk, _ = texts[targets[0]][index]
@@ -91,6 +95,17 @@ def _import_set(folder: Path, name: str, config: CorpusConfig, found: Rows) -> N
                 group=talk or f"acl6060-{name}",
             )
         )
+
+
+def _gaps(numbers: list[int]) -> str:
+    """What keeps the sorted numbers from being 1 to n: sent_7.wav is the seventh sentence, whatever is missing."""
+    for expected, number in enumerate(numbers, start=1):
+        if number != expected:
+            return (
+                f"where sent_{expected}.wav should be stands sent_{number}.wav; "
+                f"the {len(numbers)} files must be numbered 1 to {len(numbers)}"
+            )
+    return ""
 
 
 def _texts(folder: Path, name: str) -> dict[str, Path]:
@@ -113,10 +128,13 @@ def _sentences(path: Path) -> Iterator[tuple[str, str, str]]:
         return
     text = "\n".join(read_lines(path))
     talk = ""
-    place, last = 1, 0
+    place, last, told = 1, 0, 0
     for match in _TOKEN.finditer(text):
         place, last = place + text.count("\n", last, match.start()), match.start()
         if match[1] is not None:
             talk = match[1]
         else:
-            yield f"{path}:{place}", talk, " ".join(html.unescape(match[2]).split())
+            column = match.start() - text.rfind("\n", 0, match.start())
+            where = f"{path}:{place}" if place != told else f"{path}:{place}:{column}"
+            told = place
+            yield where, talk, " ".join(html.unescape(match[2]).split())

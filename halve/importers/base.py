@@ -1,6 +1,7 @@
 """What every importer hands over: segments as their source tells them, and the faults it met."""
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -90,6 +91,10 @@ class Rows:
 
     rows: list[Row] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    """One a segment that could not be made a row: `faulty="drop"` leaves it out."""
+    set_faults: list[str] = field(default_factory=list)
+    """Of a file or set as a whole: no segment could be left out to mend them, so they always stop the import."""
+    warnings: list[str] = field(default_factory=list)
 
 
 Importer = Callable[[str, CorpusConfig], Rows]
@@ -109,6 +114,31 @@ def source_dir(source: str, format_name: str) -> Path:
             mend="name the unpacked directory",
         )
     return path
+
+
+def below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Everything under a folder in the order of names, a folder before what it holds; links are followed.
+
+    A link to a folder that it lies in would lead round for ever: it is not entered.
+
+    Raises:
+        CorpusError: a folder that cannot be read.
+    """
+    try:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        entries = [] if here in above else sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise CorpusError(
+            f"{folder} cannot be read ({error.strerror})",
+            mend="allow it, or name a directory that does not hold this one",
+        ) from None
+    for entry in entries:
+        yield Path(entry.path)
+        # `DirEntry.is_dir` fails on a link to itself; on anything else it saves a look at the disk.
+        linked = entry.is_symlink()
+        if Path(entry.path).is_dir() if linked else entry.is_dir():
+            yield from below(Path(entry.path), above | {here})
 
 
 def known_language(code: str) -> str | None:

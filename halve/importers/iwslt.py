@@ -6,19 +6,21 @@ directory holds a FILE_ORDER, its YAMLs are one set, one YAML a talk, joined in 
 must then name the files of FILE_ORDER in that order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from halve.corpus import seconds
 from halve.errors import CorpusError
 from halve.importers.base import (
     AUDIO_SUFFIXES,
     CorpusConfig,
     Row,
     Rows,
+    below,
     known_language,
     read_lines,
     source_dir,
@@ -40,8 +42,22 @@ class Entry:
     speaker: str | None = None
 
 
+_Items = list[Entry | str]
+
+
 def read_segments_yaml(path: Path) -> tuple[list[Entry], list[str]]:
     """The entries of a segments YAML and the faults in it.
+
+    Raises:
+        CorpusError: missing, or no YAML list.
+    """
+    items = _items(path)
+    entries = [item for item in items if isinstance(item, Entry)]
+    return entries, [item for item in items if isinstance(item, str)]
+
+
+def _items(path: Path) -> _Items:
+    """Each item of a segments YAML, or the fault that keeps it from being a segment.
 
     Raises:
         CorpusError: missing, or no YAML list.
@@ -54,16 +70,19 @@ def read_segments_yaml(path: Path) -> tuple[list[Entry], list[str]]:
         raise CorpusError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(node, yaml.SequenceNode):
         raise CorpusError(f"{path}: no list", expected="a list of {wav, offset, duration}")
-    entries: list[Entry] = []
-    faults: list[str] = []
+    items: _Items = []
+    told = -1
     for item in node.value:
-        where = f"{path}:{item.start_mark.line + 1}"
+        mark = item.start_mark
+        # JSON is YAML too, and may hold every segment on one line.
+        column = f":{mark.column + 1}" if mark.line == told else ""
+        where, told = f"{path}:{mark.line + 1}{column}", mark.line
         try:
-            entries.append(_entry(where, _plain(item)))
+            items.append(_entry(where, _plain(item)))
         except (KeyError, ValueError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            faults.append(f"{where}: {what}; a segment is {{wav, offset, duration}}")
-    return entries, faults
+            what = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+            items.append(f"{where}: {what}; a segment is {{wav, offset, duration}}")
+    return items
 
 
 # The C loader reads the tens of thousands of lines of a training set in seconds, not minutes.
@@ -73,16 +92,36 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def _plain(node: Any) -> dict[str, str]:
     if not isinstance(node, yaml.MappingNode):
         raise ValueError("not a mapping")
-    return {key.value: value.value for key, value in node.value}
+    found: dict[str, str] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"a {_kind(key)} where a name should be")
+        if key.value not in _FACTS:
+            continue
+        if not isinstance(value, yaml.ScalarNode):
+            raise ValueError(f"{key.value} is a {_kind(value)}")
+        if key.value in found:
+            raise ValueError(f"{key.value} is there twice")
+        found[key.value] = "" if value.tag == "tag:yaml.org,2002:null" else value.value
+    return found
+
+
+_FACTS = ("wav", "offset", "duration", "speaker_id")
+
+
+def _kind(node: Any) -> str:
+    return "list" if isinstance(node, yaml.SequenceNode) else "mapping"
 
 
 def _entry(where: str, item: dict[str, str]) -> Entry:
+    if not item["wav"]:
+        raise ValueError("wav is empty")
     return Entry(
         where=where,
         wav=item["wav"],
-        offset_s=float(item["offset"]),
-        duration_s=float(item["duration"]),
-        speaker=item.get("speaker_id"),
+        offset_s=seconds(item["offset"], "offset"),
+        duration_s=seconds(item["duration"], "duration"),
+        speaker=item.get("speaker_id") or None,
     )
 
 
@@ -116,7 +155,7 @@ class AudioIndex:
 
     def __init__(self, *folders: Path) -> None:
         self._files: dict[str, list[Path]] = {}
-        for path in sorted(entry for folder in folders for entry in folder.rglob("*")):
+        for path in (one for folder in folders if folder.is_dir() for one in below(folder)):
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 self._files.setdefault(_stem(path.name), []).append(path)
 
@@ -149,8 +188,32 @@ class _Set:
     order: Path | None
 
 
-def _sets(root: Path) -> Iterator[_Set]:
-    yamls = sorted([*root.rglob("*.yaml"), *root.rglob("*.yml")])
+def _yamls(root: Path) -> list[Path]:
+    return [path for path in below(root) if path.suffix in (".yaml", ".yml") and path.is_file()]
+
+
+def _segment_lists(yamls: list[Path], config: CorpusConfig, found: Rows) -> dict[Path, _Items]:
+    """The YAMLs that are segments; a recipe or the like beside them is left aside, with a warning.
+
+    Raises:
+        CorpusError: one is no list of segments, and no other is there or text of its name lies beside it.
+    """
+    read: dict[Path, _Items] = {}
+    others: dict[Path, CorpusError] = {}
+    for path in yamls:
+        try:
+            read[path] = _items(path)
+        except CorpusError as error:
+            others[path] = error
+    for path, fault in others.items():
+        if not read or text_files(path.parent, path.stem, config, alone=False):
+            raise fault
+        found.warnings.append(f"{path} is left aside: no list of segments, and no text beside it.")
+    return read
+
+
+def _sets(yamls: Iterable[Path], root: Path) -> Iterator[_Set]:
+    yamls = list(yamls)
     for folder in sorted({path.parent for path in yamls}):
         here = [path for path in yamls if path.parent == folder]
         order = next(
@@ -174,40 +237,70 @@ def import_iwslt(source: str, config: CorpusConfig) -> Rows:
     Raises:
         CorpusError: no segments YAML, or no text.
     """
+    found = Rows()
     if Path(source).suffix in (".yaml", ".yml") and Path(source).is_file():
         root = Path(source).parent
-        sets = [one for one in _sets(root) if Path(source) in one.yamls]
+        every = [one for one in _sets(_yamls(root), root) if Path(source) in one.yamls]
+        read = {path: _items(path) for one in every for path in one.yamls}
         folders = [root, root.parent / "wav", root.parent / "audio"]
     else:
         root = source_dir(source, "iwslt")
-        sets = list(_sets(root))
+        read = _segment_lists(_yamls(root), config, found)
+        every = list(_sets(read, root))
         folders = [root]
-    if not sets:
+    if not every:
         raise CorpusError(
             f"{root} has no segments YAML",
             expected="NAME.yaml (a list of {wav, offset, duration}) with NAME.en, NAME.de, …",
             mend="see docs/own-data.md for the layout",
         )
-    found = Rows()
     index = AudioIndex(*folders)
-    for one in sets:
-        _import_set(one, index, config, found, alone=len(sets) == 1)
+    sets = _with_text(every, config, found)
+    for one, texts in sets:
+        _import_set(
+            one, [item for path in one.yamls for item in read[path]], texts, index, config, found
+        )
     return found
 
 
+def _with_text(
+    sets: list[_Set], config: CorpusConfig, found: Rows
+) -> list[tuple[_Set, dict[str, Path]]]:
+    """The sets with their text files; one without any beside others that have is left aside, with a warning."""
+    texts = [
+        text_files(one.yamls[0].parent, one.name, config, alone=len(sets) == 1) for one in sets
+    ]
+    pairs = list(zip(sets, texts, strict=True))
+    if not any(texts):
+        return pairs
+    for one, files in pairs:
+        if not files:
+            found.warnings.append(f"{one.yamls[0]} is left aside: no text beside it.")
+    return [(one, files) for one, files in pairs if files]
+
+
 def _import_set(
-    one: _Set, index: AudioIndex, config: CorpusConfig, found: Rows, alone: bool
+    one: _Set,
+    items: _Items,
+    texts: dict[str, Path],
+    index: AudioIndex,
+    config: CorpusConfig,
+    found: Rows,
 ) -> None:
-    entries: list[Entry] = []
-    for path in one.yamls:
-        more, faults = read_segments_yaml(path)
-        entries += more
-        found.faults += faults
+    faults = [item for item in items if isinstance(item, str)]
+    entries = items
     if one.order is not None:
-        entries, faults = in_file_order(entries, one.order)
+        # A segment that cannot be read has no place in the order: the lines after it would be another's.
+        found.set_faults += faults
+        ordered, more = in_file_order(
+            [item for item in items if isinstance(item, Entry)], one.order
+        )
+        found.set_faults += more
+        if faults or more:
+            return
+        entries = list(ordered)
+    else:
         found.faults += faults
-    near = one.yamls[0].parent
-    texts = text_files(near, one.name, config, alone)
     targets = wanted_languages(texts, config)
     lines: dict[str, list[str]] = {}
     for lang in [config.source_lang, *targets]:
@@ -215,15 +308,15 @@ def _import_set(
             continue
         lines[lang] = read_lines(texts[lang])
         if len(lines[lang]) != len(entries):
-            found.faults.append(
+            found.set_faults.append(
                 f"{texts[lang]}: {len(lines[lang])} lines for the {len(entries)} segments of "
                 f"{', '.join(path.name for path in one.yamls)}"
             )
             return
     for number, entry in enumerate(entries):
-        found.rows.append(
-            _row(one, number, entry, lines, targets, index.find(entry.wav, near), config)
-        )
+        if isinstance(entry, Entry):
+            audio = index.find(entry.wav, one.yamls[0].parent)
+            found.rows.append(_row(one, number, entry, lines, targets, audio, config))
 
 
 def _row(

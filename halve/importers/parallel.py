@@ -63,7 +63,7 @@ def _read(
     source = lines.pop(config.source_lang)
     for lang, texts in lines.items():
         if len(texts) != len(source):
-            found.faults.append(
+            found.set_faults.append(
                 f"{files[lang]}: {len(texts)} lines, {files[config.source_lang].name} has {len(source)}"
             )
             return

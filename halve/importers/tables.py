@@ -1,18 +1,15 @@
-"""Importers of tables: TSV, a Hugging Face data set, and a corpus that halve wrote."""
+"""Importers of tables: TSV, and a corpus that halve wrote."""
 
-import csv
-import io
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from halve.corpus import read_corpus
-from halve.errors import CorpusError, MissingExtraError
+from halve.corpus import read_corpus, seconds
+from halve.errors import CorpusError
 from halve.importers.base import (
     CorpusConfig,
     Row,
     Rows,
-    Sound,
     known_language,
     read_lines,
     split_name,
@@ -31,10 +28,9 @@ def import_tsv(source: str, config: CorpusConfig) -> Rows:
         CorpusError: no table, or one without the columns that a corpus needs.
     """
     path = _table(Path(source))
-    lines = read_lines(path)
     # Texts hold quotation marks: a TSV has no quoting.
-    rows = list(csv.reader(io.StringIO("\n".join(lines)), delimiter="\t", quoting=csv.QUOTE_NONE))
-    header = [name.strip().lower() for name in rows[0]] if rows else []
+    rows = [line.split("\t") for line in read_lines(path)]
+    header = _header(path, rows)
     columns = _language_columns(header, config)
     has_source = any(name in header for name in _TEXT_COLUMNS) or config.source_lang in columns
     if not columns or ("audio" not in header and not has_source):
@@ -49,6 +45,9 @@ def import_tsv(source: str, config: CorpusConfig) -> Rows:
         where = f"{path}:{number}"
         if not any(cell.strip() for cell in cells):
             continue
+        if any("\r" in cell for cell in cells):
+            found.faults.append(f"{where}: a carriage return inside the line")
+            continue
         if len(cells) != len(header):
             found.faults.append(f"{where}: {len(cells)} columns, the header has {len(header)}")
             continue
@@ -58,6 +57,30 @@ def import_tsv(source: str, config: CorpusConfig) -> Rows:
         except ValueError as error:
             found.faults.append(f"{where}: {error}")
     return found
+
+
+def _header(path: Path, rows: list[list[str]]) -> list[str]:
+    """The names of the columns, in lower case.
+
+    Raises:
+        CorpusError: a column that is there twice, or lines that no line feed ends.
+    """
+    cells = rows[0] if rows else []
+    if any("\r" in cell for cell in cells):
+        raise CorpusError(
+            f"{path}:1: lines end in a carriage return alone",
+            expected="line feeds, with or without a carriage return before them",
+            mend="convert the file, for example with `tr '\\r' '\\n'`",
+        )
+    header = [cell.strip().lower() for cell in cells]
+    twice = sorted(name for name, count in Counter(header).items() if name and count > 1)
+    if twice:
+        raise CorpusError(
+            f"{path}:1: the header names {', '.join(twice)} more than once",
+            expected="each column once, capitals aside",
+            mend="rename or remove all but one of them",
+        )
+    return header
 
 
 def _table(path: Path) -> Path:
@@ -124,101 +147,7 @@ def _table_row(
 
 def _seconds(record: Mapping[str, str], name: str) -> float | None:
     text = record.get(name) or record.get(f"{name}_s")
-    if not text:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name} {text!r} is no number of seconds") from None
-
-
-def import_hf(source: str, config: CorpusConfig) -> Rows:
-    """A Hugging Face data set: a hub id, or a local folder or `save_to_disk` directory.
-
-    Audio is taken as the bytes that the data set holds, not decoded and written again.
-
-    Raises:
-        MissingExtraError: the package `datasets` is not there.
-        CorpusError: the data set cannot be read, or lacks a column.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", "train") from None
-    parts = _load(datasets, source, config)
-    found = Rows()
-    for part, table in parts.items():
-        columns = _checked_columns(source, table.column_names, config)
-        undecoded = table.cast_column(config.audio_column, datasets.Audio(decode=False))
-        for index, record in enumerate(undecoded):
-            found.rows.append(_hf_row(source, part, index, record, columns, config))
-    return found
-
-
-def _load(datasets: Any, source: str, config: CorpusConfig) -> Mapping[str, Any]:
-    try:
-        if (Path(source) / "state.json").is_file() or (
-            Path(source) / "dataset_dict.json"
-        ).is_file():
-            loaded = datasets.load_from_disk(source)
-        else:
-            loaded = datasets.load_dataset(source, config.subset)
-    except Exception as error:  # the library raises a dozen kinds, all of them "cannot be read"
-        raise CorpusError(
-            f"The data set {source} cannot be read ({' '.join(str(error).split())[:300]})",
-            expected="a local directory, or the id of a data set on the hub",
-            mend="check the id, the network, and for gated data `hf auth login`",
-        ) from None
-    return loaded if hasattr(loaded, "keys") else {"train": loaded}
-
-
-def _checked_columns(source: str, names: Iterable[str], config: CorpusConfig) -> dict[str, str]:
-    having = list(names)
-    before, _, after = config.text_column.partition("{lang}")
-    columns = {
-        code: name
-        for name in having
-        if name.startswith(before)
-        and name.endswith(after)
-        and (code := known_language(name[len(before) : len(name) - len(after) or None]))
-    }
-    if config.audio_column not in having or not set(columns) - {config.source_lang}:
-        raise CorpusError(
-            f"{source} has the columns {', '.join(having)}",
-            expected=f"audio in {config.audio_column!r} and text in {config.text_column!r}",
-            mend="name them with --audio-column and --text-column",
-        )
-    targets = wanted_languages(columns, config)
-    return {lang: columns[lang] for lang in [config.source_lang, *targets] if lang in columns}
-
-
-def _hf_row(
-    source: str,
-    part: str,
-    index: int,
-    record: Mapping[str, Any],
-    columns: dict[str, str],
-    config: CorpusConfig,
-) -> Row:
-    audio = record[config.audio_column] or {}
-    ident = f"{part}-{index:06d}"
-    texts = {lang: str(record[name] or "").strip() for lang, name in columns.items()}
-    sound: Path | Sound
-    if audio.get("bytes"):
-        suffix = Path(audio.get("path") or "").suffix or ".wav"
-        sound = Sound(f"{ident}{suffix}", audio["bytes"])
-    else:
-        sound = Path(audio.get("path") or f"{ident}: no audio")
-    group = str(record[config.group_column]) if config.group_column else None
-    return Row(
-        where=f"{source}:{part}:{index}",
-        id=ident,
-        audio=sound,
-        source_text=texts.pop(config.source_lang, ""),
-        references=texts,
-        split=split_name(part),
-        group=group or ident,
-    )
+    return seconds(text, name) if text else None
 
 
 def import_halve(source: str, config: CorpusConfig) -> Rows:

@@ -1,0 +1,162 @@
+"""The importer of Hugging Face data sets: from the hub, or a local folder."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from halve.errors import CorpusError, MissingExtraError
+from halve.importers.base import (
+    CorpusConfig,
+    Row,
+    Rows,
+    Sound,
+    known_language,
+    split_name,
+    wanted_languages,
+)
+
+
+def import_hf(source: str, config: CorpusConfig) -> Rows:
+    """A Hugging Face data set: a hub id, or a local folder or `save_to_disk` directory.
+
+    Audio is taken as the bytes that the data set holds, not decoded and written again; where it holds paths,
+    they are relative to the source.
+
+    Raises:
+        MissingExtraError: the package `datasets` is not there.
+        CorpusError: the data set cannot be read, or lacks a column.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("datasets", "train") from None
+    found = Rows()
+    for part, table in _load(datasets, source, config).items():
+        columns = _checked_columns(source, list(table.column_names), config)
+        for index, record in enumerate(_undecoded(datasets, source, table, config)):
+            where = f"{source}:{part}:{index}"
+            try:
+                found.rows.append(_row(where, source, part, index, record, columns, config))
+            except ValueError as error:
+                found.faults.append(f"{where}: {error}")
+    return found
+
+
+def _load(datasets: Any, source: str, config: CorpusConfig) -> Mapping[str, Any]:
+    try:
+        if (Path(source) / "state.json").is_file() or (
+            Path(source) / "dataset_dict.json"
+        ).is_file():
+            loaded = datasets.load_from_disk(source)
+        else:
+            loaded = datasets.load_dataset(source, config.subset)
+    except Exception as error:  # the library raises a dozen kinds, all of them "cannot be read"
+        causes = list(_causes(error))
+        if any(isinstance(cause, ImportError) and "torchcodec" in str(cause) for cause in causes):
+            raise CorpusError(
+                f"The data set {source} is a folder of audio files, which `datasets` reads with torchcodec only",
+                expected="the package torchcodec",
+                mend="pip install torchcodec, or save the metadata as a TSV with an `audio` column and use --format tsv",
+            ) from None
+        # The outermost says no more than "an error occurred"; what it was is at the root.
+        raise CorpusError(
+            f"The data set {source} cannot be read ({' '.join(str(causes[-1]).split())[:300]})",
+            expected="a local directory, or the id of a data set on the hub",
+            mend="check the id, the network, and for gated data `hf auth login`",
+        ) from None
+    return loaded if hasattr(loaded, "keys") else {"train": loaded}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those it was raised from, as its library chained them."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _checked_columns(source: str, having: list[str], config: CorpusConfig) -> dict[str, str]:
+    before, _, after = config.text_column.partition("{lang}")
+    columns = {
+        code: name
+        for name in having
+        if name.startswith(before)
+        and name.endswith(after)
+        and (code := known_language(name[len(before) : len(name) - len(after) or None]))
+    }
+    if config.audio_column not in having or not set(columns) - {config.source_lang}:
+        raise CorpusError(
+            f"{source} has the columns {', '.join(having)}",
+            expected=f"audio in {config.audio_column!r} and text in {config.text_column!r}",
+            mend="name them with --audio-column and --text-column",
+        )
+    if config.group_column is not None and config.group_column not in having:
+        raise CorpusError(
+            f"{source} has no column {config.group_column!r}",
+            expected=f"one of {', '.join(having)}",
+            mend="name another one with --group-column, or leave the option out",
+        )
+    targets = wanted_languages(columns, config)
+    return {lang: columns[lang] for lang in [config.source_lang, *targets] if lang in columns}
+
+
+def _undecoded(datasets: Any, source: str, table: Any, config: CorpusConfig) -> Any:
+    """The table with its audio as bytes or paths.
+
+    Raises:
+        CorpusError: the audio column holds neither.
+    """
+    feature = table.features[config.audio_column]
+    if isinstance(feature, datasets.Audio):
+        return table.cast_column(config.audio_column, datasets.Audio(decode=False))
+    if isinstance(feature, Mapping) and {"bytes", "path"} & set(feature):
+        return table
+    if getattr(feature, "dtype", "") in ("string", "large_string", "binary", "large_binary"):
+        return table
+    raise CorpusError(
+        f"The column {config.audio_column!r} of {source} holds {feature}",
+        expected="audio, the bytes of audio files, or their paths",
+        mend="name another column with --audio-column",
+    )
+
+
+def _row(
+    where: str,
+    source: str,
+    part: str,
+    index: int,
+    record: Mapping[str, Any],
+    columns: dict[str, str],
+    config: CorpusConfig,
+) -> Row:
+    ident = f"{part}-{index:06d}"
+    texts: dict[str, str] = {}
+    for lang, name in columns.items():
+        text = record[name]
+        if not isinstance(text, str | None):
+            raise ValueError(f"{name} is {str(text)[:40]!r} ({type(text).__name__}), not a text")
+        texts[lang] = (text or "").strip()
+    group = record[config.group_column] if config.group_column else None
+    return Row(
+        where=where,
+        id=ident,
+        audio=_sound(record[config.audio_column], ident, Path(source)),
+        source_text=texts.pop(config.source_lang, ""),
+        references=texts,
+        split=split_name(part),
+        # Not known who speaks: a group of its own, as in a data set that names none.
+        group=ident if group is None or str(group).strip() == "" else str(group),
+    )
+
+
+def _sound(audio: Any, ident: str, root: Path) -> Path | Sound:
+    """Raises ValueError where there is neither a path nor a byte."""
+    if isinstance(audio, str):
+        audio = {"path": audio}
+    elif isinstance(audio, bytes):
+        audio = {"bytes": audio}
+    path, data = (audio or {}).get("path"), (audio or {}).get("bytes")
+    if data:
+        return Sound(f"{ident}{Path(path or '').suffix or '.wav'}", data)
+    if not path:
+        raise ValueError("no audio")
+    return root / path

@@ -1,11 +1,16 @@
 """The benches' settings. Imports nothing heavy: `halve --help` reads it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from benchmarks.peer_names import PeerName
-from halve.config import Config, Positive, Seed
+from halve.config import Config, Seed
+
+MOST_THREADS = 1024
+"""More than any machine has cores for; ten times as many would only be started, one after the other."""
+Threads = Annotated[int, Field(ge=1, le=MOST_THREADS)]
+Split = Literal["test", "select", "train"]
 
 
 class QualityConfig(Config):
@@ -13,7 +18,7 @@ class QualityConfig(Config):
 
     lang: str
     """Target language (de, zh, …)."""
-    split: str = "test"
+    split: Split = "test"
     """Split of the corpus that is translated and scored."""
     limit: int | None = Field(default=None, ge=2)
     """Score only so many segments, evenly spaced; the result says that it is a subset."""
@@ -35,7 +40,7 @@ class QualityConfig(Config):
     """Segments that COMET scores together."""
     embedding_model: str | None = None
     """Directory of a text encoder: also report the cosine of hypotheses' and references' embeddings."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: Threads | None = None
     """Compute threads; all cores where not given."""
 
 
@@ -55,13 +60,13 @@ class LatencyConfig(Config):
 
     lang: str
     """Target language (de, zh, …)."""
-    threads: int = Field(default=1, ge=1)
+    threads: Threads = 1
     """Compute threads, the same for every model."""
     repeats: int = Field(default=10, ge=2)
     """Measured runs of each clip."""
     warmup: int = Field(default=2, ge=1)
     """Unmeasured runs of each clip before them."""
-    split: str = "test"
+    split: Split = "test"
     """Split of the corpus that the clips are taken from."""
     short_s: float = Field(default=5.0, gt=0)
     """Length of the short clip: the segment nearest to it is taken."""
@@ -73,7 +78,7 @@ class LatencyConfig(Config):
     """Also run the stock transformers loop on the first model."""
     new_tokens: int | None = Field(default=None, ge=2)
     """Everything says exactly so many tokens of each clip, past any end; the clip's limit where None."""
-    also_threads: tuple[Positive, ...] = ()
+    also_threads: tuple[Threads, ...] = ()
     """Further thread counts. Models are compared at `threads` with the better of all of the others'."""
     peers: tuple[PeerName, ...] = ()
     """Other runtimes to time on the first unquantised model's weights; they need --new-tokens."""
@@ -98,7 +103,7 @@ class ServeBenchConfig(Config):
     """After so long no new request is sent; those under way are finished."""
     warmup: int = Field(default=3, ge=1)
     """Unmeasured requests before each regime."""
-    split: str = "test"
+    split: Split = "test"
     """Split of the corpus that the requests are taken from."""
     segments: int = Field(default=32, ge=2)
     """Distinct segments sent, evenly spaced over the split."""
@@ -108,7 +113,7 @@ class ServeBenchConfig(Config):
     """The longest a server may take until it is ready."""
     timeout_s: float = Field(default=300.0, gt=0)
     """The longest one request may take."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: Threads | None = None
     """Compute threads of each server; all cores where not given."""
     seed: Seed = 0
     """Kept for the record; nothing here is left to chance."""
@@ -121,7 +126,7 @@ class ImportanceBenchConfig(Config):
     """Target language (de, zh, …)."""
     segments: int | None = Field(default=None, ge=1)
     """Use so many `select` segments, evenly spaced; all where not given."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: Threads | None = None
     """Compute threads, the same for every method; all cores where not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of every method."""

@@ -169,7 +169,7 @@ def longform_table(result: Mapping[str, Any]) -> Table:
     rows = []
     for system in result["systems"]:
         kept = system.get("retention", {}).get(result["metric"])
-        retained = f"{kept['percent']:.1f} [{kept['low']:.1f}, {kept['high']:.1f}]" if kept else ""
+        retained = scoring.kept_text(kept)
         scores = [f"{system['scores'][metric]['score']:.2f}" for metric in METRICS]
         rows.append([system["name"], *scores, retained])
     title = METRIC_TITLES[result["metric"]]

@@ -15,6 +15,7 @@ from export.runtime import open_translator
 from halve import environment
 from halve.artefact import Artefact, Draft, append_jsonl, read, read_jsonl, write_json, writing
 from halve.corpus import Corpus, Segment, read_corpus
+from halve.errors import InputError
 from halve.families import Source
 from halve.models import family_of, resolve_model
 from halve.progress import SILENT, Progress
@@ -80,7 +81,9 @@ def run_quality(
     Raises:
         CorpusError: no such split, or no reference in the language.
         ArtefactError: a path is no model.
+        InputError: a COMET checkpoint or an embedding model that is named and not there.
     """
+    check_config(config)
     workload = _Workload.of(config, corpus)
     models = _named([teacher, *students])
     sizes = [size.measure(model.path, model.given) for model in models]
@@ -93,6 +96,26 @@ def run_quality(
         draft.extra.update(bench="quality", lang=config.lang, split=config.split)
         write_json(draft.path / scoring.RESULT, result)
     return read(out)
+
+
+def check_config(config: QualityConfig) -> None:
+    """Refuses what is named and not there, before hours of translating.
+
+    Raises:
+        InputError: a COMET checkpoint, its interpreter or an embedding model that does not exist.
+    """
+    named = {
+        "COMET checkpoint": (config.comet_checkpoint, "--comet-checkpoint"),
+        "COMET interpreter": (config.comet_python, "--comet-python"),
+        "embedding model": (config.embedding_model, "--embedding-model"),
+    }
+    for what, (path, option) in named.items():
+        if path is not None and not Path(path).exists():
+            raise InputError(
+                f"The {what} {path} does not exist",
+                mend=f"correct the path, or leave {option} (in a recipe, "
+                f"{option[2:].replace('-', '_')}) out",
+            )
 
 
 def _named(given: Sequence[str | Path]) -> list[_Model]:

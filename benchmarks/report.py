@@ -196,7 +196,10 @@ def _points(
         if cost is None:
             continue
         kept = model.get("retention", {}).get(metric)
-        interval = (whole * kept["low"] / 100, whole * kept["high"] / 100) if kept else (None, None)
+        known = kept and kept["low"] is not None
+        interval = (
+            (whole * kept["low"] / 100, whole * kept["high"] / 100) if known else (None, None)
+        )
         label = model["name"] if kept else f"{model['name']} (teacher)"
         points.append(plots.Point(label, cost, model["scores"][metric]["score"], *interval))
     return points

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from halve.artefact import read_json
 from halve.errors import ArtefactError
-from halve.metrics import METRICS, retention, score, score_from_statistics, segment_statistics
+from halve.metrics import (
+    METRICS,
+    retention,
+    score,
+    score_from_statistics,
+    segment_statistics,
+    share,
+)
 
 RESULT = "quality.json"
 CONTROLS = ("shuffled_audio", "silence", "shuffled_text")
@@ -45,8 +52,8 @@ def retention_all(
     *,
     resamples: int,
     seed: int,
-) -> dict[str, dict[str, float]]:
-    """Quality retention in every metric: {metric: {percent, low, high, difference, …}}."""
+) -> dict[str, dict[str, Any]]:
+    """Quality retention in every metric: {metric: {percent, low, high, difference, …}}; see `Retention` for None."""
     return {
         metric: rounded(
             asdict(retention(metric, teacher, student, references, lang, resamples, seed))
@@ -55,26 +62,40 @@ def retention_all(
     }
 
 
-def rounded(numbers: Mapping[str, float]) -> dict[str, float]:
-    """The numbers with six decimals: enough for any use, and the same text on every machine."""
-    return {key: round(float(value), _DIGITS) for key, value in numbers.items()}
+def rounded(numbers: Mapping[str, float | None]) -> dict[str, Any]:
+    """The numbers, if any, with six decimals: enough for any use, and the same text on every machine."""
+    return {
+        key: None if value is None else round(float(value), _DIGITS)
+        for key, value in numbers.items()
+    }
+
+
+def kept_text(retention: Mapping[str, Any] | None) -> str:
+    """Retention as tables show it: percent [low, high]; - where the teacher scored 0."""
+    if not retention:
+        return ""
+    if retention["percent"] is None:
+        return "-"
+    return f"{retention['percent']:.1f} [{retention['low']:.1f}, {retention['high']:.1f}]"
 
 
 def mean_retention(
     teacher: Sequence[float], student: Sequence[float], *, resamples: int, seed: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Retention of a metric that is the mean of segment scores (COMET), by the same bootstrap."""
     of_teacher, of_student = np.asarray(teacher), np.asarray(student)
     generator = np.random.default_rng(seed)
     chosen = generator.integers(0, len(of_teacher), (resamples, len(of_teacher)))
     teacher_means, student_means = of_teacher[chosen].mean(axis=1), of_student[chosen].mean(axis=1)
     differences = student_means - teacher_means
-    low, high = np.percentile(100 * student_means / teacher_means, [2.5, 97.5])
+    ratios = np.full(resamples, np.nan)
+    np.divide(100 * student_means, teacher_means, out=ratios, where=teacher_means != 0)
+    percent, low, high = share(of_student.mean(), of_teacher.mean(), ratios)
     difference_low, difference_high = np.percentile(differences, [2.5, 97.5])
     side = min(float((differences <= 0).mean()), float((differences >= 0).mean()))
     return rounded(
         {
-            "percent": 100 * of_student.mean() / of_teacher.mean(),
+            "percent": percent,
             "low": low,
             "high": high,
             "difference": of_student.mean() - of_teacher.mean(),

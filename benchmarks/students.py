@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import scoring
 from halve import environment
 from halve.artefact import read_json, write_json
 from halve.errors import ArtefactError
@@ -174,7 +175,8 @@ def meets(bar: Bar, student: dict[str, Any]) -> bool:
     small = bar.bytes_percent is None or student["bytes_percent"] <= bar.bytes_percent
     kept = [each["retention"] for each in student["langs"].values()]
     return small and all(
-        one["percent"] >= bar.retention_percent
+        one["percent"] is not None  # of a teacher that scored 0 nothing can be kept
+        and one["percent"] >= bar.retention_percent
         and one["low"] >= bar.retention_percent - LOWEST_BELOW_BAR
         for one in kept
     )
@@ -210,12 +212,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _language_cells(found: dict[str, Any]) -> str:
-    kept = found["retention"]
+    kept = scoring.kept_text(found["retention"]).replace(" [", " % [")
     scores = " | ".join(f"{value:.2f}" for value in found["scores"].values())
-    return (
-        f"{scores} | {kept['percent']:.1f} % [{kept['low']:.1f}, {kept['high']:.1f}] "
-        f"| {found['points']:+.2f}"
-    )
+    return f"{scores} | {kept} | {found['points']:+.2f}"
 
 
 def _bar_cell(student: dict[str, Any]) -> str:

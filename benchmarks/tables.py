@@ -102,10 +102,8 @@ def _score(metric: str, value: float) -> str:
 
 
 def _kept(retention: Mapping[str, float] | None) -> list[str]:
-    if not retention:
-        return ["", ""]
-    percent, low, high = retention["percent"], retention["low"], retention["high"]
-    return [f"{percent:.1f} [{low:.1f}, {high:.1f}]", f"{retention['difference']:+.2f}"]
+    points = f"{retention['difference']:+.2f}" if retention else ""
+    return [scoring.kept_text(retention), points]
 
 
 def retention_table(result: Mapping[str, Any]) -> Table:

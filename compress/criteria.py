@@ -5,7 +5,7 @@ audio and the reference translation of each segment. Here as everywhere the firs
 """
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -122,6 +122,21 @@ def by_similarity(
         return _nearest_block([torch.cat(rows) for rows in last], remove, inner)
 
 
+def check_finite(criterion: str, scores: Mapping[int, float]) -> None:
+    """Refuses scores that are no numbers: any order of them would look like a ranking.
+
+    Raises:
+        InputError: a layer's score is not finite.
+    """
+    wrong = [layer for layer, score in scores.items() if not math.isfinite(score)]
+    if wrong:
+        raise InputError(
+            f"Criterion {criterion} of layer {wrong[0]} is {scores[wrong[0]]:g}",
+            expected="a finite number for every layer",
+            mend="use --dtype float32 or bfloat16; if it stays so, the model's weights are damaged",
+        )
+
+
 def _weights(pack: Pack) -> Tensor:
     """In how many of the pack's rows each token stands: shape (tokens,)."""
     weights = torch.ones(len(pack.hidden), device=pack.hidden.device)
@@ -132,6 +147,7 @@ def _weights(pack: Pack) -> Tensor:
 def _least_influence(
     influence: "np.ndarray", remove: int, inner: Sequence[int], segments: int
 ) -> Ranking:
+    check_finite("block-influence", {layer: float(influence[layer]) for layer in inner})
     order = sorted(inner, key=lambda layer: (influence[layer], layer))
     candidates = [Candidate(1, layer, float(influence[layer]), LOWER) for layer in inner]
     signature = f"halve|block-influence|segments:{segments}"
@@ -157,6 +173,7 @@ def _nearest_block(states: Sequence[Tensor], remove: int, inner: Sequence[int]) 
         )
         for layer in firsts
     ]
+    check_finite("angular", {candidate.layer: candidate.score for candidate in candidates})
     first = min(candidates, key=lambda candidate: (candidate.score, candidate.layer)).layer
     signature = f"halve|angular|block:{remove}|segments:{len(states[0])}"
     return Ranking(tuple(range(first, first + remove)), tuple(candidates), "angular", signature)
@@ -213,6 +230,8 @@ def by_loss(
                 todo = [layer for layer in layers if (number, layer, chunk) not in ledger]
                 packs = walker.pack(rows, [texts[row] for row in rows])
                 for layer, loss in _losses(walker, packs, kept, todo):
+                    # Before it is remembered: a resumed search would take it as it stands.
+                    check_finite("loss", {layer: loss})
                     ledger.add(number, chunk, {layer: loss})
                     advance(note=f"round {number}, without layer {layer}")
             tokens = sum(len(text) for text in texts)

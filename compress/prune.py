@@ -58,9 +58,10 @@ def run_prune(
     model = resolve_model(model)
     teacher = read_config(model)
     family = family_for(teacher)
+    # First: with a config of a thousand million layers the rest would not end.
+    check_teacher(model, family, teacher)
     chosen = choose_plan(config, model, plan, family, teacher)
     family.check_kept(teacher, chosen.kept)
-    check_teacher(model, family, teacher)
     parents = {"model": model}
     if config.layers is None and plan is not None:
         parents["plan"] = Path(plan)
@@ -101,12 +102,18 @@ def check_teacher(model: Path, family: Family, config: Mapping[str, Any]) -> Non
     Raises:
         ArtefactError: they disagree; the differing keys are named.
     """
+    shapes = shards.tensor_shapes(model)
+    if family.num_layers(config) > len(shapes):
+        raise ArtefactError(
+            f"{model}: config and weights disagree: config.json says {family.num_layers(config):,} decoder "
+            f"layers, {len(shapes):,} tensors are stored",
+            expected="several tensors for each layer",
+            mend="copy or download the model again, or correct its config.json",
+        )
     if config.get("quantization_config") is not None:
         return
     stored = sum(
-        _numel(shape)
-        for key, (shape, _) in shards.tensor_shapes(model).items()
-        if not family.is_surplus(config, key)
+        _numel(shape) for key, (shape, _) in shapes.items() if not family.is_surplus(config, key)
     )
     counts = family.count_parameters(config)
     expected = counts.total + counts.buffers
@@ -174,7 +181,7 @@ def read_plan(
             removed=tuple(int(layer) for layer in found["removed"]),
             kept=tuple(int(layer) for layer in found["kept"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtefactError(
             f"{file} is no prune plan ({error!r})",
             expected="family, num_layers, removed and kept",

@@ -7,7 +7,7 @@ from typing import Any
 from compress.collate import Branch, TrainingSequence
 from halve.artefact import read_jsonl
 from halve.corpus import Corpus, Segment
-from halve.errors import CorpusError, FamilyError
+from halve.errors import ArtefactError, CorpusError, FamilyError
 from halve.families import SourceText
 from halve.languages import language
 from halve.models import SpeechModel
@@ -67,9 +67,10 @@ def read_rows(path: Any, segments: Sequence[Segment], langs: Sequence[str]) -> l
 
     Raises:
         CorpusError: none of its rows fits.
+        ArtefactError: a line that is no row.
     """
     ids = {segment.id for segment in segments}
-    rows = [Row(**record, number=number) for number, record in enumerate(read_jsonl(path))]
+    rows = [_row(path, number, record) for number, record in enumerate(read_jsonl(path))]
     found = [row for row in rows if row.id in ids and row.lang in langs]
     if not found:
         raise CorpusError(
@@ -78,6 +79,18 @@ def read_rows(path: Any, segments: Sequence[Segment], langs: Sequence[str]) -> l
             mend="run `halve distill` with this corpus and --lang",
         )
     return found
+
+
+def _row(path: Any, number: int, record: Any) -> Row:
+    names = {"id", "lang", "text", "origin"}
+    fits = isinstance(record, dict) and record.keys() == names
+    if not fits or not all(isinstance(value, str) for value in record.values()):
+        raise ArtefactError(
+            f"{path}, line {number + 1}: no training row",
+            expected="an object with id, lang, text and origin, all of them text",
+            mend="run `halve distill` again",
+        )
+    return Row(**record, number=number)
 
 
 def build_sequences(

@@ -22,7 +22,7 @@ from compress.teach import run_teach, save_model, scorer, select_weights, traina
 from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
-from halve.errors import InputError
+from halve.errors import ArtefactError, InputError
 from halve.models import SpeechModel, load_model, resolve_model
 from halve.progress import SILENT, Progress
 
@@ -52,12 +52,13 @@ def run_tune(
 
     Raises:
         InputError: a corpus, model, or setting that cannot be used.
+        ArtefactError: translations of another corpus.
         MissingExtraError: peft or bitsandbytes is not installed.
     """
     base = resolve_model(model)
     parents = {"model": base, "corpus": Path(corpus)}
     if translations is not None:
-        artefact.read(translations, "translations")
+        _check_corpus(translations, Path(corpus))
         parents["translations"] = Path(translations)
     soft = _soft_loss(config, translations)
     kind = "student" if config.method == "full" else "adapter"
@@ -91,6 +92,17 @@ def run_tune(
         else:
             save_adapter(adapter, base, draft.path)
     return artefact.read(out, kind)
+
+
+def _check_corpus(translations: Path, corpus: Path) -> None:
+    """Refuses translations of another corpus: segments are named alike in all, so that texts would meet the wrong audio."""
+    made_from = artefact.read(translations, "translations").parents.get("corpus")
+    if made_from != artefact.identity(corpus):
+        raise ArtefactError(
+            f"{translations} was made from another corpus than {corpus}, or from another version of it",
+            expected="translations of this very corpus",
+            mend="name that corpus, or run `halve distill` with this one",
+        )
 
 
 def _load(config: TuneConfig, base: Path, team: Team, computed: str) -> SpeechModel:

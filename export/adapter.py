@@ -77,10 +77,24 @@ def read_adapter(
         pairs.setdefault(disk_key(family, f"{module}.weight"), {})[which[0]] = tensor
     factors = {key: (pair["A"], pair["B"]) for key, pair in pairs.items() if len(pair) == 2}
     _check(path, factors, pairs, shapes)
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    return Adapter(factors, _scaling(path / CONFIG, config))
+
+
+def _scaling(file: Path, config: dict[str, Any]) -> float:
+    """What the product of the factors is multiplied by.
+
+    Raises:
+        ArtefactError: no rank, or no scale.
+    """
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise ArtefactError(
+            f"{file} has r {rank!r} and lora_alpha {alpha!r}",
+            expected="a rank of at least 1 and a number",
+            mend="copy the adapter's own file again, or tune again",
+        )
     # Rank-stabilised LoRA (Kalajdzievski 2023) divides by the root of the rank.
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Adapter(factors, scaling)
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -88,6 +102,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf8"))
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{path / CONFIG} is missing or damaged ({error})") from None
+    if not isinstance(config, dict):
+        raise ArtefactError(
+            f"{path / CONFIG} holds no settings",
+            expected="an object",
+            mend="tune again, or copy it again",
+        )
     refused = [name for name in _REFUSED if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or refused:
         raise ArtefactError(

@@ -55,7 +55,7 @@ def write_plain(
     """Copies a model directory with its weights in another type.
 
     Raises:
-        ArtefactError: weights missing, damaged, or stored in 4 bits.
+        ArtefactError: weights missing, damaged, stored in 4 bits, or not finite in that type.
     """
     config = _plain_config(source)
     parts = [_part(stored, _KINDS[dtype], change(stored)) for stored in iter_stored(source)]
@@ -85,10 +85,30 @@ def _part(stored: Stored, kind: str, changed: Rows | None) -> Part:
 
     def pieces() -> Iterator[memoryview]:
         for rows in changed() if changed is not None else (rows for _, rows in stored.rows()):
-            yield raw(rows.to(dtype))
+            cast = rows.to(dtype)
+            _check_finite(stored, rows, cast)
+            yield raw(cast)
 
     size = math.prod(stored.shape) * element_bytes(kind)
     return Part(stored.key, kind, stored.shape, size, pieces)
+
+
+def _check_finite(stored: Stored, rows: "torch.Tensor", cast: "torch.Tensor") -> None:
+    """Refuses values that are no numbers, or are too large for the type that they are stored in."""
+    if bool(cast.isfinite().all()):
+        return
+    dtype = str(cast.dtype).removeprefix("torch.")
+    if bool(rows.isfinite().all()):
+        raise ArtefactError(
+            f"{stored.key} holds {float(rows.abs().max()):.3g}, which is infinite in {dtype}",
+            expected="weights that the type can hold",
+            mend="store it in bfloat16 or float32",
+        )
+    raise ArtefactError(
+        f"{stored.key} of {stored.file.parent} holds values that are no numbers, or would after the merge",
+        expected="finite weights in the model and in the adapter",
+        mend="copy or make the model again, or tune it again with a lower learning rate",
+    )
 
 
 def write_nf4(source: Path, target: Path, max_shard_bytes: int) -> None:

@@ -1,6 +1,8 @@
 """Settings of merging and packaging."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from halve.config import Config, Positive, Seed
 from halve.errors import InputError
@@ -54,7 +56,7 @@ class PackageConfig(Config):
     """Languages that the package translates into; those of the corpus where empty."""
     parity_segments: Positive | None = None
     """Compares the package with its student on at most so many segments of `select`; all where None."""
-    max_drop: float = 1.0
+    max_drop: Annotated[float, Field(ge=0)] = 1.0
     """The most points of the selection metric that a quantised package may lose to its student."""
     contest: Literal["iwslt", "wmt"] | None = None
     """Also write what a compression track's organisers run and want to know."""

@@ -39,9 +39,10 @@ class Score:
 class Retention:
     """A student's score as a percentage of its teacher's, with a 95 % interval by paired bootstrap."""
 
-    percent: float
-    low: float
-    high: float
+    percent: float | None
+    """None, as the interval's ends, where the teacher's score is 0: of nothing there is no share."""
+    low: float | None
+    high: float | None
     difference: float
     """Student minus teacher, in points."""
     difference_low: float
@@ -110,7 +111,8 @@ def retention(
 ) -> Retention:
     """The student's corpus score as a percentage of the teacher's (Koehn 2004, paired bootstrap).
 
-    Both are scored on the same resampled segments; the interval holds the middle 95 % of the ratios.
+    Both are scored on the same resampled segments; the interval holds the middle 95 % of the ratios. Samples
+    in which the teacher scores 0 have none.
     """
     teacher = segment_statistics(metric, teacher_hypotheses, references, lang)
     student = segment_statistics(metric, student_hypotheses, references, lang)
@@ -121,21 +123,32 @@ def retention(
         chosen = generator.integers(0, len(references), len(references))
         of_teacher = score_from_statistics(metric, teacher[chosen].sum(axis=0), lang)
         of_student = score_from_statistics(metric, student[chosen].sum(axis=0), lang)
-        ratios[index] = _percent(of_student, of_teacher)
+        ratios[index] = 100 * of_student / of_teacher if of_teacher else np.nan
         differences[index] = of_student - of_teacher
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    kept = share(full[1], full[0], ratios)
     difference_low, difference_high = np.percentile(differences, [2.5, 97.5])
     side = min(float((differences <= 0).mean()), float((differences >= 0).mean()))
     return Retention(
-        percent=_percent(full[1], full[0]),
-        low=float(low),
-        high=float(high),
+        percent=kept[0],
+        low=kept[1],
+        high=kept[2],
         difference=full[1] - full[0],
         difference_low=float(difference_low),
         difference_high=float(difference_high),
         p_value=min(1.0, 2 * side),
         p_randomised=randomisation_p(metric, teacher, student, lang, resamples, seed),
     )
+
+
+def share(
+    student: float, teacher: float, ratios: NDArray[np.float64]
+) -> tuple[float | None, float | None, float | None]:
+    """The student's percentage, and the ends of the middle 95 % of the samples' (NaN where one has none)."""
+    # A full score above 0 says that some segment counts; that no sample has it is next to impossible.
+    if not teacher or np.isnan(ratios).all():
+        return None, None, None
+    low, high = np.nanpercentile(ratios, [2.5, 97.5])
+    return 100.0 * student / teacher, float(low), float(high)
 
 
 def randomisation_p(
@@ -171,9 +184,3 @@ def randomisation_p(
         drawn = np.where(swapped[:, None], second, first).sum(axis=0)
         as_great += difference(drawn) >= observed - 1e-12
     return (as_great + 1) / (trials + 1)
-
-
-def _percent(part: float, whole: float) -> float:
-    if whole == 0:
-        return 100.0 if part == 0 else 0.0
-    return 100.0 * part / whole

@@ -14,9 +14,13 @@ from halve import environment
 from halve.artefact import read_json
 from halve.errors import ArtefactError, FamilyError, InputError, MissingExtraError
 from halve.families import FAMILIES, Family, family_for, released_config, resolve
-from halve.shards import FOREIGN_WEIGHTS, WEIGHTS
+from halve.shards import FOREIGN_WEIGHTS, GENERATION, WEIGHTS
 
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_LAYERS = 1000
+"""A config that says more decoder layers is damaged."""
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+"""What a decoder's config gives as a number above zero, where it gives it."""
 
 
 @dataclass
@@ -157,8 +161,8 @@ def _check_config(file: Path, config: Any) -> None:
         if kind not in family.model_types:
             continue
         try:
-            family.num_layers(config)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            _check_sizes(family, config)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArtefactError(
                 f"{file} is damaged ({type(error).__name__}: {error})",
                 expected=f"the whole config of a {kind} model",
@@ -166,14 +170,27 @@ def _check_config(file: Path, config: Any) -> None:
             ) from None
 
 
+def _check_sizes(family: Family, config: dict[str, Any]) -> None:
+    """Raises where a size is no number, or there are so many layers that nothing would end."""
+    text = family.text_config(config)
+    for name in _SIZES:
+        if name in text and (type(text[name]) is not int or text[name] < 1):
+            raise ValueError(f"{name} is {text[name]!r}")
+    if family.num_layers(config) > MOST_LAYERS:
+        raise ValueError(f"{family.num_layers(config):,} decoder layers")
+
+
 def family_of(path: Path) -> Family:
     """The family of a model directory, or of a package of any target."""
     package = path / "package.json"
     if not (path / "config.json").is_file() and package.is_file():
-        name = read_json(package).get("family")
+        facts = read_json(package)
+        name = facts.get("family") if isinstance(facts, dict) else None
         if name not in FAMILIES:
             raise ArtefactError(
-                f"{package} is of family {name!r}", expected=f"one of {', '.join(FAMILIES)}"
+                f"{package} is of family {name!r}" if name else f"{package} names no family",
+                expected=f"one of {', '.join(FAMILIES)}",
+                mend="make the package again",
             )
         return FAMILIES[name]
     return family_for(read_config(path))
@@ -242,7 +259,7 @@ def load_model(
         adapter: a peft adapter to put on.
 
     Raises:
-        ArtefactError: files missing or damaged, or weights that do not fit the config.
+        ArtefactError: files missing or damaged, or weights that do not fit the config or are no numbers.
         FamilyError: an architecture halve does not know.
     """
     path = resolve_model(path)
@@ -256,6 +273,7 @@ def load_model(
 
             model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
     model.eval()
+    _check_finite(path, model)
     if device == "split":
         device = str(resolve(model, family.embeddings).weight.device)
     return SpeechModel(model, load_processor(path), family, path, device, dtype)
@@ -274,6 +292,7 @@ def _from_pretrained(
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
+    _check_generation(path)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     stored = config.get("quantization_config") is not None
     if quantization and not stored:
@@ -299,7 +318,15 @@ def _from_pretrained(
             f"{path / 'config.json'} contradicts itself ({' '.join(str(error).split())})",
             expected="the config that the weights were saved with",
         ) from None
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise ArtefactError(
             f"{path}: its weights cannot be loaded ({_first_line(error)})",
             expected="complete safetensors files that fit config.json",
@@ -312,6 +339,17 @@ def _from_pretrained(
             _widen(model, not environment.computes_bfloat16(device))
         return model
     return model if device == "split" else model.to(device)
+
+
+def _check_generation(path: Path) -> None:
+    """Refuses a damaged generation config, which transformers passes over in silence."""
+    file = path / GENERATION
+    if file.is_file() and not isinstance(read_json(file), dict):
+        raise ArtefactError(
+            f"{file} holds no settings",
+            expected="a model's generation_config.json",
+            mend="copy it again from where the model is from",
+        )
 
 
 def _check_loading(path: Path, info: dict[str, Any]) -> None:
@@ -330,6 +368,23 @@ def _check_loading(path: Path, info: dict[str, Any]) -> None:
             expected="every tensor of the config, and no other",
             mend="copy or download the model again, or correct its config.json",
         )
+
+
+def _check_finite(path: Path, model: Any) -> None:
+    """Refuses weights that are no numbers: such a model says something all the same, and would be scored."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.is_floating_point():
+            continue
+        # A sum takes no memory; it may overflow where every number is finite.
+        total = parameter.detach().sum(dtype=torch.float32)
+        if not total.isfinite() and not parameter.isfinite().all():
+            raise ArtefactError(
+                f"{path}: {name} holds values that are no numbers",
+                expected="finite weights",
+                mend="copy or make the model again",
+            )
 
 
 def _named(key: Any) -> str:

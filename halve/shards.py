@@ -137,12 +137,7 @@ def read_index(model: Path) -> dict[str, str]:
         ArtefactError: no safetensors weights, or a shard missing or damaged.
     """
     if (model / INDEX).is_file():
-        try:
-            index: dict[str, str] = json.loads((model / INDEX).read_text(encoding="utf8"))[
-                "weight_map"
-            ]
-        except (ValueError, KeyError) as error:
-            raise ArtefactError(f"{model / INDEX} is damaged ({error})") from None
+        index = _weight_map(model / INDEX)
         missing = sorted({name for name in index.values() if not (model / name).is_file()})
         if missing:
             raise ArtefactError(
@@ -152,6 +147,23 @@ def read_index(model: Path) -> dict[str, str]:
     if not (model / SINGLE).is_file():
         raise ArtefactError(f"{model} has no safetensors weights", expected=f"{SINGLE} or {INDEX}")
     return dict.fromkeys(read_header(model / SINGLE), SINGLE)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf8"))
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(one, str) for one in files.values()):
+            raise ValueError("it does not say which tensor is in which file")
+        if any(".." in Path(name).parts or Path(name).is_absolute() for name in files.values()):
+            raise ValueError("it names files outside the model's directory")
+    except ValueError as error:
+        raise ArtefactError(
+            f"{path} is damaged ({error})",
+            expected="an object with the file of each tensor under weight_map",
+            mend="copy it again",
+        ) from None
+    return files
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -254,9 +266,15 @@ def _make_greedy(path: Path) -> None:
     """Translations are measured and compared as greedy decoding makes them: no sampling, one beam."""
     try:
         settings = json.loads(path.read_text(encoding="utf8"))
-        greedy = {key: value for key, value in settings.items() if key not in _SAMPLING}
-    except (ValueError, AttributeError) as error:
-        raise ArtefactError(f"{path.name} is damaged ({error})") from None
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
+        raise ArtefactError(
+            f"{path.name} is damaged ({error})",
+            expected="an object of settings",
+            mend="copy it again from where the model is from",
+        ) from None
+    greedy = {key: value for key, value in settings.items() if key not in _SAMPLING}
     greedy |= {"do_sample": False, "num_beams": 1}
     if greedy != settings:
         path.write_text(json.dumps(greedy, indent=2, sort_keys=True) + "\n", encoding="utf8")

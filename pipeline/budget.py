@@ -16,7 +16,7 @@ import yaml
 
 from halve.artefact import read, read_json, read_jsonl
 from halve.corpus import read_corpus
-from halve.errors import InputError
+from halve.errors import CorpusError, InputError
 from halve.families import Family, family_for
 from halve.families.base import Counts
 from halve.languages import language
@@ -234,14 +234,18 @@ def _trimmed(counts: Counts, family: Family, config: dict[str, Any], kept: int) 
     return replace(counts, total=counts.total - gone, embeddings=embeddings, head=head)
 
 
-def read_table(importance: Path) -> Table:
+def read_table(importance: Path, model: str, config: dict[str, Any]) -> Table:
     """The scores along the path that a search took.
 
     Raises:
-        ArtefactError: no importance artefact.
+        ArtefactError: no importance artefact, or one of another model.
         InputError: its method measured no scores.
     """
+    from compress.prune import read_plan
+
     read(importance, "importance")
+    local = Path(model) if Path(model).is_dir() else None
+    read_plan(importance, family_for(config), config, local)
     plan = read_json(importance / "plan.json")
     rows = {
         (int(row["round"]), int(row["layer"])): row
@@ -284,7 +288,7 @@ def plan(
     config = find_config(model)
     side_bytes = _side_bytes(place) if place else 0.0
     kept = _kept_tokens(place, corpus, code) if place and corpus else None
-    measured = read_table(importance) if importance else None
+    measured = read_table(importance, model, config) if importance else None
     found = choices(config, budget_bytes, side_bytes, kept, measured)
     if not found:
         smallest = choices(config, float("inf"), side_bytes, kept)
@@ -345,6 +349,12 @@ def _kept_tokens(model: Path, corpus: Path, code: str | None) -> int:
         for lang, text in segment.references.items()
         if code in (None, lang)
     ]
+    if not texts:
+        raise CorpusError(
+            f"{corpus} has no translations" + (f" into {code}" if code else ""),
+            expected="texts that a trimmed vocabulary must be able to say, in train or select",
+            mend="name another corpus or --lang, or leave --corpus out",
+        )
     vocabulary = int(family.text_config(read_config(model))["vocab_size"])
     tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer
     return len(kept_tokens(tokenizer, texts, (), vocabulary))
@@ -373,10 +383,19 @@ def _write_recipe(
         "bench": {"quality": {"split": "test"}, "latency": {}},
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    path.write_text(
-        f"# {chosen.layers} of {layers} layers, {chosen.package}: about {size(chosen.stored_bytes)}.\n{text}",
-        encoding="utf8",
-    )
+    title = f"# {chosen.layers} of {layers} layers, {chosen.package}: about {size(chosen.stored_bytes)}."
+    _write_whole(path, f"{title}\n{text}")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file beside its place and renames it: a full disk leaves nothing behind."""
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_text(text, encoding="utf8")
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def _side_bytes(model: Path) -> float:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.config import (
+    MOST_THREADS,
     ImportanceBenchConfig,
     LatencyConfig,
     LongformConfig,
@@ -394,13 +395,18 @@ def translate(
         typer.Option("--input-dir", metavar="DIR", help="Where the audio of --segments lies."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Segments translated together.")] = 16,
-    threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Compute threads.")
+    ] = None,
     beams: Annotated[
         int, typer.Option(min=1, max=64, help="Beam search; 1 is greedy, as scored.")
     ] = 1,
 ) -> Result:
-    """Translates audio, one line a file or segment, or text, one line a line; UTF-8, in the order given."""
-    from halve.checks import doubtful_lines
+    """Translates audio, one line a file or segment, or text, one line a line; UTF-8, in the order given.
+
+    Lines are printed as they come. If one cannot be made, those before it stand (--json prints their list), and the exit
+    code is 2.
+    """
     from halve.models import family_of, resolve_model
     from pipeline import translate as translating
 
@@ -413,19 +419,16 @@ def translate(
     how = (batch_size, threads, console.progress(), beams)
     if segments is None and family_of(resolve_model(model)).reads == "text":
         texts = translating.lines_of_files(files or [], spoken)
-        lines = list(translating.translate_lines(model, target, texts, *how))
-        lengths: list[float] = [len(source.text) for _, source in texts]
+        lines = translating.translate_lines(model, target, texts, *how)
+        checked = translating.checked(lines, how[2], [len(source.text) for _, source in texts])
     else:
         pieces = (
             translating.pieces_of_files(files or [])
             if segments is None
             else translating.pieces_of_segments(segments, input_dir)
         )
-        lines = list(translating.translate(model, target, pieces, *how))
-        lengths = [line.duration_s for line in lines]
-    for fault in doubtful_lines([line.text for line in lines], lengths):
-        how[2].warn(fault)
-    return Result("\n".join(line.text for line in lines), [vars(line) for line in lines])
+        checked = translating.checked(translating.translate(model, target, pieces, *how), how[2])
+    return console.Lines("", found=((line.text, vars(line)) for line in checked))
 
 
 @command(app, "serve", ServeSettings)

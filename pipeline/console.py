@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,29 @@ class Result:
         if text:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
+
+
+@dataclass(frozen=True)
+class Lines(Result):
+    """What a command finds line by line, as (text, data): printed as it comes, for machines as one list at the end."""
+
+    found: Iterable[tuple[str, Any]] = ()
+
+    def show(self, as_json: bool) -> None:
+        """Prints it on stdout; where something fails on the way, what was found until then all the same."""
+        records: list[Any] = []
+        try:
+            for text, data in self.found:
+                records.append(data)
+                if not as_json:
+                    sys.stdout.write(f"{text}\n")
+                    sys.stdout.flush()
+        except Exception:
+            if as_json and records:
+                Result("", records).show(as_json)
+            raise
+        if as_json:
+            Result("", records).show(as_json)
 
 
 def duration(seconds: float) -> str:
@@ -119,6 +142,8 @@ class BarProgress(LineProgress):
                 progress.TextColumn("{task.fields[note]}"),
                 console=self._console,
                 transient=True,
+                # On a terminal results go above the bars; into a file or a pipe they go as they are.
+                redirect_stdout=sys.stdout.isatty(),
             )
             self._bars.start()
         bars = self._bars

@@ -87,9 +87,12 @@ def tokenizer_faults(path: Path) -> list[str]:
     if not all((path / name).is_file() for name in ("config.json", "tokenizer.json")):
         return []
     config, tokenizer = read_config(path), artefact.read_json(path / "tokenizer.json")
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    added = {int(token["id"]) for token in tokenizer.get("added_tokens") or []}
-    ids = set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+    try:
+        ids, added = _token_ids(tokenizer)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        return [
+            "tokenizer.json: damaged, it holds no vocabulary and special tokens with their numbers"
+        ]
     rows = config.get("text_config", config).get("vocab_size")
     faults = []
     if rows is not None and max(ids | added, default=0) >= rows:
@@ -102,6 +105,14 @@ def tokenizer_faults(path: Path) -> list[str]:
         if special and isinstance(wanted, int) and wanted not in added:
             faults.append(f"{name} {wanted} is no special token of it")
     return [f"tokenizer.json: a foreign tokenizer ({'; '.join(faults)})"] if faults else []
+
+
+def _token_ids(tokenizer: Any) -> tuple[set[int], set[int]]:
+    """The ids of a tokenizer.json's vocabulary, and of its special tokens."""
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    found = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    added = {int(token["id"]) for token in tokenizer.get("added_tokens") or []}
+    return {int(one) for one in found}, added
 
 
 def model_facts(path: Path) -> dict[str, Any]:

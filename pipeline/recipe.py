@@ -89,6 +89,10 @@ class Recipe(Config):
             faults.append("prune needs layers, or an importance section that finds them")
         if self.merge is not None and self.tune is None:
             faults.append("merge needs a tune section")
+        if self.tune is not None and self.tune.logit_weight and not self._has_logits():
+            faults.append(
+                "tune.logit_weight needs the teacher's distributions: distill: {logits: 8}"
+            )
         faults += [f"packages: {fault}" for fault in map(_impossible, self.packages) if fault]
         names = [package_name(package) for package in self.packages]
         if len(set(names)) != len(names):
@@ -96,6 +100,9 @@ class Recipe(Config):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _has_logits(self) -> bool:
+        return self.distill is not None and self.distill.logits > 0
 
 
 def _impossible(config: PackageConfig) -> str:
@@ -112,6 +119,8 @@ def package_name(config: PackageConfig) -> str:
     return f"{config.target}-{config.precision}"
 
 
+LANGUAGE_SETTINGS = ("lang", "langs", "source_lang")
+"""Settings of all sections that name languages."""
 _PATHS = (
     ("teacher",),
     ("base",),
@@ -133,13 +142,19 @@ def read_recipe(path: str | Path) -> Recipe:
     try:
         text = path.read_text(encoding="utf8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_loops(path, node)
         raw = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise RecipeError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise RecipeError(
+            f"{path} is nested too deeply", expected="a recipe, see recipes/"
+        ) from None
     if not isinstance(raw, dict) or node is None:
         raise RecipeError(f"{path} holds no settings", expected="a mapping, see recipes/")
     lines, faults = _lines(node)
-    faults += _unknown_languages(raw, lines)
+    raw, unknown = _with_codes(raw, lines)
+    faults += unknown
     try:
         recipe = Recipe.model_validate(_with_defaults(raw))
     except pydantic.ValidationError as error:
@@ -152,6 +167,24 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 Place = tuple[str | int, ...]
+
+
+def _refuse_loops(path: Path, root: yaml.Node | None) -> None:
+    """Refuses a document in which an alias stands inside what it means."""
+
+    def walk(node: Any, above: frozenset[int]) -> None:
+        if id(node) in above:
+            raise RecipeError(
+                f"{path}, line {node.start_mark.line + 1}: contains itself by an alias"
+            )
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        else:
+            parts = node.value if isinstance(node, yaml.SequenceNode) else []
+        for part in parts:
+            walk(part, above | {id(node)})
+
+    walk(root, frozenset())
 
 
 def _lines(root: yaml.Node) -> tuple[dict[Place, int], list[str]]:
@@ -189,23 +222,39 @@ def _fault(fault: Any, lines: dict[Place, int]) -> str:
     return f"line {lines[known]}, {name}: {fault_text(fault)}" if name else fault_text(fault)
 
 
-def _unknown_languages(raw: dict[str, Any], lines: dict[Place, int]) -> list[str]:
-    """Faulty language codes, wherever a recipe names them."""
-    faults = []
-    found: list[tuple[Place, Any]] = [(("lang",), raw.get("lang"))]
-    for section, values in raw.items():
-        if isinstance(values, dict):
-            found += [
-                ((section, key), values.get(key)) for key in ("lang", "langs") if key in values
-            ]
-    for place, value in found:
-        for code in value if isinstance(value, list) else [value]:
+def _with_codes(raw: dict[str, Any], lines: dict[Place, int]) -> tuple[dict[str, Any], list[str]]:
+    """The recipe with every language by its code, as the command line takes it, and the faults in them.
+
+    DE and de-AT become de; a language named twice is meant once.
+    """
+    faults: list[str] = []
+
+    def codes(value: Any, place: Place) -> Any:
+        found = []
+        for one in value if isinstance(value, list) else [value]:
             try:
-                if code is not None:
-                    language(str(code))
+                if not isinstance(one, str):
+                    raise InputError(f"{str(one)!r} is no language code")
+                found.append(language(one).code)
             except InputError as error:
-                faults.append(f"line {lines.get(place, 1)}, {_dotted(place)}: {error.found}")
-    return faults
+                known = next(place[:n] for n in range(len(place), -1, -1) if place[:n] in lines)
+                faults.append(f"line {lines[known]}, {_dotted(place)}: {error.found}")
+                found.append("en")  # so that the other faults are found too
+        return list(dict.fromkeys(found)) if isinstance(value, list) else found[0]
+
+    def walk(value: Any, place: Place) -> Any:
+        if isinstance(value, list):
+            return [walk(each, (*place, index)) for index, each in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: codes(each, (*place, key))
+            if key in LANGUAGE_SETTINGS and each is not None
+            else walk(each, (*place, str(key)))
+            for key, each in value.items()
+        }
+
+    return walk(raw, ()), faults
 
 
 def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:

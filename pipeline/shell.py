@@ -16,7 +16,7 @@ import typer
 
 from halve import artefact, environment
 from halve.config import Config
-from halve.errors import InputError
+from halve.errors import ArtefactError, InputError
 from pipeline import console, failures, steps
 from pipeline.console import Result
 from pipeline.steps import Step
@@ -65,7 +65,15 @@ def language_of(model: Path) -> str:
     """The language that a model was made for, from its package, its record, or its ancestors' settings."""
     manifest = model / "package.json"
     if manifest.is_file():
-        return str(json.loads(manifest.read_text(encoding="utf8"))["languages"][0])
+        facts = artefact.read_json(manifest)
+        try:
+            return str(facts["languages"][0])
+        except (KeyError, IndexError, TypeError):
+            raise ArtefactError(
+                f"{manifest} names no languages",
+                expected="what `halve package` wrote",
+                mend="make the package again",
+            ) from None
     if (model / artefact.RECORD).is_file():
         made = artefact.read(model)
         langs = made.recipe.get("langs") or made.extra.get("langs") or []
@@ -130,7 +138,8 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> None:
 
 def _usage(error: Any) -> str:
     """What typer says of wrong usage, as a sentence and without the name of pydantic's exception."""
-    text = str(error.format_message()).replace(": Value error, ", ": ").rstrip()
+    # The choices of a missing option come on lines of their own.
+    text = " ".join(str(error.format_message()).replace(": Value error, ", ": ").split())
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from export.config import MergeConfig
 from halve import artefact
@@ -209,7 +210,8 @@ def check_inputs(run: Run) -> None:
     """Refuses a run whose model or corpus is not there, or whose layers cannot go, before anything is done.
 
     Raises:
-        InputError: the source of the corpus is missing, or layers that the model cannot do without.
+        InputError: the source of the corpus is missing, or what a bench is given to score with, or layers
+            that the model cannot do without.
         ArtefactError: the model is missing.
         FamilyError: an architecture that halve does not know.
     """
@@ -219,14 +221,18 @@ def check_inputs(run: Run) -> None:
             f"The corpus source {section.source} does not exist",
             mend="correct `source` in the recipe (paths are relative to the recipe)",
         )
-    _check_layers(run.recipe, resolve_model(str(run.recipe.teacher or run.recipe.base)))
+    if run.recipe.bench.quality is not None:
+        from benchmarks.quality import check_config
+
+        check_config(run.recipe.bench.quality)
+    model = resolve_model(str(run.recipe.teacher or run.recipe.base))
+    _check_layers(run.recipe, read_config(model))
 
 
-def _check_layers(recipe: Recipe, model: Path) -> None:
+def _check_layers(recipe: Recipe, config: dict[str, Any]) -> None:
     from compress.importance import check_config
     from compress.prune import plan_of_layers
 
-    config = read_config(model)
     family = family_for(config)
     num_layers = family.num_layers(config)
     if recipe.importance is not None:
@@ -236,8 +242,14 @@ def _check_layers(recipe: Recipe, model: Path) -> None:
 
 
 def plan(run: Run, first: str | None, last: str | None) -> tuple[list[Planned], Estimator]:
-    """The steps with their costs, without running anything."""
+    """The steps with their costs, without running anything.
+
+    Raises:
+        InputError: no such stages, or layers that the model cannot do without.
+    """
     estimator = Estimator(run)
+    if estimator.config is not None:
+        _check_layers(run.recipe, estimator.config)
     planned: list[Planned] = []
     for step in steps_between(run, first, last):
         # What follows a step that must run is only known to be current once that has run.

@@ -111,11 +111,13 @@ def of_bench(made: Artefact, data: Mapping[str, Any]) -> Result:
 
 
 def _quality(data: Mapping[str, Any]) -> str:
+    from benchmarks.scoring import kept_text
+
     metric = language(data["lang"]).selection_metric
     rows = []
     for model in [data["teacher"], *data["students"]]:
         kept = model.get("retention", {}).get(metric)
-        retained = f"{kept['percent']:.1f} [{kept['low']:.1f}, {kept['high']:.1f}]" if kept else ""
+        retained = kept_text(kept)
         scores = [
             f"{model['scores'][name]['score']:.2f}" for name in ("bleu", "chrf", "chrf++", "ter")
         ]

@@ -1,11 +1,13 @@
 """`halve translate`: one line a segment, in the order asked for."""
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from halve.audio import FloatArray, probe, read_audio
+from halve.checks import doubtful_lines
 from halve.errors import CorpusError, InputError
 from halve.families import SourceText
 from halve.importers.base import read_lines, split_lines
@@ -142,6 +144,9 @@ def _checked(pieces: list[Piece]) -> list[Piece]:
         raise InputError("Nothing to translate", mend="name audio files, or --segments FILE")
     faults: dict[str, None] = {}
     for piece in pieces:
+        if what := _impossible(piece):
+            faults[f"{piece.name}: {what}"] = None
+            continue
         try:
             length_s = probe(piece.path).duration_s
         except CorpusError as error:
@@ -154,6 +159,16 @@ def _checked(pieces: list[Piece]) -> list[Piece]:
     if faults:
         raise CorpusError(f"{len(faults)} audio files cannot be used", faults=list(faults))
     return pieces
+
+
+def _impossible(piece: Piece) -> str:
+    """Why there can be no such stretch; nothing where there can."""
+    if not (math.isfinite(piece.offset_s) and piece.offset_s >= 0):
+        return f"offset {piece.offset_s:g}, where 0 or more seconds are expected"
+    length_s = piece.duration_s
+    if length_s is not None and not (math.isfinite(length_s) and length_s > 0):
+        return f"duration {length_s:g}, where more than 0 seconds are expected"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -178,6 +193,7 @@ def translate(
 
     Raises:
         InputError: a language that the model does not speak.
+        CorpusError: audio that cannot be decoded; the pieces before it are translated first.
     """
     from export.runtime import open_translator
 
@@ -188,7 +204,8 @@ def translate(
             for start in range(0, len(pieces), 4 * batch_size):
                 # Several batches at once, so that the translator can put like lengths together.
                 batch = pieces[start : start + 4 * batch_size]
-                audio = [read_audio(one.path, one.offset_s, one.duration_s) for one in batch]
+                audio, fault = _read(batch)
+                batch = batch[: len(audio)]
                 cuts = [
                     cut_in_silence(clip, translator.max_audio_s, translator.sample_rate_hz)
                     for clip in audio
@@ -201,8 +218,38 @@ def translate(
                         piece.name, " ".join(text.split()), len(clip) / translator.sample_rate_hz
                     )
                 advance(len(batch))
+                if fault is not None:
+                    raise fault
     finally:
         translator.close()
+
+
+def _read(pieces: Sequence[Piece]) -> tuple[list[FloatArray], CorpusError | None]:
+    """The pieces' audio up to the first that cannot be read, and why: those before it are translated first."""
+    audio: list[FloatArray] = []
+    for piece in pieces:
+        try:
+            audio.append(read_audio(piece.path, piece.offset_s, piece.duration_s))
+        except CorpusError as error:
+            return audio, error
+    return audio, None
+
+
+def checked(
+    lines: Iterable[Line], progress: Progress, lengths: Sequence[float] | None = None
+) -> Iterator[Line]:
+    """Hands lines on as they come; after the last one, warns of doubtful ones.
+
+    Args:
+        lengths: of the lines' sources, in characters; their seconds where None.
+    """
+    seen = []
+    for line in lines:
+        seen.append(line)
+        yield line
+    sizes = lengths if lengths is not None else [line.duration_s for line in seen]
+    for fault in doubtful_lines([line.text for line in seen], sizes):
+        progress.warn(fault)
 
 
 def _language(lang: str | None, spoken: Sequence[str]) -> str:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import comet, comet_environment, scoring
-from halve.errors import HalveError
+from benchmarks.config import QualityConfig
+from benchmarks.quality import run_quality
+from halve.errors import HalveError, InputError
 
 SYSTEMS = {"teacher": ["eins", "zwei"], "student": ["eins", "drei"]}
 SOURCES, REFERENCES = ["one", "two"], ["eins", "zwei"]
@@ -110,3 +112,22 @@ def test_a_finished_environment_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     (folder / "bin").mkdir(parents=True)
     (folder / ".complete").touch()
     assert comet_environment.installed() == comet_environment.install() == folder / "bin" / "python"
+
+
+def test_of_a_mean_of_nothing_no_share_is_kept() -> None:
+    kept = scoring.mean_retention([0.0, 0.0], [0.5, 0.6], resamples=100, seed=0)
+    assert (kept["percent"], kept["low"], kept["high"]) == (None, None, None)
+    assert kept["difference"] == pytest.approx(0.55)
+    assert scoring.kept_text(kept) == "-"
+    assert scoring.kept_text({"percent": 91.26, "low": 90, "high": 92}) == "91.3 [90.0, 92.0]"
+    assert scoring.kept_text(None) == ""
+
+
+@pytest.mark.parametrize("setting", ["comet_checkpoint", "comet_python", "embedding_model"])
+def test_what_is_named_and_not_there_stops_a_bench_before_it_translates(
+    setting: str, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = QualityConfig(lang="de", **{setting: str(tmp_path / "nowhere")})
+    with pytest.raises(InputError, match=r"nowhere does not exist"):
+        run_quality(config, tiny_model, [], tiny_corpus, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from benchmarks import scoring
 from benchmarks.config import QualityConfig
 from benchmarks.quality import run_quality
 from export.runtime import open_translator
-from halve import artefact
+from halve import artefact, metrics
 from halve.errors import CorpusError
 from halve.metrics import METRICS, score
 
@@ -38,7 +38,10 @@ def test_the_object_has_every_key(quality_result: Path, tiny_model: Path) -> Non
     assert teacher["path"] == str(tiny_model)
     for metric in METRICS:
         kept = student["retention"][metric]
-        assert kept["low"] <= kept["high"]
+        if teacher["scores"][metric]["score"] == 0:
+            assert kept["percent"] is kept["low"] is kept["high"] is None
+        else:
+            assert kept["low"] <= kept["high"]
     assert set(teacher["controls"]) == {"shuffled_audio", "silence"}
     for scores in teacher["controls"].values():
         assert set(scores) == set(METRICS)
@@ -135,3 +138,21 @@ def test_lines_survive_odd_characters(tmp_path: Path) -> None:
     lines = ["a b\x0bc\u2028d", "", "ü 打开"]
     scoring.write_lines(tmp_path / "lines.txt", lines)
     assert scoring.read_lines(tmp_path / "lines.txt") == ["a b c d", "", "ü 打开"]
+
+
+REFERENCES_DE = ["Das ist ein Haus.", "Der Hund schläft heute.", "Wir gehen nach Hause."]
+HYPOTHESES_DE = ["Das ist ein Haus.", "Der Hund schläft.", "Wir gehen heim."]
+
+
+def test_of_a_teacher_that_scores_nothing_no_share_is_kept() -> None:
+    nothing = ["" for _ in REFERENCES_DE]
+    for student in (nothing, HYPOTHESES_DE):
+        kept = metrics.retention("chrf", nothing, student, REFERENCES_DE, "de", resamples=100)
+        assert (kept.percent, kept.low, kept.high) == (None, None, None)
+        assert kept.difference == kept.difference_high == 0 or kept.difference > 0
+
+
+def test_samples_in_which_the_teacher_scores_nothing_are_left_out() -> None:
+    teacher = [REFERENCES_DE[0], *("" for _ in REFERENCES_DE[1:])]
+    kept = metrics.retention("chrf", teacher, teacher, REFERENCES_DE, "de", resamples=100)
+    assert (kept.percent, kept.low, kept.high) == (100, 100, 100)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,9 +21,10 @@ from compress.exact import ExactTranslator
 from compress.importance import run_importance
 from compress.search import Candidate, Ledger, Ranking, Search, best, every_candidate, greedy
 from halve import artefact
-from halve.errors import CorpusError, InputError
+from halve.errors import ArtefactError, CorpusError, InputError
 from halve.languages import token_limit
 from tests import tiny
+from tests.compress.damage import spoilt
 from tests.compress.search_models import Scripted, scripted_task
 
 ROOT = Path(__file__).parents[2]
@@ -324,3 +326,25 @@ def test_no_environment_is_needed_to_read_the_config() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
     fields = json.loads(json.dumps(ImportanceConfig.model_json_schema()))["properties"]
     assert all(field.get("description") for field in fields.values())
+
+
+@pytest.mark.parametrize("method", ["exact", "loss"])
+def test_a_model_of_no_numbers_is_not_ranked(
+    method: str, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    model = spoilt(tiny_model, tmp_path / "model", float("nan"))
+    with pytest.raises(
+        ArtefactError, match=r"layers\.3\.mlp\.up_proj\.weight holds values that are no"
+    ):
+        ranked(method, model, tiny_corpus, tmp_path / "found", remove=1, segments=2)
+    assert not (tmp_path / "found").exists()
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(InputError, match="block-influence of layer 2 is nan"):
+        criteria._least_influence(np.array([0.1, 0.2, np.nan, 0.1]), 1, [1, 2], 4)
+    state = torch.ones(3, 4)
+    with pytest.raises(InputError, match="angular of layer 1 is nan"):
+        criteria._nearest_block([state, state * torch.nan, state, state], 1, [1, 2])
+    with pytest.raises(InputError, match="loss of layer 1 is inf"):
+        criteria.check_finite("loss", {0: 1.0, 1: math.inf})

@@ -1,6 +1,7 @@
 """Pruning: what is written loads in stock transformers and computes what the sliced teacher computes."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from compress.config import PruneConfig
 from compress.prune import check_contents, check_structure, plan_of_layers, read_plan, run_prune
 from compress.reference import only_layers
-from halve import artefact
+from halve import artefact, shards
 from halve.errors import ArtefactError, InputError
 from halve.families import family_for
 from halve.languages import language
@@ -245,3 +246,51 @@ def test_renumbering(total: int, data: Any) -> None:
     assert [layer for layer, name in enumerate(renamed) if name] == list(plan.kept)
     assert family.kept_key("audio_tower.layers.0.fc1.weight", plan.kept) is not None
     assert json.loads(json.dumps(new)) == new
+
+
+@pytest.mark.parametrize("layers", [400, 10**9])
+def test_a_config_of_countless_layers_is_refused_at_once(
+    layers: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = layers
+    config["text_config"].pop("layer_types", None)
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtefactError, match=rf"config\.json.*{layers:,} decoder layers"):
+        run_prune(PruneConfig(layers=(2,)), model, None, tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_plans_of_no_numbers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    plan = plan_file(tmp_path / "plan.json", removed=[math.inf])
+    with pytest.raises(ArtefactError, match=r"plan\.json is no prune plan"):
+        run_prune(PruneConfig(), tiny_model, plan, tmp_path / "pruned")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[]", "which tensor"),
+        ('{"weight_map": []}', "which tensor"),
+        ('{"weight_map": {"a": 1}}', "which tensor"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "outside"),
+    ],
+)
+def test_an_index_of_another_shape_is_named(
+    text: str, says: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / shards.INDEX).write_text(text)
+    with pytest.raises(ArtefactError, match=rf"index\.json is damaged .*{says}"):
+        run_prune(PruneConfig(layers=(2,)), model, None, tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("text", ["[1]", "{"])
+def test_a_damaged_generation_config_is_named(text: str, tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "generation_config.json").write_text(text)
+    with pytest.raises(ArtefactError, match=r"generation_config\.json"):
+        run_prune(PruneConfig(layers=(2,)), model, None, tmp_path / "pruned")
+    with pytest.raises(ArtefactError, match=r"generation_config\.json"):
+        load_model(model)

@@ -19,13 +19,13 @@ from compress.config import DistillConfig, TeachConfig, TuneConfig
 from compress.distill import run_distill
 from compress.gradients import GradientMaker, gradient_threads
 from compress.loop import Training, learning_rate_factor
-from compress.rows import build_sequences, reference_rows, segments_for
+from compress.rows import build_sequences, read_rows, reference_rows, segments_for
 from compress.states import LiveStates, NoStates, store_states
 from compress.teach import save_model, select_weights
 from compress.tune import base_name, run_teach, run_tune
 from halve import artefact
 from halve.corpus import read_corpus, write_manifest
-from halve.errors import CorpusError, InputError
+from halve.errors import ArtefactError, CorpusError, InputError
 from halve.families import FAMILIES
 from halve.models import load_model
 from halve.origin import origin
@@ -388,3 +388,35 @@ def test_a_killed_tune_ends_with_the_same_bytes(
     calm, struck = ((run_tune, (config, taught, tiny_corpus, None, tmp_path / n)) for n in "cs")
     kills.survives(calm, struck, KILLS, seed=2)
     kills.same_files(tmp_path / "c", tmp_path / "s")
+
+
+def test_translations_of_another_corpus_are_refused(
+    taught: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    run_distill(DistillConfig(langs=("de",), limit=2), taught, tiny_corpus, tmp_path / "made")
+    # Its segments have the same ids.
+    other = tiny.make_corpus(tmp_path / "other", train=11)
+    config = TuneConfig(langs=("de",), method="lora", max_steps=1)
+    with pytest.raises(ArtefactError, match="another corpus"):
+        run_tune(config, taught, other, tmp_path / "made", tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "other"]
+
+
+@pytest.mark.parametrize("rank", [65, 100_000])
+def test_a_rank_that_no_layer_has_is_refused(
+    rank: int, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = TuneConfig(langs=("de",), method="lora", rank=rank, max_steps=1)
+    with pytest.raises(InputError, match=r"--rank of at most 64"):
+        run_tune(config, tiny_model, tiny_corpus, None, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[1], {"id": "s000", "lang": "de"}, {"id": "s000", "lang": "de", "text": 5, "origin": "x"}],
+)
+def test_rows_of_another_shape_are_named(row: object, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ArtefactError, match=r"rows\.jsonl, line 1: no training row"):
+        read_rows(tmp_path / "rows.jsonl", [], ("de",))

@@ -22,6 +22,7 @@ from halve.origin import read_head
 from halve.shards import iter_stored, tensor_shapes
 from halve.translate import TorchTranslator
 from tests import tiny
+from tests.compress.damage import spoilt
 
 
 def logits(speech) -> torch.Tensor:
@@ -164,3 +165,32 @@ def test_refuses_dora_and_auto_without_a_corpus(
     )
     with pytest.raises(ArtefactError, match="use_dora"):
         run_merge(MergeConfig(), tiny_model, dora, None, tmp_path / "s")
+
+
+@pytest.mark.parametrize("config", [[], {"r": 0}, {"r": "x"}, {"lora_alpha": None}])
+def test_refuses_adapter_settings_of_another_shape(
+    config: Any, tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    damaged = shutil.copytree(adapter, tmp_path / "damaged")
+    file = damaged / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config if config else config))
+    with pytest.raises(ArtefactError, match=r"adapter_config\.json"):
+        run_merge(MergeConfig(), tiny_model, damaged, None, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "says"),
+    [
+        (1e9, "float16", "holds 1e+09, which is infinite in float16"),
+        (float("nan"), "bfloat16", "no numbers, or would after the merge"),
+    ],
+)
+def test_refuses_a_student_that_is_not_finite(
+    value: float, dtype: str, says: str, tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    model = spoilt(tiny_model, tmp_path / "model", value)
+    with pytest.raises(ArtefactError) as error:
+        run_merge(MergeConfig(dtype=dtype), model, adapter, None, tmp_path / "s")
+    assert says in str(error.value) and "layers.3.mlp.up_proj.weight" in str(error.value)
+    assert not (tmp_path / "s").exists()

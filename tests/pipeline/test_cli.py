@@ -1,11 +1,14 @@
 """The command line itself."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 
 from halve.errors import CorpusError
 from pipeline import document_cli, failures
@@ -13,6 +16,7 @@ from pipeline.cli import main
 from pipeline.options import settings_from
 from pipeline.shell import spread_lists
 from pipeline.translate import pieces_of_segments
+from tests import tiny
 from tests.pipeline.conftest import ROOT, Halve, environment
 
 _HEAVY = ("torch", "transformers", "onnxruntime", "fastapi", "matplotlib", "sacrebleu")
@@ -180,3 +184,63 @@ def test_settings_name_every_fault() -> None:
         settings_from(ImportanceConfig, {"remove": 0, "lang": "de", "segments": -1}, {})
     assert "--remove" in str(error.value)
     assert "--segments" in str(error.value)
+
+
+def torn(path: Path) -> Path:
+    """A FLAC file that begins well: only decoding it shows that it does not go on so."""
+    soundfile.write(path, tiny.tone(2.0, 4), 16_000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + b"\xff\x00" * 200)
+    return path
+
+
+def test_finished_lines_outlive_a_fault(halve: Halve, tiny_model: Path, tmp_path: Path) -> None:
+    files = []
+    for number in range(3):
+        files.append(tmp_path / f"{number}.wav")
+        soundfile.write(files[-1], tiny.tone(1.0, number), 16_000)
+    given = (
+        "translate",
+        "--model",
+        tiny_model,
+        "--lang",
+        "de",
+        *files[:2],
+        torn(tmp_path / "t.flac"),
+        files[2],
+    )
+    whole = halve(*given[:5], *files[:2])
+    assert (whole.returncode, whole.stdout.count("\n")) == (0, 2)
+    done = halve(*given)
+    assert (done.returncode, done.stdout) == (2, whole.stdout)
+    assert [line for line in done.stderr.splitlines() if "t.flac: not readable as audio" in line]
+    listed = halve(*given, "--json")
+    assert listed.returncode == 2
+    assert [f"{one['text']}\n" for one in json.loads(listed.stdout)] == done.stdout.splitlines(True)
+
+
+def test_lines_go_into_a_file_beside_bars_on_a_terminal(tiny_model: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", tiny.tone(1.0, 1), 16_000)
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "pipeline.cli", "translate", "--model", str(tiny_model)]
+    done = subprocess.run(
+        [*command, "--lang", "de", "a.wav"],
+        cwd=tmp_path,
+        env=environment() | {"TERM": "xterm"},
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        text=True,
+        check=True,
+    )
+    os.close(terminal)
+    os.close(master)
+    assert done.stdout.count("\n") == 1 and done.stdout.strip()
+
+
+def test_wrong_usage_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["corpus", "x"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("Error: Missing option '--format'. Choose from: iwslt, acl6060")
+    assert said.count("\n") == 1 and "\t" not in said

@@ -104,3 +104,52 @@ def test_paths_start_at_the_recipe(tmp_path: Path) -> None:
     path.write_text("lang: de\nteacher: some/one\ncorpus: {source: /talks, format: iwslt}\n")
     assert read_recipe(path).teacher == "some/one"
     assert read_recipe(path).corpus.source == "/talks"
+
+
+WHOLE = """\
+lang: {lang}
+teacher: x
+corpus: {{source: x, format: tsv, lang: [ZH, zh]}}
+prune: {{layers: [3]}}
+distill: {{langs: [DE, de-AT]}}
+tune: {tune}
+packages: [{{target: onnx, precision: int8, langs: {package}}}]
+bench: {{quality: {quality}}}
+"""
+
+
+def whole(path: Path, **changes: str) -> Path:
+    values = {"lang": "de", "tune": "{}", "package": "[de]", "quality": "{}"} | changes
+    path.write_text(WHOLE.format(**values), encoding="utf8")
+    return path
+
+
+@pytest.mark.parametrize("lang", ["DE", "de-AT", "[de, de]", "[de_CH, DE]"])
+def test_languages_are_known_by_their_codes(lang: str, tmp_path: Path) -> None:
+    recipe = read_recipe(whole(tmp_path / "r.yaml", lang=lang, package="[ZH_cn]"))
+    assert recipe.lang == ("de",)
+    assert recipe.tune and recipe.tune.langs == ("de",)
+    assert recipe.distill and recipe.distill.langs == ("de",)
+    assert recipe.corpus.lang == ("zh",)
+    assert recipe.packages[0].langs == ("zh",)
+    assert recipe.bench.quality and recipe.bench.quality.lang == "de"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"lang": "{de: 1}"}, "line 1, lang: .* no language code"),
+        ({"lang": "5"}, "line 1, lang: '5' is no language code"),
+        ({"lang": "2020-01-01"}, "line 1, lang: '2020-01-01' is no language code"),
+        ({"lang": "no"}, "line 1, lang: 'False' is no language code"),
+        ({"package": "[tlh]"}, "line 7, packages.0.langs: Unknown language 'tlh'"),
+        ({"quality": "{lang: tlh}"}, "line 8, bench.quality.lang: Unknown language 'tlh'"),
+        ({"quality": "{split: tset}"}, "line 8, bench.quality.split: .*tset"),
+        ({"tune": "{logit_weight: 0.5}"}, "logit_weight needs .*logits"),
+        ({"quality": "&a {x: *a}"}, "contains itself"),
+        ({"quality": "[" * 2000 + "]" * 2000}, "nested too deeply"),
+    ],
+)
+def test_faults_inside_of_sections(changes: dict[str, str], fault: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=fault):
+        read_recipe(whole(tmp_path / "r.yaml", **changes))

@@ -1,17 +1,24 @@
 """Budgets, cuts of long audio, and words for numbers."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.config import LatencyConfig, QualityConfig
+from compress.config import ImportanceConfig
+from compress.importance import run_importance
 from export.config import PackageConfig
 from export.package import run_package
-from halve.errors import InputError
-from pipeline import budget, console
+from halve.errors import ArtefactError, CorpusError, InputError
+from halve.models import family_of, read_config
+from pipeline import budget, console, shell
+from pipeline.inspect_artefact import inspect
 from pipeline.recipe import read_recipe
-from pipeline.translate import cut_in_silence
+from pipeline.translate import Piece, _checked, cut_in_silence
 from tests import tiny
 
 
@@ -107,3 +114,90 @@ def test_numbers_in_words() -> None:
         "3.5 MB",
         "4.0 GB",
     ]
+
+
+def test_a_table_of_another_model_ranks_nothing(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = ImportanceConfig(remove=1, lang="de", segments=2)
+    found = run_importance(config, tiny_model, tiny_corpus, tmp_path / "found").path
+    ranked = budget.plan(str(tiny_model), "1.2MB", "de", found)
+    assert ranked.data["metric"] == "chrf++"
+    for other in (
+        tiny.make_model(tmp_path / "seed", seed=5),
+        tiny.make_model(tmp_path / "layers", num_hidden_layers=5),
+    ):
+        with pytest.raises(ArtefactError, match="a plan of another model"):
+            budget.plan(str(other), "1.2MB", "de", found)
+
+
+def test_a_corpus_without_the_language_trims_nothing(tiny_model: Path, tiny_corpus: Path) -> None:
+    with pytest.raises(CorpusError, match="has no translations into fr"):
+        budget.plan(str(tiny_model), "1.2MB", "fr", None, tiny_corpus)
+
+
+def test_a_recipe_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, **_: object) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        budget._write_whole(tmp_path / "recipe.yaml", "lang: de\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("offset_s", "duration_s"),
+    [(0.0, -1.0), (-1.0, 1.0), (0.0, math.nan), (math.nan, 1.0), (-math.inf, 1.0), (0.0, 0.0)],
+)
+def test_impossible_stretches_are_refused(
+    offset_s: float, duration_s: float, tiny_corpus: Path
+) -> None:
+    piece = Piece("list.yaml:3", tiny_corpus / "audio" / "000.wav", offset_s, duration_s)
+    with pytest.raises(
+        CorpusError, match=r"list\.yaml:3: (offset|duration) .* seconds are expected"
+    ):
+        _checked([piece])
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"languages": []}', '{"languages": 5}'])
+def test_packages_that_name_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text(text)
+    with pytest.raises(ArtefactError, match=r"package\.json names no languages"):
+        shell.language_of(tmp_path)
+    with pytest.raises(ArtefactError, match=r"package\.json names no family"):
+        family_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"added_tokens": [{}]}', '{"model": {"vocab": {"a": "b"}}}']
+)
+def test_tokenizers_of_another_shape_are_named(text: str, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copyfile(tiny_model / "config.json", tmp_path / "config.json")
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ArtefactError, match=r"tokenizer\.json: damaged"):
+        inspect(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, "512", 0, 1.5, True])
+def test_sizes_that_are_no_numbers_are_named(
+    value: object, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["text_config"]["vocab_size"] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtefactError, match=r"config\.json is damaged .*vocab_size is"):
+        read_config(tmp_path)
+
+
+def test_threads_and_losses_have_limits() -> None:
+    for config, values in (
+        (LatencyConfig, {"lang": "de", "threads": 100_000}),
+        (QualityConfig, {"lang": "de", "threads": 100_000}),
+        (PackageConfig, {"max_drop": -1.0}),
+    ):
+        with pytest.raises(ValueError, match="or equal to"):
+            config(**values)

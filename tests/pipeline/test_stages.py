@@ -102,6 +102,19 @@ def test_layers_that_cannot_go_stop_a_run_before_it_starts(
     run = Run(Recipe.model_validate(values), tmp_path / "run")
     with pytest.raises(InputError, match=said):
         stages.run_all(run, None, None, SILENT)
+    with pytest.raises(InputError, match=said):
+        stages.plan(run, None, None)
+    assert not run.out.exists()
+
+
+def test_a_missing_checkpoint_stops_a_run_before_it_starts(
+    small_recipe: Path, tmp_path: Path
+) -> None:
+    values = read_recipe(small_recipe).model_dump()
+    values["bench"]["quality"]["comet_checkpoint"] = str(tmp_path / "nowhere")
+    run = Run(Recipe.model_validate(values), tmp_path / "run")
+    with pytest.raises(InputError, match=r"COMET checkpoint .*nowhere does not exist"):
+        stages.run_all(run, None, None, SILENT)
     assert not run.out.exists()
 
 

@@ -21,8 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from halve import artefact, environment
+from halve import environment
 from halve.families import family_for
+from halve.json_files import write_json
 from halve.shard_writer import Part, raw, write_shards
 
 SHARD_BYTES = 4_000_000_000
@@ -74,7 +75,7 @@ def generate(folder: Path, layers: int) -> None:
     config = config_of(layers)
     family = family_for(config)
     folder.mkdir(parents=True)
-    artefact.write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
         shutil.copyfile(_ROOT / "demo" / "teacher" / name, folder / name)
     for name in ("chat_template.jinja", "generation_config.json"):
@@ -108,7 +109,7 @@ def generate_adapter(folder: Path, layers: int) -> None:
     write_shards(folder, parts, SHARD_BYTES)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 128, "use_rslora": True}
-    artefact.write_json(folder / "adapter_config.json", {**settings, "bias": "none"})
+    write_json(folder / "adapter_config.json", {**settings, "bias": "none"})
 
 
 def _random(key: str, shape: tuple[int, ...], kind: str) -> Part:
@@ -275,7 +276,7 @@ def _write(out: Path, rows: list[dict[str, Any]], source: int, shards: int, laye
         "stages": rows,
     }
     out.mkdir(parents=True, exist_ok=True)
-    artefact.write_json(out / "big-checkpoint.json", facts)
+    write_json(out / "big-checkpoint.json", facts)
     text = [
         f"# A checkpoint of {source / 1e9:.2f} GB in {shards} shards, {facts['date']}",
         "",

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scoring
-from halve.artefact import RECORD, Artefact, read, read_json, read_jsonl
+from halve.artefact import RECORD, Artefact, read
 from halve.errors import ArtefactError
+from halve.json_files import read_json, read_jsonl
 
 DATA = "data"
 """Folder of a report with copies of the small artefacts it was made of."""

@@ -23,8 +23,9 @@ from compress.reference import StockTranslator, greedy_config, only_layers
 from compress.search import Ledger, Ranking
 from compress.task import SearchTask
 from halve import environment, metrics
-from halve.artefact import Artefact, Draft, append_jsonl, read, read_jsonl, write_json, writing
+from halve.artefact import Artefact, Draft, read, writing
 from halve.corpus import read_corpus
+from halve.json_files import append_jsonl, read_jsonl, write_json
 from halve.languages import language
 from halve.models import SpeechModel, load_model, resolve_model
 from halve.progress import SILENT, Progress

@@ -22,8 +22,9 @@ from compress.importance import by_translation, make_task
 from compress.search import Candidate, Ledger, Ranking
 from compress.task import SearchTask
 from halve import environment
-from halve.artefact import Artefact, Draft, read, write_json, writing
+from halve.artefact import Artefact, Draft, read, writing
 from halve.corpus import read_corpus
+from halve.json_files import write_json
 from halve.languages import language
 from halve.models import SpeechModel, load_model
 from halve.progress import SILENT

@@ -19,9 +19,10 @@ from benchmarks.peer_names import PeerName
 from benchmarks.speed import add_limits, compare
 from benchmarks.workload import Clip, long_clip, short_clip
 from halve import environment
-from halve.artefact import Artefact, append_jsonl, read, read_jsonl, write_json, writing
+from halve.artefact import Artefact, read, writing
 from halve.corpus import read_corpus
 from halve.errors import HalveError, InputError
+from halve.json_files import append_jsonl, read_jsonl, write_json
 from halve.models import resolve_model
 from halve.progress import SILENT, Progress
 

@@ -19,9 +19,10 @@ from benchmarks import scoring
 from benchmarks.config import LongformConfig
 from benchmarks.tables import METRIC_TITLES, Table
 from halve import environment
-from halve.artefact import Artefact, read, write_json, writing
+from halve.artefact import Artefact, read, writing
 from halve.errors import HalveError, InputError, MissingExtraError
 from halve.importers.base import split_lines
+from halve.json_files import write_json
 from halve.languages import language
 from halve.metrics import METRICS
 

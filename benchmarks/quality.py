@@ -13,10 +13,11 @@ from benchmarks.config import QualityConfig
 from benchmarks.workload import shuffled_partners, silence_like
 from export.runtime import open_translator
 from halve import environment
-from halve.artefact import Artefact, Draft, append_jsonl, read, read_jsonl, write_json, writing
+from halve.artefact import Artefact, Draft, read, writing
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
 from halve.families import Source
+from halve.json_files import append_jsonl, read_jsonl, write_json
 from halve.models import family_of, resolve_model
 from halve.progress import SILENT, Progress
 from halve.sources import read_source, segment_limit

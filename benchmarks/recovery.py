@@ -12,8 +12,9 @@ from statistics import mean
 from typing import Any
 
 from halve import environment
-from halve.artefact import RECORD, TIMINGS, Artefact, read, read_jsonl, write_json
+from halve.artefact import RECORD, TIMINGS, Artefact, read
 from halve.errors import ArtefactError
+from halve.json_files import read_jsonl, write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

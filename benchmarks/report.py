@@ -14,8 +14,9 @@ from benchmarks.longform import longform_table
 from benchmarks.package_tables import merge_table, packages_table
 from benchmarks.peer_tables import peers_table
 from benchmarks.tables import Section
-from halve.artefact import Artefact, read, write_json, writing
+from halve.artefact import Artefact, read, writing
 from halve.errors import InputError, MissingExtraError
+from halve.json_files import write_json
 from halve.languages import language
 from halve.progress import SILENT, Progress
 

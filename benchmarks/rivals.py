@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from halve.artefact import read_json, write_json
 from halve.errors import ArtefactError
+from halve.json_files import read_json, write_json
 
 
 def collect(folder: Path) -> dict[str, dict[str, dict[str, list[float]]]]:

@@ -25,9 +25,9 @@ from typing import Any
 
 from benchmarks.memory import peak_memory_bytes, resident_memory_bytes
 from halve import environment
-from halve.artefact import write_json
 from halve.errors import FamilyError
 from halve.families import resolve
+from halve.json_files import write_json
 from halve.models import SpeechModel, load_model
 from halve.progress import Advance, Progress
 

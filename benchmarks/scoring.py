@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halve.artefact import read_json
 from halve.errors import ArtefactError
+from halve.json_files import read_json
 from halve.metrics import (
     METRICS,
     retention,

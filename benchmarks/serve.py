@@ -19,10 +19,11 @@ from benchmarks.ties import differs_at_tie
 from benchmarks.workload import Clip, FloatArray
 from export.runtime import open_translator
 from halve import environment
-from halve.artefact import Artefact, read, write_json, writing
+from halve.artefact import Artefact, read, writing
 from halve.audio import read_audio
 from halve.corpus import read_corpus
 from halve.errors import HalveError
+from halve.json_files import write_json
 from halve.models import resolve_model
 from halve.progress import SILENT, Progress
 from halve.translate import Translation

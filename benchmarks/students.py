@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks import scoring
 from halve import environment
-from halve.artefact import read_json, write_json
 from halve.errors import ArtefactError
+from halve.json_files import read_json, write_json
 from halve.languages import language
 
 LANGS = ("de", "zh")

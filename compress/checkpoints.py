@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from halve.artefact import write_json
+from halve.json_files import write_json
 
 KEPT = 2
 _TENSORS, _FACTS = "state.safetensors", "state.json"

@@ -14,8 +14,9 @@ from compress.logits import store_logits
 from compress.rows import Row, build_sequences, read_rows, segments_for
 from compress.states import open_states
 from halve import artefact
-from halve.artefact import Artefact, Draft, append_jsonl, read_jsonl
+from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
+from halve.json_files import append_jsonl, read_jsonl
 from halve.languages import language
 from halve.metrics import score
 from halve.models import family_of, load_model, resolve_model

@@ -16,6 +16,7 @@ from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
 from halve.families import Family, family_for
+from halve.json_files import append_jsonl, write_json
 from halve.languages import language
 from halve.models import SpeechModel, load_model, load_processor, read_config, resolve_model
 from halve.progress import SILENT, Progress
@@ -332,7 +333,7 @@ def _write(
             "score": candidate.score,
             **candidate.facts,
         }
-        artefact.append_jsonl(lines, record)
+        append_jsonl(lines, record)
     plan = {
         "family": family.name,
         "model": model_identity,
@@ -353,4 +354,4 @@ def _write(
             segment.id: segment_limit(family.reads, segment) for segment in segments
         },
     }
-    artefact.write_json(draft.path / "plan.json", plan)
+    write_json(draft.path / "plan.json", plan)

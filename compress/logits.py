@@ -19,8 +19,8 @@ from torch.nn import functional
 from compress.collate import TrainingSequence, collate
 from compress.gradients import target_logits
 from compress.states import AudioStates
-from halve.artefact import append_jsonl, read_json, read_jsonl, write_json
 from halve.errors import ArtefactError
+from halve.json_files import append_jsonl, read_json, read_jsonl, write_json
 from halve.models import SpeechModel
 from halve.progress import SILENT, Progress
 

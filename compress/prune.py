@@ -15,6 +15,7 @@ from halve.audio import SAMPLE_RATE_HZ
 from halve.errors import ArtefactError, InputError, ParityError
 from halve.families import Family, SourceText, family_for
 from halve.families.base import kept_slices
+from halve.json_files import read_json, write_json
 from halve.languages import language
 from halve.models import SpeechModel, check_weights, load_model, read_config, resolve_model
 from halve.origin import origin
@@ -173,7 +174,7 @@ def read_plan(
         ArtefactError: no plan, a damaged one, or one of another model.
     """
     file = path / "plan.json" if path.is_dir() else path
-    found = artefact.read_json(file)
+    found = read_json(file)
     try:
         plan = Plan(
             family=str(found["family"]),
@@ -236,10 +237,10 @@ def write_pruned(
     shards.copy_side_files(model, target)
     generation = target / "generation_config.json"
     if generation.is_file():
-        settings = artefact.read_json(generation)
+        settings = read_json(generation)
         new = family.kept_generation(settings, kept)
         if new != settings:
-            artefact.write_json(generation, new)
+            write_json(generation, new)
     return written
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.collate import Branch, TrainingSequence
-from halve.artefact import read_jsonl
 from halve.corpus import Corpus, Segment
 from halve.errors import ArtefactError, CorpusError, FamilyError
 from halve.families import SourceText
+from halve.json_files import read_jsonl
 from halve.languages import language
 from halve.models import SpeechModel
 from halve.sources import asked as asked_for

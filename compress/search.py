@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from compress.task import SearchTask
-from halve.artefact import append_jsonl, read_jsonl
+from halve.json_files import append_jsonl, read_jsonl
 from halve.models import SpeechModel
 from halve.progress import Advance
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from compress.crew import Crew
-from halve.artefact import append_jsonl, identity, read_json, read_jsonl, write_json
+from halve.artefact import identity
 from halve.corpus import Corpus, Segment
+from halve.json_files import append_jsonl, read_json, read_jsonl, write_json
 from halve.models import SpeechModel
 from halve.progress import SILENT, Progress
 

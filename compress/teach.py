@@ -18,6 +18,7 @@ from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.families import SourceText
+from halve.json_files import append_jsonl
 from halve.languages import language
 from halve.metrics import score
 from halve.models import SpeechModel, load_model, quiet, resolve_model
@@ -222,7 +223,7 @@ def write_history(draft: Draft, history: Sequence[dict[str, object]]) -> None:
     path = draft.path / "history.jsonl"
     path.unlink(missing_ok=True)
     for line in history:
-        artefact.append_jsonl(path, line)
+        append_jsonl(path, line)
 
 
 def save_model(speech: SpeechModel, base: Path, out: Path) -> None:

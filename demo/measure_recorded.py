@@ -20,8 +20,9 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from demo.build_teacher import render_prompt
 from demo.packages import fetch_recorded
-from halve import artefact, environment, metrics
+from halve import environment, metrics
 from halve.audio import read_audio
+from halve.json_files import write_json
 
 LANGS = ("en", "de", "zh")
 
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     result = measure(options.model, options.cache)
     options.out.mkdir(parents=True, exist_ok=True)
-    artefact.write_json(options.out / "recorded.json", result)
+    write_json(options.out / "recorded.json", result)
     (options.out / "README.md").write_text(table(result), encoding="utf-8")
     print(table(result))
     return 0

@@ -26,6 +26,7 @@ from compress.importance import run_importance
 from compress.prune import run_prune
 from halve import artefact, environment
 from halve.corpus import read_corpus, write_manifest
+from halve.json_files import write_json
 from pipeline import console
 
 DEMO = Path(__file__).parent / "corpus"
@@ -101,7 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     found = measure(options.model, options.out, options.remove, options.select, options.test)
-    artefact.write_json(options.out / "whisper.json", found)
+    write_json(options.out / "whisper.json", found)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from typing import Any
 from export.blocks import rows_alone
 from export.frontend import LogMel
 from export.geometry import Geometry
-from halve.artefact import read_json, write_json
 from halve.errors import ArtefactError
+from halve.json_files import read_json, write_json
 from halve.languages import LANGUAGES
 
 MANIFEST = "package.json"

@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from halve import environment
-from halve.artefact import read_json
 from halve.errors import ArtefactError, FamilyError, InputError, MissingExtraError
 from halve.families import FAMILIES, Family, family_for, released_config, resolve
-from halve.shards import FOREIGN_WEIGHTS, GENERATION, WEIGHTS
+from halve.json_files import read_json
+from halve.model_checks import check_config, check_finite, check_generation, check_loading
+from halve.shards import FOREIGN_WEIGHTS, WEIGHTS
 
 DTYPES = ("float32", "bfloat16", "float16")
-MOST_LAYERS = 1000
-"""A config that says more decoder layers is damaged."""
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-"""What a decoder's config gives as a number above zero, where it gives it."""
 
 
 @dataclass
@@ -148,36 +145,8 @@ def read_config(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf8"))
     except ValueError as error:
         raise ArtefactError(f"{file} is not JSON ({error})") from None
-    _check_config(file, config)
+    check_config(file, config)
     return config
-
-
-def _check_config(file: Path, config: Any) -> None:
-    """Refuses what is no config, or lacks the part that tells how many layers there are."""
-    if not isinstance(config, dict):
-        raise ArtefactError(f"{file} holds no settings", expected="a model's config.json")
-    kind = str(config.get("model_type"))
-    for family in FAMILIES.values():
-        if kind not in family.model_types:
-            continue
-        try:
-            _check_sizes(family, config)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ArtefactError(
-                f"{file} is damaged ({type(error).__name__}: {error})",
-                expected=f"the whole config of a {kind} model",
-                mend="copy it again from where the model is from",
-            ) from None
-
-
-def _check_sizes(family: Family, config: dict[str, Any]) -> None:
-    """Raises where a size is no number, or there are so many layers that nothing would end."""
-    text = family.text_config(config)
-    for name in _SIZES:
-        if name in text and (type(text[name]) is not int or text[name] < 1):
-            raise ValueError(f"{name} is {text[name]!r}")
-    if family.num_layers(config) > MOST_LAYERS:
-        raise ValueError(f"{family.num_layers(config):,} decoder layers")
 
 
 def family_of(path: Path) -> Family:
@@ -273,7 +242,7 @@ def load_model(
 
             model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
     model.eval()
-    _check_finite(path, model)
+    check_finite(path, model)
     if device == "split":
         device = str(resolve(model, family.embeddings).weight.device)
     return SpeechModel(model, load_processor(path), family, path, device, dtype)
@@ -292,7 +261,7 @@ def _from_pretrained(
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    _check_generation(path)
+    check_generation(path)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     stored = config.get("quantization_config") is not None
     if quantization and not stored:
@@ -332,67 +301,13 @@ def _from_pretrained(
             expected="complete safetensors files that fit config.json",
             mend="copy or make the model again",
         ) from None
-    _check_loading(path, info)
+    check_loading(path, info)
     if quantization or stored:
         keep_trainable_on_cpu(model)
         if dtype == "float32":
             _widen(model, not environment.computes_bfloat16(device))
         return model
     return model if device == "split" else model.to(device)
-
-
-def _check_generation(path: Path) -> None:
-    """Refuses a damaged generation config, which transformers passes over in silence."""
-    file = path / GENERATION
-    if file.is_file() and not isinstance(read_json(file), dict):
-        raise ArtefactError(
-            f"{file} holds no settings",
-            expected="a model's generation_config.json",
-            mend="copy it again from where the model is from",
-        )
-
-
-def _check_loading(path: Path, info: dict[str, Any]) -> None:
-    faults = [
-        f"{kind} {', '.join(sorted(map(_named, info[key]))[:4])}{' …' if len(info[key]) > 4 else ''}"
-        for key, kind in (
-            ("missing_keys", "missing"),
-            ("unexpected_keys", "unexpected"),
-            ("mismatched_keys", "of another shape"),
-        )
-        if info.get(key)
-    ]
-    if faults:
-        raise ArtefactError(
-            f"{path}: config and weights disagree: {'; '.join(faults)}",
-            expected="every tensor of the config, and no other",
-            mend="copy or download the model again, or correct its config.json",
-        )
-
-
-def _check_finite(path: Path, model: Any) -> None:
-    """Refuses weights that are no numbers: such a model says something all the same, and would be scored."""
-    import torch
-
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point():
-            continue
-        # A sum takes no memory; it may overflow where every number is finite.
-        total = parameter.detach().sum(dtype=torch.float32)
-        if not total.isfinite() and not parameter.isfinite().all():
-            raise ArtefactError(
-                f"{path}: {name} holds values that are no numbers",
-                expected="finite weights",
-                mend="copy or make the model again",
-            )
-
-
-def _named(key: Any) -> str:
-    """A differing key; one of another shape comes with what is stored and what the config asks for."""
-    if isinstance(key, str):
-        return key
-    name, stored, wanted = key
-    return f"{name} ({' x '.join(map(str, stored))} stored, {' x '.join(map(str, wanted))} by the config)"
 
 
 def check_weights(path: Path) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
-from halve.artefact import read, read_json, read_jsonl
+from halve.artefact import read
 from halve.corpus import read_corpus
 from halve.errors import CorpusError, InputError
 from halve.families import Family, family_for
 from halve.families.base import Counts
+from halve.json_files import read_json, read_jsonl
 from halve.languages import language
 from halve.models import find_config, load_processor, local_model, read_config, resolve_model
 from halve.shards import WEIGHTS

@@ -6,6 +6,7 @@ from typing import Any
 from halve import artefact
 from halve.errors import ArtefactError
 from halve.families import family_for
+from halve.json_files import read_json
 from halve.models import read_config
 from halve.shards import tensor_shapes
 from pipeline.console import Result, size
@@ -86,7 +87,7 @@ def tokenizer_faults(path: Path) -> list[str]:
     """
     if not all((path / name).is_file() for name in ("config.json", "tokenizer.json")):
         return []
-    config, tokenizer = read_config(path), artefact.read_json(path / "tokenizer.json")
+    config, tokenizer = read_config(path), read_json(path / "tokenizer.json")
     try:
         ids, added = _token_ids(tokenizer)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):

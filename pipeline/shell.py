@@ -17,6 +17,7 @@ import typer
 from halve import artefact, environment
 from halve.config import Config
 from halve.errors import ArtefactError, InputError
+from halve.json_files import read_json
 from pipeline import console, failures, steps
 from pipeline.console import Result
 from pipeline.steps import Step
@@ -65,7 +66,7 @@ def language_of(model: Path) -> str:
     """The language that a model was made for, from its package, its record, or its ancestors' settings."""
     manifest = model / "package.json"
     if manifest.is_file():
-        facts = artefact.read_json(manifest)
+        facts = read_json(manifest)
         try:
             return str(facts["languages"][0])
         except (KeyError, IndexError, TypeError):

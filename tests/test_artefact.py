@@ -12,6 +12,7 @@ import pytest
 
 from halve import artefact
 from halve.errors import ArtefactError
+from halve.json_files import append_jsonl, read_json, read_jsonl, write_json
 
 
 class Died(Exception):
@@ -88,11 +89,11 @@ def test_an_error_leaves_finished_work_and_nothing_else(tmp_path: Path) -> None:
         pytest.raises(ValueError),
         artefact.writing(tmp_path / "out", "results", {}, 0, {}) as draft,
     ):
-        artefact.append_jsonl(draft.work / "done.jsonl", {"step": 1})
+        append_jsonl(draft.work / "done.jsonl", {"step": 1})
         raise ValueError
     with artefact.writing(tmp_path / "out", "results", {}, 0, {}) as draft:
         assert draft.resumed
-        assert artefact.read_jsonl(draft.work / "done.jsonl") == [{"step": 1}]
+        assert read_jsonl(draft.work / "done.jsonl") == [{"step": 1}]
     with artefact.writing(tmp_path / "other", "results", {"changed": True}, 0, {}) as draft:
         assert not draft.resumed
 
@@ -147,25 +148,25 @@ def test_a_kill_while_writing_leaves_the_old_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "facts.json"
-    artefact.write_json(path, {"age": 1})
+    write_json(path, {"age": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", _die)
         with pytest.raises(Died):
-            artefact.write_json(path, {"age": 2})
-    assert artefact.read_json(path) == {"age": 1}
-    artefact.write_json(path, {"age": 3})
-    assert artefact.read_json(path) == {"age": 3}
+            write_json(path, {"age": 2})
+    assert read_json(path) == {"age": 1}
+    write_json(path, {"age": 3})
+    assert read_json(path) == {"age": 3}
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_torn_line_is_dropped_and_mended(tmp_path: Path) -> None:
     file = tmp_path / "log.jsonl"
-    artefact.append_jsonl(file, {"n": 1})
+    append_jsonl(file, {"n": 1})
     with open(file, "ab") as stream:
         stream.write(b'{"n": 2, "half')
-    assert artefact.read_jsonl(file) == [{"n": 1}]
-    artefact.append_jsonl(file, {"n": 3})
-    assert artefact.read_jsonl(file) == [{"n": 1}, {"n": 3}]
+    assert read_jsonl(file) == [{"n": 1}]
+    append_jsonl(file, {"n": 3})
+    assert read_jsonl(file) == [{"n": 1}, {"n": 3}]
 
 
 @pytest.mark.parametrize("call", ["rename", "unlink", "rmtree"])

@@ -9,9 +9,9 @@ from typing import Any
 
 from export.config import PackageConfig
 from halve import artefact
-from halve.artefact import write_json
 from halve.errors import InputError
 from halve.families import Family
+from halve.json_files import write_json
 from halve.origin import CARD
 from halve.shards import iter_stored
 

@@ -22,6 +22,7 @@ from halve.importers.iwslt import import_iwslt
 from halve.importers.parallel import import_text
 from halve.importers.splits import divide, own_group
 from halve.importers.tables import import_halve, import_tsv
+from halve.json_files import write_json
 from halve.progress import SILENT, Progress
 
 __all__ = ["IMPORTERS", "CorpusConfig", "Row", "Rows", "Sound", "read_source", "run_corpus"]
@@ -72,7 +73,7 @@ def run_corpus(
         ]
         faults, kept = _without_faulty(found, segments, heard, config, progress)
         if faults:
-            artefact.write_json(draft.path / "dropped.json", {"faults": faults})
+            write_json(draft.path / "dropped.json", {"faults": faults})
         divided = divide([found.rows[index] for index in kept], config)
         # By place, not by line: several segments may stand on one.
         final = [_placed(row, segments[index]) for index, row in zip(kept, divided, strict=True)]

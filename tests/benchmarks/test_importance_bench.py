@@ -12,6 +12,7 @@ from benchmarks.importance_order import compare_orders
 from compress.importance import make_task
 from halve import artefact
 from halve.corpus import read_corpus
+from halve.json_files import read_json
 from halve.models import load_model
 
 
@@ -19,7 +20,7 @@ def test_one_round_of_each(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) 
     config = ImportanceBenchConfig(lang="de", segments=2, also=("bounded",))
     made = run_importance_bench(config, tiny_model, tiny_corpus, tmp_path / "out")
     assert artefact.verify(made.path) == []
-    result = artefact.read_json(made.path / "importance.json")
+    result = read_json(made.path / "importance.json")
     assert result["same_order"] and result["differences"] == [] and result["near_ties"] == []
     assert result["near_tie_segments"] == 0 and result["max_score_difference"] == 0.0
     assert result["ratio"] == result["reference_s"] / result["exact_s"]
@@ -46,7 +47,7 @@ def test_orders_of_whole_searches(tiny_model: Path, tiny_corpus: Path, tmp_path:
         tiny_model, tiny_corpus, tmp_path / "out", lang="de", remove=2, segments=2
     )
     assert artefact.verify(made.path) == []
-    result = artefact.read_json(made.path / "order.json")
+    result = read_json(made.path / "order.json")
     assert all(search["same_order"] for search in result["searches"].values())
     assert result["differences"] == [] and result["max_score_difference"] == 0.0
     assert result["translations_compared"] == 2 * (4 + 3)

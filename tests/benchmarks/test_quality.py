@@ -13,6 +13,7 @@ from benchmarks.quality import run_quality
 from export.runtime import open_translator
 from halve import artefact, metrics
 from halve.errors import CorpusError
+from halve.json_files import read_jsonl
 from halve.metrics import METRICS, score
 
 
@@ -52,7 +53,7 @@ def test_the_result_holds_no_times(quality_result: Path) -> None:
     text = (quality_result / "quality.json").read_text()
     assert "second" not in text
     assert not artefact.verify(quality_result)
-    events = [row["event"] for row in artefact.read_jsonl(quality_result / "timings.jsonl")]
+    events = [row["event"] for row in read_jsonl(quality_result / "timings.jsonl")]
     assert {"translate tiny", "translate tiny.silence", "translate student"} <= set(events)
 
 

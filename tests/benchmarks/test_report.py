@@ -16,6 +16,7 @@ from halve import artefact
 from halve.audio import SAMPLE_RATE_HZ, decode_audio
 from halve.corpus import read_corpus
 from halve.errors import ArtefactError, InputError
+from halve.json_files import append_jsonl, write_json
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -59,11 +60,11 @@ def importance(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for layer, value in layers.items():
                 record: dict[str, Any] = {"round": number, "layer": layer, "score": value}
                 record |= {"metric": "chrf++", "signature": "nrefs:1|version:2.6.0"}
-                artefact.append_jsonl(draft.path / "importance.jsonl", record)
+                append_jsonl(draft.path / "importance.jsonl", record)
         plan: dict[str, Any] = {"family": "qwen2_audio", "num_layers": 6}
         plan |= {"removed": [2, 3], "kept": [0, 1, 4, 5]}
         plan["max_new_tokens"] = {"a": 40, "b": 41, "c": 42}
-        artefact.write_json(draft.path / "plan.json", plan)
+        write_json(draft.path / "plan.json", plan)
     return out
 
 
@@ -74,7 +75,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with artefact.writing(out, "adapter", {"select_segments": 5}, 0, {}) as draft:
         for step in range(3):
             line = {"step": step, "epoch": step / 3, "loss": 3.0 - step, "score": 20.0 + step}
-            artefact.append_jsonl(draft.path / "history.jsonl", line)
+            append_jsonl(draft.path / "history.jsonl", line)
     return out
 
 
@@ -97,7 +98,7 @@ def latency(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "models": [entry],
     }
     with artefact.writing(out, "results", {}, 0, {}) as draft:
-        artefact.write_json(draft.path / "latency.json", result)
+        write_json(draft.path / "latency.json", result)
     return out
 
 
@@ -229,7 +230,7 @@ def test_latency_is_drawn_against_quality(
     entry = result["models"][0]
     result["models"] = [entry | {"path": f"runs/{name}"} for name in names]
     with artefact.writing(timed, "results", {}, 0, {}) as draft:
-        artefact.write_json(draft.path / "latency.json", result)
+        write_json(draft.path / "latency.json", result)
     run_report([quality_result, timed], tmp_path / "report")
     markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf8")
     assert "Time per output token against chrF++" in markdown
@@ -323,7 +324,7 @@ def test_merges_stand_beside_packages_of_their_run(tmp_path: Path) -> None:
     of_package |= {"difference": -1.5, "difference_low": -2.0, "difference_high": -1.0}
     facts = {"target": "onnx", "precision": "int4", "parity": {"languages": {"de": of_package}}}
     with artefact.writing(run / "packages" / "onnx-int4", "package", {}, 0, {}) as draft:
-        artefact.write_json(draft.path / "package.json", facts)
+        write_json(draft.path / "package.json", facts)
     report = run_report([run], tmp_path / "report").path
     page = (report / "report.md").read_text(encoding="utf8")
     assert "| adapter on | dequantized | nf4 | chrF++ 27.50 | 120 |" in page

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rivals import collect, main
-from halve.artefact import write_json
 from halve.errors import ArtefactError
+from halve.json_files import write_json
 
 
 def entry(ms: float, **named: object) -> dict[str, object]:

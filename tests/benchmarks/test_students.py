@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.students import BARS, collect, joint_order, meets, table, write_plan
-from halve.artefact import write_json
 from halve.errors import ArtefactError
+from halve.json_files import write_json
 
 METRICS = {"de": "chrf++", "zh": "chrf"}
 

@@ -11,6 +11,7 @@ from compress.rows import reference_rows, segments_for
 from halve import artefact
 from halve.corpus import read_corpus
 from halve.errors import CorpusError
+from halve.json_files import read_jsonl
 from halve.models import load_model
 from halve.translate import TorchTranslator, Translation
 from tests.compress import kills
@@ -61,8 +62,7 @@ def test_translations_join_the_references(
     done = run_distill(config, tiny_model, tiny_corpus, tmp_path / "translations")
     assert not artefact.verify(done.path)
     translations, rows, dropped = (
-        artefact.read_jsonl(done.path / f"{name}.jsonl")
-        for name in ("translations", "rows", "dropped")
+        read_jsonl(done.path / f"{name}.jsonl") for name in ("translations", "rows", "dropped")
     )
     corpus = read_corpus(tiny_corpus)
     segments = corpus.split("train")
@@ -103,16 +103,14 @@ def test_several_hypotheses_are_those_of_a_beam_search(
 ) -> None:
     config = DistillConfig(langs=("de",), limit=3, hypotheses=3, min_score=0.0)
     done = run_distill(config, tiny_model, tiny_corpus, tmp_path / "translations")
-    lines = artefact.read_jsonl(done.path / "translations.jsonl")
+    lines = read_jsonl(done.path / "translations.jsonl")
     corpus = read_corpus(tiny_corpus)
     translator = TorchTranslator(load_model(tiny_model, device="cpu"), stop_loops=True)
     for segment in segments_for(corpus, "train", ["de"], 3):
         found = [line["tokens"] for line in lines if line["id"] == segment.id]
         assert len(found) == 3 and len({tuple(tokens) for tokens in found}) == 3
         assert found[0] == translator.translate([corpus.audio(segment)], "de", beams=3)[0].tokens
-    rows, dropped = (
-        artefact.read_jsonl(done.path / f"{name}.jsonl") for name in ("rows", "dropped")
-    )
+    rows, dropped = (read_jsonl(done.path / f"{name}.jsonl") for name in ("rows", "dropped"))
     assert len(rows) + len(dropped) == 3 + len(lines)
 
 
@@ -121,7 +119,7 @@ def test_an_empty_reference_is_no_row(tiny_corpus: Path, tmp_path: Path) -> None
     blank = replace(first, references={"de": " \n"})
     found = {(each.id, "de"): [Translation("", [], "end")] for each in (blank, second)}
     counts = write_rows(CONFIG, [blank, second], found, tmp_path)
-    rows = artefact.read_jsonl(tmp_path / "rows.jsonl")
+    rows = read_jsonl(tmp_path / "rows.jsonl")
     assert rows == [row.record() for row in reference_rows([blank, second], ["de"])]
     assert counts["rows"] == len(rows) == 1
 
@@ -132,7 +130,7 @@ def test_a_hypothesis_is_learnt_once(tiny_corpus: Path, tmp_path: Path) -> None:
     texts = [f"{reference} A", reference, f"{reference} B", f" {reference} A"]
     found = [Translation(text, list(range(20)), "end") for text in texts]
     counts = write_rows(CONFIG, [segment], {(segment.id, "de"): found}, tmp_path)
-    rows = artefact.read_jsonl(tmp_path / "rows.jsonl")
+    rows = read_jsonl(tmp_path / "rows.jsonl")
     assert [row["text"] for row in rows] == [reference, f"{reference} A", f"{reference} B"]
     assert [row["origin"] for row in rows] == ["reference", "teacher", "teacher"]
     assert counts["dropped"] == {"duplicate": 2} and counts["translations"] == 4

@@ -22,6 +22,7 @@ from compress.importance import run_importance
 from compress.search import Candidate, Ledger, Ranking, Search, best, every_candidate, greedy
 from halve import artefact
 from halve.errors import ArtefactError, CorpusError, InputError
+from halve.json_files import read_json, read_jsonl
 from halve.languages import token_limit
 from tests import tiny
 from tests.compress.damage import spoilt
@@ -35,7 +36,7 @@ def ranked(method: str, model: Path, corpus: Path, out: Path, **options: Any) ->
     config = ImportanceConfig(**{"remove": 1, "lang": "de", "method": method, **options})
     result = run_importance(config, model, corpus, out)
     assert artefact.verify(result.path) == []
-    plan: dict[str, Any] = artefact.read_json(result.path / "plan.json")
+    plan: dict[str, Any] = read_json(result.path / "plan.json")
     assert sorted(plan["removed"] + plan["kept"]) == list(range(6))
     assert 0 in plan["kept"] and 5 in plan["kept"]
     return plan
@@ -43,7 +44,7 @@ def ranked(method: str, model: Path, corpus: Path, out: Path, **options: Any) ->
 
 def test_plan_and_scores(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
     plan = ranked("exact", tiny_model, tiny_corpus, tmp_path / "out", segments=3)
-    records = artefact.read_jsonl(tmp_path / "out" / "importance.jsonl")
+    records = read_jsonl(tmp_path / "out" / "importance.jsonl")
     assert [(record["round"], record["layer"]) for record in records] == [
         (1, layer) for layer in (1, 2, 3, 4)
     ]
@@ -51,7 +52,7 @@ def test_plan_and_scores(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) ->
     assert plan["removed"] == [top["layer"]]
     assert all("nw:2" in record["signature"] for record in records)
     assert (plan["family"], plan["num_layers"], plan["lang"]) == ("qwen2_audio", 6, "de")
-    manifest = artefact.read_jsonl(tiny_corpus / "manifest.jsonl")
+    manifest = read_jsonl(tiny_corpus / "manifest.jsonl")
     durations = {line["id"]: line["duration_s"] for line in manifest}
     assert len(plan["max_new_tokens"]) == 3
     assert all(
@@ -69,7 +70,7 @@ def test_a_shortlist_tries_what_a_cheap_criterion_would_remove(
     plan = ranked(
         "exact", tiny_model, tiny_corpus, tmp_path / "b", remove=2, segments=3, shortlist=2
     )
-    rows = artefact.read_jsonl(tmp_path / "b" / "importance.jsonl")
+    rows = read_jsonl(tmp_path / "b" / "importance.jsonl")
     tried = [{row["layer"] for row in rows if row["round"] == number} for number in (1, 2)]
     assert tried[0] == set(cheap["removed"][:2])
     assert tried[1] == set([layer for layer in cheap["removed"] if layer != plan["removed"][0]][:2])
@@ -101,12 +102,12 @@ def test_references_end_as_the_model_says_it_whatever_else_ends_generation(
     losses = []
     for name in ("alone", "after another"):
         model = tiny.make_model(tmp_path / name)
-        settings = artefact.read_json(model / "generation_config.json")
+        settings = read_json(model / "generation_config.json")
         if name != "alone":
             settings["eos_token_id"] = [0, settings["eos_token_id"]]
         (model / "generation_config.json").write_text(json.dumps(settings), encoding="utf8")
         ranked("loss", model, tiny_corpus, tmp_path / f"{name}-plan", segments=3)
-        lines = artefact.read_jsonl(tmp_path / f"{name}-plan" / "importance.jsonl")
+        lines = read_jsonl(tmp_path / f"{name}-plan" / "importance.jsonl")
         losses.append([line["score"] for line in lines])
     assert losses[0] == losses[1]
 
@@ -165,7 +166,7 @@ def test_a_killed_search_goes_on_and_ends_the_same(
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    done = [found for record in artefact.read_jsonl(ledger) for found in record.get("found", [])]
+    done = [found for record in read_jsonl(ledger) for found in record.get("found", [])]
     with open(ledger, "ab") as file:
         file.write(b'{"round": 1, "la')  # as a kill in mid-write leaves it
     calls: list[int | None] = []

@@ -16,6 +16,7 @@ from compress.tune import run_tune
 from halve import artefact
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import ArtefactError, InputError
+from halve.json_files import read_jsonl
 from halve.languages import language
 from halve.models import SpeechModel, load_model
 from tests.compress import kills
@@ -115,7 +116,7 @@ def test_a_student_learns_the_distribution_alone(
         )
         pruned = _without_a_layer(tiny_model, tmp_path)
         done = run_tune(config, pruned, tiny_corpus, translations, tmp_path / direction)
-        found[direction] = artefact.read_jsonl(done.path / "history.jsonl")
+        found[direction] = read_jsonl(done.path / "history.jsonl")
     for history in found.values():
         losses = [line["loss"] for line in history if "loss" in line]
         assert losses[-1] < 0.8 * losses[0]

@@ -22,6 +22,7 @@ from compress.reference import only_layers
 from halve import artefact, shards
 from halve.errors import ArtefactError, InputError
 from halve.families import family_for
+from halve.json_files import write_json
 from halve.languages import language
 from halve.models import load_model, read_config
 from tests import tiny
@@ -46,7 +47,7 @@ with torch.inference_mode():
 def plan_file(path: Path, **changes: Any) -> Path:
     """A plan for the tiny model, changed."""
     plan = {"family": "qwen2_audio", "num_layers": 6, "removed": [4, 2], "kept": [0, 1, 3, 5]}
-    artefact.write_json(path, {**plan, **changes})
+    write_json(path, {**plan, **changes})
     return path
 
 

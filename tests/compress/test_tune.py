@@ -27,6 +27,7 @@ from halve import artefact
 from halve.corpus import read_corpus, write_manifest
 from halve.errors import ArtefactError, CorpusError, InputError
 from halve.families import FAMILIES
+from halve.json_files import read_jsonl
 from halve.models import load_model
 from halve.origin import origin
 from halve.progress import Advance, Progress
@@ -64,7 +65,7 @@ def taught(tiny_model: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPat
 
 
 def history(path: Path) -> list[dict[str, float]]:
-    return artefact.read_jsonl(path / "history.jsonl")
+    return read_jsonl(path / "history.jsonl")
 
 
 def test_a_taught_model_translates_what_it_learnt(taught: Path, tiny_corpus: Path) -> None:

@@ -27,12 +27,12 @@ from export.config import MergeConfig, PackageConfig
 from export.merge import run_merge
 from export.package import run_package
 from export.runtime import open_translator
-from halve.artefact import read_jsonl
 from halve.corpus import read_corpus
 from halve.errors import CorpusError, FamilyError, HalveError, InputError
 from halve.families import SourceText, family_for
 from halve.families.text import LAYOUTS, layer_kinds
 from halve.importers import CorpusConfig, run_corpus
+from halve.json_files import read_jsonl
 from halve.models import SpeechModel, load_model, read_config
 from halve.sources import asked, text_limit
 from halve.translate import TorchTranslator

@@ -23,10 +23,10 @@ from export.config import MergeConfig, PackageConfig
 from export.merge import run_merge
 from export.package import run_package
 from export.runtime import open_translator
-from halve.artefact import read_jsonl
 from halve.corpus import read_corpus
 from halve.errors import FamilyError
 from halve.families import FAMILIES, SourceText, family_for
+from halve.json_files import read_jsonl
 from halve.languages import language
 from halve.models import SpeechModel, load_model, read_config
 from halve.translate import TorchTranslator

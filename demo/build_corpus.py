@@ -31,10 +31,11 @@ from demo.packages import PACKAGE_VERSION, fetch_help, require_voices  # noqa: E
 from demo.splits import Splits, split_triples  # noqa: E402
 from demo.triples import Triple, extract_triples, spoken_form  # noqa: E402
 from demo.voices import VOICES, choose_voice, speak  # noqa: E402
-from halve.artefact import append_jsonl, read_jsonl, writing  # noqa: E402
+from halve.artefact import writing  # noqa: E402
 from halve.audio import SAMPLE_RATE_HZ, decode_audio, pcm_sha256  # noqa: E402
 from halve.corpus import Corpus, Segment, read_corpus, write_manifest  # noqa: E402
 from halve.errors import CorpusError, HalveError  # noqa: E402
+from halve.json_files import append_jsonl, read_jsonl  # noqa: E402
 
 COMMITTED = ROOT / "demo" / "corpus"
 DEFAULT_OUT = ROOT / "runs" / "demo-corpus"

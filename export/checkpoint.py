@@ -86,24 +86,30 @@ def _part(stored: Stored, kind: str, changed: Rows | None) -> Part:
     def pieces() -> Iterator[memoryview]:
         for rows in changed() if changed is not None else (rows for _, rows in stored.rows()):
             cast = rows.to(dtype)
-            _check_finite(stored, rows, cast)
+            _check_finite(stored, rows, cast, changed is not None)
             yield raw(cast)
 
     size = math.prod(stored.shape) * element_bytes(kind)
     return Part(stored.key, kind, stored.shape, size, pieces)
 
 
-def _check_finite(stored: Stored, rows: "torch.Tensor", cast: "torch.Tensor") -> None:
-    """Refuses values that are no numbers, or are too large for the type that they are stored in."""
-    if bool(cast.isfinite().all()):
+def _check_finite(stored: Stored, rows: "torch.Tensor", cast: "torch.Tensor", merged: bool) -> None:
+    """Refuses values that are no numbers, or are too large for the type that they are stored in.
+
+    An infinity that stands in the model itself is a bound that means it (Gemma 4's clipping), unless it was merged.
+    """
+    wrong = ~cast.isfinite()
+    if not bool(wrong.any()):
         return
     dtype = str(cast.dtype).removeprefix("torch.")
-    if bool(rows.isfinite().all()):
+    if bool((wrong & rows.isfinite()).any()):
         raise ArtefactError(
-            f"{stored.key} holds {float(rows.abs().max()):.3g}, which is infinite in {dtype}",
+            f"{stored.key} holds {float(rows[rows.isfinite()].abs().max()):.3g}, which is infinite in {dtype}",
             expected="weights that the type can hold",
             mend="store it in bfloat16 or float32",
         )
+    if not merged and not bool(cast.isnan().any()):
+        return
     raise ArtefactError(
         f"{stored.key} of {stored.file.parent} holds values that are no numbers, or would after the merge",
         expected="finite weights in the model and in the adapter",

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from export.caches import DeviceCaches, HostCaches
 from export.geometry import Geometry, rotary_table
-from export.rows import Decoder, RowBatch
+from export.rows import Decoder, Row, RowBatch
 from export.vocabulary import WHOLE, Vocabulary
 
 FloatArray = NDArray[np.float32]
 
 _CAPACITY_STEP = 64
+PROBE_POSITIONS = 4
+"""Length of the prompt that a row is tried on, alone and beside another."""
 
 
 CUDA = "CUDAExecutionProvider"
@@ -101,17 +103,12 @@ class OnnxDecoder(Decoder):
         end_ids: Sequence[int],
         stop_loops: bool = False,
         vocabulary: Vocabulary = WHOLE,
-        row_threads: RowThreads | None = None,
     ) -> None:
-        """Takes an open graph.
-
-        Args:
-            vocabulary: what its logits stand for, and which are never chosen.
-            row_threads: what computes several rows in parts; None computes them together.
-        """
+        """Takes an open graph. `vocabulary`: what its logits stand for, and which are never chosen."""
         super().__init__(geometry, embed, end_ids, stop_loops, vocabulary)
         self.session = session
-        self.row_threads = row_threads
+        self.row_threads: RowThreads | None = None
+        """What computes several rows in parts; None computes them together."""
         half = any(each.type == "tensor(float16)" for each in session.get_inputs())
         self._cache_type = np.float16 if half else np.float32
         self._on_device = CUDA in session.get_providers()
@@ -218,3 +215,24 @@ class DecodeBatch(RowBatch):
         binding.bind_ortvalue_output("logits", value(logits))
         self._caches.bind(binding, rows)
         return binding
+
+
+def rows_agree(decoder: OnnxDecoder) -> bool:
+    """Whether this processor computes a row alone to the very bits that it has beside others.
+
+    It is tried: which kernel runs is onnxruntime's choice, by processor, block and number of rows.
+
+    Args:
+        decoder: one that computes rows together, without `row_threads`.
+    """
+    shape = (PROBE_POSITIONS, decoder.geometry.hidden)
+    prompt = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    token = min(decoder.ends)  # a trimmed vocabulary has it
+    steps = []
+    for rows in (1, 2):
+        batch = DecodeBatch(decoder, rows, PROBE_POSITIONS + 1)
+        for _ in range(rows):
+            batch.logits_after(prompt)
+            batch.rows.append(Row(1, length=PROBE_POSITIONS))
+        steps.append(batch._run([token] * rows, [PROBE_POSITIONS] * rows)[0].copy())
+    return bool(np.array_equal(*steps))

@@ -46,7 +46,8 @@ class Decoder:
         """`vocabulary`: what its logits stand for, and which are never chosen."""
         self.geometry = geometry
         self.embed = embed
-        self._ends = frozenset(end_ids)
+        self.ends = frozenset(end_ids)
+        """Tokens that end a translation."""
         self._stop_loops = stop_loops
         self._vocabulary = vocabulary
         # As in stock code, an id beyond the vocabulary (or -1) forbids nothing.
@@ -76,11 +77,11 @@ class Decoder:
     def beam_search(self, beams: int, limit: int) -> BeamSearch:
         """A search over this decoder's tokens."""
         loops = is_looping if self._stop_loops else None
-        return BeamSearch(beams, limit, self._ends, self._vocabulary.kept, loops, self._blocked)
+        return BeamSearch(beams, limit, self.ends, self._vocabulary.kept, loops, self._blocked)
 
     def take(self, row: Row, token: int) -> None:
         """Notes the token a row says next, and whether it stops there."""
-        if token in self._ends:
+        if token in self.ends:
             row.stopped = "end"
             return
         row.tokens.append(token)

@@ -62,7 +62,7 @@ class OnnxTranslator(PackagedTranslator):
     def _open(
         self, path: Path, threads: int | None, stop_loops: bool, rows_at_once: int | None
     ) -> None:
-        from export.decoding import OnnxDecoder, RowThreads, open_session
+        from export.decoding import OnnxDecoder, RowThreads, open_session, rows_agree
         from export.embeddings import EmbeddingTable
 
         manifest = self.manifest
@@ -73,15 +73,16 @@ class OnnxTranslator(PackagedTranslator):
         session = open_session(path / "decoder.onnx", threads, spin=not apart, device=self.device)
         kept = self._kept(path)
         self._embed = EmbeddingTable(path, manifest.embedding_bits, manifest.decoder.hidden, kept)
-        row_threads = None
+        self._decoder = OnnxDecoder(
+            session, manifest.decoder, self._embed, manifest.end_ids, stop_loops, kept
+        )
         if self._is_cut():
             # A session computes with as many threads in each run: rows at once want one each.
             single = open_session(path / "decoder.onnx", 1, spin=False) if apart else session
             at_once = cores if apart or threads == 1 else 1
-            row_threads = RowThreads(single, at_once, manifest.rows_alone)
-        self._decoder = OnnxDecoder(
-            session, manifest.decoder, self._embed, manifest.end_ids, stop_loops, kept, row_threads
-        )
+            # Large decoders must share the reading of their weights, at the price of last bits.
+            alone = manifest.rows_alone or (_is_small(path) and not rows_agree(self._decoder))
+            self._decoder.row_threads = RowThreads(single, at_once, alone)
 
     def _is_cut(self) -> bool:
         """Whether several rows take their steps in parts: of quantised decoders, whose products are small."""

@@ -95,7 +95,8 @@ def test_a_drop_beyond_the_limit_is_refused_or_marked(
     student: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     # No quantised package gains 200 points: every one fails.
-    config = PackageConfig(precision="int4", langs=("de",), parity_segments=2, max_drop=-200.0)
+    config = PackageConfig(precision="int4", langs=("de",), parity_segments=2)
+    config = config.model_copy(update={"max_drop": -200.0})  # which the command line refuses
     with pytest.raises(ParityError, match=r"de: chrf\+\+ .* a drop of .* interval"):
         run_package(config, student, tiny_corpus, tmp_path / "p")
     assert list(tmp_path.iterdir()) == []

@@ -84,6 +84,11 @@ def _files(path: Path) -> list[str]:
     )
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file, or a folder that it lies in, is hidden; `name` as `_files` gives it."""
+    return "/." in f"/{name}"
+
+
 def read(path: str | Path, kind: str | tuple[str, ...] | None = None) -> Artefact:
     """Reads an artefact's record.
 
@@ -175,7 +180,7 @@ def identity(path: str | Path) -> str:
         raise ArtefactError(f"{path} does not exist")
     digest = hashlib.sha256()
     # What a downloader keeps in hidden folders (.cache, .git) changes and is not the model.
-    names = [name for name in _files(path) if not f"/{name}".count("/.")]
+    names = [name for name in _files(path) if not _is_hidden(name)]
     for name, found in zip(names, sha256_of(path / name for name in names), strict=True):
         digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()
@@ -340,16 +345,16 @@ def _real(out: Path) -> Path:
 def _check_ground(out: Path) -> None:
     """Refuses before any work a directory that another one cannot be renamed into the place of."""
     place, here = out.resolve(), Path.cwd()
-    what = (
-        "the directory that this runs in, or above it"
-        if place in (here, *here.parents)
-        else "a mount point"
+    if place in (here, *here.parents):
+        what = "the directory that this runs in, or above it"
+    elif os.path.ismount(place):
+        what = "a mount point"
+    else:
+        return
+    raise ArtefactError(
+        f"{out} is {what}, which nothing can take the place of",
+        mend=f"name a directory inside it, such as --out {out / 'halve'}",
     )
-    if place in (here, *here.parents) or os.path.ismount(place):
-        raise ArtefactError(
-            f"{out} is {what}, which nothing can take the place of",
-            mend=f"name a directory inside it, such as --out {out / 'halve'}",
-        )
 
 
 def _check_place(out: Path, kind: str) -> None:
@@ -359,8 +364,8 @@ def _check_place(out: Path, kind: str) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if (out / RECORD).is_file() and (old := read(out)).kind == kind:
-        others = [name for name in _files(out) if name not in old.files]
-        if others := [name for name in others if "/." not in f"/{name}"]:
+        others = [name for name in _files(out) if name not in old.files and not _is_hidden(name)]
+        if others:
             raise ArtefactError(
                 f"{out} also holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}, which would be lost",
                 expected=f"an artefact of kind {kind} as it was written",

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from halve import environment
 from halve.audio import SAMPLE_RATE_HZ, AudioInfo, FloatArray, decode_through, read_audio
 from halve.errors import CorpusError
 from halve.progress import SILENT, Progress
@@ -265,7 +265,7 @@ def decode_all(paths: Sequence[Path], progress: Progress = SILENT) -> dict[Path,
     # libsndfile decodes outside Python's lock: threads share the cores, each with one block in memory.
     with (
         progress.task("Decoding audio", len(paths)) as advance,
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(min(8, environment.cores())) as pool,
     ):
         for path, heard in zip(paths, pool.map(_heard, paths), strict=True):
             found[path] = heard

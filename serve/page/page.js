@@ -40,11 +40,15 @@ function showLanguages() {
   fill(language, codes.length ? codes.map((c) => [c, names.of(c)]) : [["", "its own"]], kept);
 }
 
-async function loadModels() {
-  const response = await fetch("/v1/models", { headers: authorisation() });
+async function fetchModels(signal) {
+  const response = await fetch("/v1/models", { headers: authorisation(), signal });
   if (response.status === 401) byId("access").open = true;
   if (!response.ok) throw new Error(await faultOf(response));
-  models = (await response.json()).data;
+  return (await response.json()).data;
+}
+
+async function loadModels() {
+  models = await fetchModels();
   const entries = models.map((m) => [m.id, m.id]);
   fill(byId("model-a"), entries, byId("model-a").value);
   fill(byId("model-b"), [["", "nothing"], ...entries], byId("model-b").value);
@@ -203,17 +207,21 @@ function clock(seconds) {
   return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
 }
 
-/** Bars as long as each model took, and who was faster. */
-function compare(chosen, totals) {
+/** Bars as long as each model took, and who was faster; of a request that loaded its model, time tells no speed. */
+function compare(chosen, totals, cold) {
   const longest = Math.max(...totals);
   document.querySelectorAll(".bar span").forEach((bar, place) => {
     bar.style.width = `${Math.max(1, (100 * totals[place]) / longest)}%`;
   });
   if (totals.length < 2) return;
-  const fast = totals[0] <= totals[1] ? 0 : 1;
-  const times = totals[1 - fast] / totals[fast];
   const line = byId("comparison");
   line.hidden = false;
+  if (cold.length) {
+    line.textContent = `${cold.join(" and ")} had to be loaded first. Translate again to compare.`;
+    return;
+  }
+  const fast = totals[0] <= totals[1] ? 0 : 1;
+  const times = totals[1 - fast] / totals[fast];
   line.textContent = `${chosen[fast]} was ${times.toFixed(1)} times as fast as ${chosen[1 - fast]}.`;
 }
 
@@ -229,11 +237,14 @@ async function translate(submit) {
     const chosen = [byId("model-a").value, byId("model-b").value].filter(Boolean);
     // One after another: side by side they would slow each other down.
     const totals = [];
+    const cold = [];
     for (const model of chosen) {
       say(`Translating with ${model}…`);
+      const known = (await fetchModels(running.signal)).find((m) => m.id === model);
+      if (known?.loaded === false) cold.push(model);
       totals.push(await translateWith(model, running.signal));
     }
-    compare(chosen, totals);
+    compare(chosen, totals, cold);
     say("Done.");
   } catch (error) {
     say(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");

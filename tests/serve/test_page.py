@@ -1,6 +1,7 @@
 """The page works without a network and without a mouse."""
 
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -108,6 +109,26 @@ def test_a_real_recording_by_keyboard_alone(
         assert re.search(
             r"tiny was [\d.]+ times as fast as tiny", value(page, "comparison", "textContent")
         )
+        assert not page.faults
+
+
+@in_a_browser
+def test_a_model_that_had_to_be_loaded_is_not_called_slow(
+    tiny_model: Path, speech_clip: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    settings = ServeSettings(models=(str(tiny_model), str(other)), threads=1)
+    with serving(settings) as server, browser.Page(server.url, tmp_path) as page:
+        eventually(lambda: value(page, "model-a") == "tiny")
+        page.choose_file("#file", speech_clip)
+        eventually(lambda: not value(page, "translate", "disabled"))
+        page.run("document.getElementById('language').value = 'de'")
+        page.run("document.getElementById('model-b').value = 'other'")
+        for says in ("^other had to be loaded first", r"times as fast as"):
+            page.run("document.getElementById('form').requestSubmit()")
+            eventually(lambda: page.run("running === null"))
+            assert len(texts(page)) == 2
+            assert re.search(says, value(page, "comparison", "textContent"))
         assert not page.faults
 
 

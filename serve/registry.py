@@ -196,7 +196,10 @@ def _size_bytes(path: Path) -> int:
     if not is_half:
         return int(stored * OVERHEAD)
     # 16-bit models are computed in 32 bits; packages where the processor has no units for 16.
-    half = half_bytes(path)
+    try:
+        half = half_bytes(path)
+    except HalveError:  # weights of another kind, or damage that loading will name
+        half = stored
     is_package = (path / "package.json").is_file()
     widened = not is_package or quick_dtype(pick_device("auto"), half) == "float32"
     return int((stored + (half if widened else 0)) * OVERHEAD)

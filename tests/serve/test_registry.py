@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halve.errors import ArtefactError, InputError
-from serve.registry import find_models
+from serve.registry import OVERHEAD, find_models
 from serve.settings import ServeSettings
 from tests.serve.conftest import eventually, serving, wav
 from tests.serve.fakes import FakeTranslator
@@ -103,3 +103,14 @@ def test_a_server_that_can_load_nothing_is_not_ready(tmp_path: Path) -> None:
             assert server.post(wav(0.5), model=model).status_code == 503
         assert server.get("/ready").status_code == 503
         assert server.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_weights_that_cannot_be_looked_into_stop_no_server(tmp_path: Path, name: str) -> None:
+    """Weights of another kind, or damaged ones: their bytes are counted twice, and loading has its say."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    (model / name).write_bytes(bytes(1_000))
+    (found,) = find_models(ServeSettings(models=(str(model),))).values()
+    assert found.size_bytes == int(2_000 * OVERHEAD)

@@ -92,20 +92,20 @@ def _halve(request: dict[str, Any]) -> tuple[Run, Callable[[], int]]:
 
 
 def _stream_run(translator: Any, lang: str) -> Run:
-    counts: dict[int, int] = {}
-
     def run(audio: FloatArray, limit: int) -> Timing:
-        if len(audio) not in counts:
-            # A stream yields text, not tokens; the count is the same in every run.
-            counts[len(audio)] = len(translator.translate([audio], lang, limits=[limit])[0].tokens)
         started = time.perf_counter()
         first_s = 0.0
-        pieces = []
-        for piece in translator.stream(audio, lang, limit=limit):
+        pieces: list[str] = []
+        stream = translator.stream(audio, lang, limit=limit)
+        while True:
+            try:
+                pieces.append(next(stream))
+            except StopIteration as end:
+                tokens = len(end.value.tokens)
+                break
             first_s = first_s or time.perf_counter() - started
-            pieces.append(piece)
         total_s = time.perf_counter() - started
-        return Timing(total_s, first_s or total_s, counts[len(audio)], "".join(pieces))
+        return Timing(total_s, first_s or total_s, tokens, "".join(pieces))
 
     return run
 

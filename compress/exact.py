@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.crew import Crew
 from compress.drafts import Ending
 from compress.lanes import Lane, LanePool
 from compress.layers import LayerRunner, Rotary, open_layers
 from compress.packing import PackedRows, RowAttention, Tail, packed_attention
 from compress.task import SearchTask
+from halve.crew import Crew
 from halve.models import SpeechModel
 from halve.sources import asked
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.crew import Crew
 from halve.artefact import identity
 from halve.corpus import Corpus, Segment
+from halve.crew import Crew
 from halve.json_files import append_jsonl, read_json, read_jsonl, write_json
 from halve.models import SpeechModel
 from halve.progress import SILENT, Progress

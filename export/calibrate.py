@@ -4,10 +4,9 @@ Layers are taken in the order in which they compute. Each sees what those before
 they will have in the package, so that a layer also makes up for the errors of earlier ones.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +16,7 @@ from export.gptq import Moments, gptq_blocks
 from export.quantise import Blocks, FloatArray, quantise_blocks
 from halve.corpus import Segment, read_corpus
 from halve.errors import InputError
-from halve.families import Source
+from halve.families import Source, SourceText
 from halve.models import SpeechModel
 from halve.sources import read_source
 from halve.translate import TorchTranslator
@@ -25,7 +24,13 @@ from halve.translate import TorchTranslator
 if TYPE_CHECKING:
     import torch
 
+    from halve.crew import Crew
+
 TRAIN = "train"
+_TOGETHER = 16
+"""Samples whose states a linear layer reads are held at once."""
+_Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module is called with."""
 
 
 class Quantiser(Protocol):
@@ -89,7 +94,11 @@ def read_samples(
 
 
 class _Reached(Exception):
-    """Ends a forward pass where what was wanted is known."""
+    """Ends a forward pass where what was wanted is known: what the module is given."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.given = (args, kwargs)
 
 
 class Calibration:
@@ -146,23 +155,31 @@ class Calibration:
                 return stage, int(number), name
         raise InputError(f"Layer {key} cannot be calibrated")
 
-    def _tower_calls(self) -> Iterator[Callable[[], Any]]:
-        for sample in self._samples:
-            yield partial(self._translator.encode_all, [sample.source])
+    def _tower_calls(self) -> list[Callable[[], Any]]:
+        return [partial(self._translator.encode_all, [sample.source]) for sample in self._samples]
 
-    def _decoder_calls(self) -> Iterator[Callable[[], Any]]:
+    def _decoder_calls(self) -> list[Callable[[], Any]]:
         decoder = self._speech.part(self._speech.family.decoder)
-        for sample in self._samples:
-            inputs, _ = self._inputs(sample)
-            yield partial(decoder, inputs_embeds=inputs[None], use_cache=False)
+        return [
+            partial(decoder, inputs_embeds=inputs[None], use_cache=False)
+            for inputs, _ in self._inputs
+        ]
 
-    def _inputs(self, sample: Sample) -> "tuple[torch.Tensor, int]":
-        """Embeddings of prompt, clip and translation, (positions, hidden), and the prompt's length."""
+    @cached_property
+    def _inputs(self) -> "list[tuple[torch.Tensor, int]]":
+        """Embeddings of each sample's prompt, clip and translation, (positions, hidden), and the prompt's length.
+
+        Computed once, when the tower has the weights of the package.
+        """
+        taken = self._translator.encode_all([sample.source for sample in self._samples])
+        return [self._embed(*each) for each in zip(self._samples, taken, strict=True)]
+
+    def _embed(
+        self, sample: Sample, taken: "torch.Tensor | SourceText"
+    ) -> "tuple[torch.Tensor, int]":
         import torch
 
-        prompt = self._translator.inputs(
-            self._translator.encode_all([sample.source])[0], sample.lang
-        )
+        prompt = self._translator.inputs(taken, sample.lang)
         table = self._speech.part(self._speech.family.embeddings)
         said = torch.tensor(sample.tokens[:-1], dtype=torch.long, device=prompt.device)
         with torch.inference_mode():
@@ -172,13 +189,12 @@ class Calibration:
         """Of the states that choose tokens: those from the prompt's last position on."""
         import torch
 
-        decoder = self._speech.part(self._speech.family.decoder)
+        norm = self._speech.part(self._speech.family.norm)
+        last = self._stages[self._speech.family.disk_layers].outputs()
         total: Moments | float = 0.0
         with torch.inference_mode():
-            for sample in self._samples:
-                inputs, prompt = self._inputs(sample)
-                states = decoder(inputs_embeds=inputs[None], use_cache=False).last_hidden_state
-                total = total + _outer(states[0, prompt - 1 :])
+            for states, (_, prompt) in zip(last, self._inputs, strict=True):
+                total = total + _outer(norm(states)[0, prompt - 1 :])
         return np.asarray(total)
 
 
@@ -205,60 +221,74 @@ class Calibrated:
 class _Stage:
     """Layers that follow each other, and what the next of them reads of each sample."""
 
-    def __init__(self, layers: Any, calls: Callable[[], Iterator[Callable[[], Any]]]) -> None:
+    def __init__(self, layers: Any, calls: Callable[[], list[Callable[[], Any]]]) -> None:
         self.layers = layers
         self._calls = calls
-        self._inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+        self._inputs: list[_Given] | None = None
         self._next = 0
 
     def moments(self, number: int, name: str) -> Moments:
         """Of the linear layer `name` of layer `number`."""
-        self._advance(number)
-        layer = self.layers[number]
-        total: Moments | float = 0.0
-        for args, kwargs in self._inputs or []:
-            (read, *_), _ = _caught(layer.get_submodule(name), lambda: layer(*args, **kwargs))  # noqa: B023  called at once
-            total = total + _outer(read)
-        return np.asarray(total)
-
-    def _advance(self, number: int) -> None:
-        """Computes what layer `number` reads."""
         import torch
 
+        given = self._advance(number)
+        layer = self.layers[number]
+        calls = [partial(layer, *args, **kwargs) for args, kwargs in given]
+        total: Moments | float = 0.0
+        for start in range(0, len(calls), _TOGETHER):
+            reads = _caught(layer.get_submodule(name), calls[start : start + _TOGETHER])
+            flat = [args[0].reshape(-1, args[0].shape[-1]) for args, _ in reads]
+            total = total + _outer(torch.cat(flat))
+        return np.asarray(total)
+
+    def outputs(self) -> "list[torch.Tensor]":
+        """What the last layer gives of each sample."""
+        return [args[0] for args, _ in self._advance(len(self.layers))]
+
+    def _advance(self, number: int) -> list[_Given]:
+        """What layer `number` reads."""
         if self._inputs is None:
-            self._inputs = [_caught(self.layers[0], call) for call in self._calls()]
+            self._inputs = _caught(self.layers[0], self._calls())
         while self._next < number:
-            layer = self.layers[self._next]
-            with torch.inference_mode():
-                for index, (args, kwargs) in enumerate(self._inputs):
-                    found = layer(*args, **kwargs)
-                    states = found[0] if isinstance(found, tuple) else found
-                    self._inputs[index] = ((states, *args[1:]), kwargs)
+            through = partial(_passed, self.layers[self._next])
+            with _crew_of(self.layers, len(self._inputs)) as crew:
+                self._inputs = crew.map(through, self._inputs)
             self._next += 1
+        return self._inputs
 
 
-def _caught(module: Any, call: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What `call` passes to `module`; the call ends there."""
-    import torch
-
-    with _catching(module) as found, torch.inference_mode(), suppress(_Reached):
-        call()
-    return found[0]
+def _passed(layer: Any, given: _Given) -> _Given:
+    args, kwargs = given
+    found = layer(*args, **kwargs)
+    return (found[0] if isinstance(found, tuple) else found, *args[1:]), kwargs
 
 
-@contextmanager
-def _catching(module: Any) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def _crew_of(module: Any, most: int) -> "Crew":
+    from halve.crew import Crew
 
-    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
-        raise _Reached
+    return Crew(next(module.parameters()).device, most)
 
-    hook = module.register_forward_pre_hook(note, with_kwargs=True)
+
+def _caught(module: Any, calls: Sequence[Callable[[], Any]]) -> list[_Given]:
+    """What each call passes to `module`; the call ends there."""
+
+    def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(args, kwargs)
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        yield found
+        with _crew_of(module, len(calls)) as crew:
+            return crew.map(_given, calls)
     finally:
         hook.remove()
+
+
+def _given(call: Callable[[], Any]) -> _Given:
+    try:
+        call()
+    except _Reached as reached:
+        return reached.given
+    raise AssertionError("the call does not reach the module")
 
 
 def _outer(states: "torch.Tensor") -> Moments:

@@ -1,17 +1,19 @@
 """Translating with a package whose prompt and audio become embeddings here, whatever runs its decoder."""
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.ahead import working_ahead
 from export.manifest import Manifest
 from export.rows import Decoder, RowBatch
 from export.vocabulary import VOCABULARY, Vocabulary
+from halve import environment
 from halve.errors import ArtefactError, InputError
 from halve.families import Source, SourceText
 from halve.languages import language
@@ -69,6 +71,7 @@ class PackagedTranslator(ABC):
         from export.decoding import open_session
         from export.frontend import FrontEnd
 
+        self._threads = threads or environment.cores()
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         if self.manifest.reads == "audio":
             self._front = FrontEnd(self.manifest.front_end)
@@ -126,10 +129,14 @@ class PackagedTranslator(ABC):
             InputError: a language that the package does not translate into, or a text's that it does not
                 translate from; an empty clip; or a trimmed vocabulary without one of a text's tokens.
         """
-        if isinstance(audio, SourceText):
-            return self._embed(self._prompt_with(audio, lang))
+        return self._asked(audio if isinstance(audio, SourceText) else self.encode(audio), lang)
+
+    def _asked(self, heard: FloatArray | SourceText, lang: str) -> FloatArray:
+        """The whole prompt with a text, or a clip's embeddings, in it."""
+        if isinstance(heard, SourceText):
+            return self._embed(self._prompt_with(heard, lang))
         before, after = self.prompt(lang)
-        return np.concatenate([before, self.encode(audio), after])
+        return np.concatenate([before, heard, after])
 
     def _prompt_with(self, source: SourceText, lang: str) -> list[int]:
         self.prompt(lang)  # refuses a language that the package was not made for
@@ -192,20 +199,30 @@ class PackagedTranslator(ABC):
         says yes, nothing more comes.
         """
         chosen = limits_for(audio, limits)
+        if audio:
+            self.prompt(lang)  # refuses an unknown language before anything is encoded
         order = sorted(range(len(audio)), key=lambda index: (-len(audio[index]), index))
-        waiting = deque(order)
         batch = self.open_batch(max(1, min(batch_size, len(audio))))
         running: dict[int, int] = {}
-        while (waiting or running) and not cancelled():
-            stopped = batch.step()
-            while waiting and batch.free and not cancelled():
-                index = waiting.popleft()
-                row = batch.add(self.inputs(audio[index], lang), chosen[index])
-                running[id(row)] = index
-                if row.stopped:
-                    stopped.append(row)
-            for row in stopped:
-                yield running.pop(id(row)), self._translation(row)
+        with working_ahead(partial(self._heard, audio), order, self._encoders(audio)) as waiting:
+            while (waiting or running) and not cancelled():
+                stopped = batch.step()
+                while waiting and batch.free and not cancelled():
+                    index, heard = waiting.take()
+                    row = batch.add(self._asked(heard, lang), chosen[index])
+                    running[id(row)] = index
+                    if row.stopped:
+                        stopped.append(row)
+                for row in stopped:
+                    yield running.pop(id(row)), self._translation(row)
+
+    def _encoders(self, audio: Sequence[Source]) -> int:
+        """How many clips are worth encoding at a time: texts are not, they are only looked up."""
+        return self._threads if self.manifest.reads == "audio" and len(audio) > 1 else 1
+
+    def _heard(self, audio: Sequence[Source], index: int) -> FloatArray | SourceText:
+        source = audio[index]
+        return source if isinstance(source, SourceText) else self.encode(source)
 
     def top_two_gap(self, audio: Source, lang: str, tokens: Sequence[int]) -> float:
         """The difference of the two highest logits after `tokens`, of what may be said; inf where only one may."""
@@ -223,7 +240,7 @@ class PackagedTranslator(ABC):
     def stream(
         self, audio: Source, lang: str, *, limit: int | None = None
     ) -> Generator[str, None, Translation]:
-        """See `Translator.stream`; the generator's value is the whole translation."""
+        """See `Translator.stream`."""
         (limit,) = limits_for([audio], None if limit is None else [limit])
         inputs = self.inputs(audio, lang)
         batch = self.open_batch(1, len(inputs) + limit)

@@ -15,6 +15,7 @@ from export.runtime import OnnxTranslator
 from halve import artefact
 from halve.errors import InputError
 from halve.models import load_model
+from halve.translate import TorchTranslator
 
 
 def package(student: Path, corpus: Path | None, out: Path, **settings) -> Path:
@@ -46,6 +47,25 @@ def test_moments_are_of_what_a_layer_reads_after_the_weights_before_it(
     direct = torch.cat(read).double()
     assert np.allclose(changed, (direct.T @ direct).numpy(), rtol=1e-3, atol=1e-2)
     assert np.abs(changed - expected[1]).max() > 0.1 * np.abs(expected[1]).max()
+
+
+def test_head_moments_are_of_the_states_that_choose_tokens(
+    student: Path, tiny_corpus: Path
+) -> None:
+    speech = load_model(student)
+    family, samples = speech.family, read_samples(tiny_corpus, ["de", "zh"], speech, 18)
+    translator = TorchTranslator(speech)
+    decoder, table = speech.part(family.decoder), speech.part(family.embeddings)
+    chosen = []
+    for sample in samples:
+        prompt = translator.inputs(translator.encode_all([sample.source])[0], sample.lang)
+        with torch.inference_mode():
+            whole = torch.cat([prompt, table(torch.tensor(sample.tokens[:-1]))])[None]
+            chosen.append(decoder(inputs_embeds=whole).last_hidden_state[0, len(prompt) - 1 :])
+        assert len(chosen[-1]) == len(sample.tokens)
+    states = torch.cat(chosen).double()
+    found = Calibration(speech, samples).moments(family.disk_head.removesuffix("."))
+    assert np.allclose(found, (states.T @ states).numpy(), rtol=1e-3, atol=1e-2)
 
 
 def test_calibration_uses_train_alone(student: Path, tiny_corpus: Path) -> None:

@@ -94,6 +94,21 @@ def test_rows_join_and_leave_between_steps(
     assert first.tokens == expected[0].tokens[: len(first.tokens)] and not first.stopped
 
 
+@pytest.mark.parametrize("name", ["fp32", "int4"])
+def test_clips_encoded_ahead_are_translated_the_same(
+    packages: dict[str, Path], clips: list, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translator = open_translator(packages[name], threads=2)
+    many, limits = clips * 3, list(LIMITS) * 3
+    ahead = translator.translate(many, "de", limits=limits, batch_size=2)
+    with pytest.raises(InputError, match="no samples"):
+        translator.translate([*clips, clips[0][:0]], "de")
+    with pytest.raises(InputError, match="does not translate into"):
+        translator.translate(clips, "fr")
+    monkeypatch.setattr(translator, "_encoders", lambda audio: 1)
+    assert translator.translate(many, "de", limits=limits, batch_size=2) == ahead
+
+
 def test_cancelling_ends_a_batch(packages: dict[str, Path], clips: list) -> None:
     translator = open_translator(packages["int4"])
     asked = iter(range(100))

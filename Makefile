@@ -32,7 +32,7 @@ demo: $(STAMP)
 
 test: $(STAMP) lint
 	bash tests/install_programs.sh
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[ray,gguf]" schemathesis

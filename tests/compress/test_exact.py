@@ -15,6 +15,8 @@ from compress.task import SearchTask
 from halve.models import SpeechModel
 from tests.compress.search_models import opened
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped-query": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "odd": {

@@ -28,6 +28,8 @@ from tests import tiny
 from tests.compress.damage import spoilt
 from tests.compress.search_models import Scripted, scripted_task
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ROOT = Path(__file__).parents[2]
 
 

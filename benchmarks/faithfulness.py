@@ -21,6 +21,7 @@ from export.runtime import OnnxTranslator
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.environment import machine, versions
 from halve.models import load_model
+from halve.sources import read_sources
 from halve.translate import TorchTranslator, Translation
 
 SPLITS = ("select", "test")
@@ -97,7 +98,7 @@ def _rows(
     segments: Sequence[Segment],
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    audio = [corpus.audio(segment) for segment in segments]
+    audio = read_sources("audio", corpus, segments)
     started = time.perf_counter()
     expected = student.translate(audio, lang, batch_size=batch_size)
     rows = []

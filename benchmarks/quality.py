@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import comet as comet_metric
 from benchmarks import conditions, embedding, scoring, size
 from benchmarks.config import QualityConfig
+from benchmarks.heard import Heard, read_all
 from benchmarks.workload import shuffled_partners, silence_like
 from export.runtime import open_translator
 from halve import environment
@@ -42,6 +43,7 @@ class _Workload:
     segments: list[Segment]
     references: list[str]
     in_split: int
+    heard: Heard
 
     @classmethod
     def of(cls, config: QualityConfig, corpus_path: Path) -> "_Workload":
@@ -49,14 +51,16 @@ class _Workload:
         segments = corpus.split(config.split, config.lang, config.limit)
         references = [scoring.one_line(t) for t in corpus.references(segments, config.lang)]
         in_split = len(corpus.split(config.split, config.lang))
-        return cls(corpus, segments, references, in_split)
+        return cls(corpus, segments, references, in_split, Heard(corpus, segments))
 
     def source(self, index: int, reads: str) -> Source:
-        return read_source(reads, self.corpus, self.segments[index])
+        segment = self.segments[index]
+        if reads == "audio" and segment.audio:
+            return self.heard(index)
+        return read_source(reads, self.corpus, segment)
 
     def noisy(self, index: int, snr_db: float) -> Source:
-        segment = self.segments[index]
-        return conditions.with_noise(self.corpus.audio(segment), snr_db, segment.id)
+        return conditions.with_noise(self.heard(index), snr_db, self.segments[index].id)
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def _controls(workload: _Workload, reads: str) -> dict[str, Callable[[int], Sour
     partners = shuffled_partners([s.duration_s for s in segments], workload.references)
     return {
         "shuffled_audio": lambda index: workload.source(partners[index], reads),
-        "silence": lambda index: silence_like(workload.corpus.audio(segments[index])),
+        "silence": lambda index: silence_like(workload.heard(index)),
     }
 
 
@@ -212,7 +216,7 @@ def _translate(
         for number, chunk in enumerate(chunks):
             if number in done:
                 continue
-            sources = [source(index) for index in chunk]
+            sources = read_all(source, chunk)
             limits = [segment_limit(reads, workload.segments[index]) for index in chunk]
             translations = translator().translate(
                 sources, config.lang, limits=limits, batch_size=config.batch_size

@@ -21,7 +21,7 @@ from halve.languages import language
 from halve.metrics import score
 from halve.models import family_of, load_model, resolve_model
 from halve.progress import SILENT, Progress
-from halve.sources import read_source, segment_limit
+from halve.sources import read_sources, segment_limit
 from halve.translate import TorchTranslator, Translation, plan_batches
 
 REPEATS = 4
@@ -115,7 +115,7 @@ def _translate_batch(
     config: DistillConfig, translator: TorchTranslator, corpus: Corpus, segments: list[Segment]
 ) -> Iterable[dict[str, Any]]:
     reads = translator.speech.family.reads
-    embeddings = translator.encode_all([read_source(reads, corpus, each) for each in segments])
+    embeddings = translator.encode_all(read_sources(reads, corpus, segments))
     for lang in config.langs:
         places = [place for place, each in enumerate(segments) if lang in each.references]
         if not places:

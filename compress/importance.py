@@ -20,7 +20,7 @@ from halve.json_files import append_jsonl, write_json
 from halve.languages import language
 from halve.models import SpeechModel, load_model, load_processor, read_config, resolve_model
 from halve.progress import SILENT, Progress
-from halve.sources import read_source, segment_limit
+from halve.sources import read_sources, segment_limit
 
 if TYPE_CHECKING:
     from compress.search import CandidatePool, CandidateTranslator, Ledger, Ranking, Shortlist
@@ -141,7 +141,7 @@ def make_task(
         lang=lang,
         metric=metric,
         ids=tuple(segment.id for segment in segments),
-        audio=tuple(read_source(speech.family.reads, corpus, segment) for segment in segments),
+        audio=tuple(read_sources(speech.family.reads, corpus, segments)),
         references=tuple(corpus.references(segments, lang)),
         limits=tuple(segment_limit(speech.family.reads, segment) for segment in segments),
         decode=lambda tokens: speech.family.decode_text(speech.processor, tokens),

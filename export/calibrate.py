@@ -18,7 +18,7 @@ from halve.corpus import Segment, read_corpus
 from halve.errors import InputError
 from halve.families import Source, SourceText
 from halve.models import SpeechModel
-from halve.sources import read_source
+from halve.sources import read_sources
 from halve.translate import TorchTranslator
 
 if TYPE_CHECKING:
@@ -83,13 +83,14 @@ def read_samples(
         found += [(segment, code) for segment in corpus.split(TRAIN, code, share)]
     end = speech.family.end_ids(speech.model)[0]
     tokenizer = speech.processor.tokenizer
+    heard = read_sources(speech.family.reads, corpus, [segment for segment, _ in found[:limit]])
     return [
         Sample(
-            read_source(speech.family.reads, corpus, segment),
+            source,
             code,
             [*tokenizer(segment.references[code], add_special_tokens=False)["input_ids"], end],
         )
-        for segment, code in found[:limit]
+        for source, (segment, code) in zip(heard, found, strict=False)
     ]
 
 

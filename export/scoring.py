@@ -8,7 +8,7 @@ from halve.errors import InputError
 from halve.families import Source
 from halve.languages import language
 from halve.metrics import Score, score
-from halve.sources import read_source
+from halve.sources import read_sources
 from halve.translate import Translation, Translator
 
 
@@ -19,7 +19,7 @@ class SelectSet:
         self.lang = language(lang).code
         self.metric = language(lang).selection_metric
         self.segments: list[Segment] = corpus.split("select", self.lang, limit)
-        self.audio: list[Source] = [read_source(reads, corpus, each) for each in self.segments]
+        self.audio: list[Source] = read_sources(reads, corpus, self.segments)
         self.references = corpus.references(self.segments, self.lang)
 
     def translate(self, translator: Translator, batch_size: int) -> list[Translation]:

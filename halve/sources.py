@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+from halve import environment
 from halve.audio import SAMPLE_RATE_HZ
 from halve.corpus import Corpus, Segment
 from halve.errors import CorpusError
@@ -39,6 +42,19 @@ def read_source(reads: str, corpus: Corpus, segment: Segment) -> Source:
             mend="name a corpus with audio, or a text model",
         )
     return corpus.audio(segment)
+
+
+def read_sources(reads: str, corpus: Corpus, segments: Sequence[Segment]) -> list[Source]:
+    """What `read_source` gives of each segment; audio is decoded on all cores.
+
+    Raises:
+        CorpusError: as `read_source`, of the first segment that has none.
+    """
+    read = partial(read_source, reads, corpus)
+    if reads == "text" or len(segments) < 2:
+        return [read(segment) for segment in segments]
+    with ThreadPoolExecutor(environment.cores()) as pool:
+        return list(pool.map(read, segments))
 
 
 def source_language(source: object) -> Language:

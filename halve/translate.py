@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     Taken = torch.Tensor | SourceText
     """A source as `Family.take_in` gives it."""
 
+LONG_POSITIONS = 1000
+"""More than most rows take in the cache: prompt, 30 s of audio and translation."""
+SMALL_CACHE_BYTES = 1 << 29
+"""Two batches may be under way where the keys and values of one take no more than this."""
 LOOP_TOKENS = 48
 """A translation that ends in the same few tokens repeated over this many is stuck."""
 LOOP_PERIOD = 12
@@ -128,16 +132,19 @@ class TorchTranslator:
 
     def encode_all(self, audio: Sequence[Source]) -> "list[Taken]":
         """What is computed once of each source, whatever the language: see `Family.take_in`."""
-        import torch
-
         from halve.crew import Crew
 
         speech = self.speech
         take_in = partial(speech.family.take_in, speech.model, speech.processor)
         # On a CPU, clips side by side on a core each are encoded faster than one by one on all of them.
         most = 1 if speech.family.reads == "text" else len(audio)
-        with Crew(torch.device(speech.device), most) as crew:
+        with Crew(self._device(), most) as crew:
             return crew.map(take_in, audio)
+
+    def _device(self) -> "torch.device":
+        import torch
+
+        return torch.device(self.speech.device)
 
     def translate(
         self,
@@ -149,18 +156,33 @@ class TorchTranslator:
         beams: int = 1,
     ) -> list[Translation]:
         """See `Translator.translate`; with more than one beam, sources are translated one by one."""
+        from halve.crew import Crew
+
         found: dict[int, Translation] = {}
         chosen = limits_for(audio, limits)
         if beams > 1:
             pairs = zip(audio, chosen, strict=True)
             return [self._search(source, lang, limit, beams) for source, limit in pairs]
-        for batch in plan_batches([len(clip) for clip in audio], batch_size):
-            embeddings = self.encode_all([audio[index] for index in batch])
-            rows = self.translate_embeddings(
-                embeddings, lang, limits=[chosen[index] for index in batch], batch_size=len(batch)
-            )
-            found.update(zip(batch, rows, strict=True))
+        batches = plan_batches([len(clip) for clip in audio], batch_size)
+        take = partial(self._translate_batch, audio, lang, chosen)
+        with Crew(self._device(), min(len(batches), self._lanes(batch_size))) as crew:
+            for batch, rows in zip(batches, crew.map(take, batches), strict=True):
+                found.update(zip(batch, rows, strict=True))
         return [found[index] for index in range(len(audio))]
+
+    def _translate_batch(
+        self, audio: Sequence[Source], lang: str, limits: Sequence[int], batch: Sequence[int]
+    ) -> list[Translation]:
+        embeddings = self.encode_all([audio[index] for index in batch])
+        return self.translate_embeddings(
+            embeddings, lang, limits=[limits[index] for index in batch], batch_size=len(batch)
+        )
+
+    def _lanes(self, batch_size: int) -> int:
+        """How many batches are translated side by side: operations on few numbers waste a second core."""
+        family, model = self.speech.family, self.speech.model
+        cache_bytes = 4 * family.cache_width(model) * LONG_POSITIONS * batch_size
+        return 2 if cache_bytes <= SMALL_CACHE_BYTES else 1
 
     def _search(self, source: Source, lang: str, limit: int, beams: int) -> Translation:
         return self.hypotheses(self.encode_all([source])[0], lang, limit, beams)[0]

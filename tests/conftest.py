@@ -17,6 +17,15 @@ def gradient_mode() -> Iterator[None]:
     assert not left_off, "gradients were left off"
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For tests of what computes in threads, however many cores a test process has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2-Audio model of six decoder layers, in float32."""

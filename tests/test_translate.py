@@ -12,6 +12,8 @@ from halve.models import load_model
 from halve.translate import TextStream, TorchTranslator, is_looping, plan_batches
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def stock_tokens(speech, audio, lang: str, limit: int) -> list[int]:
     """What stock generate says, with the stock processor and its 30 s window."""
@@ -41,6 +43,14 @@ def test_equals_stock_generate_batched_and_alone(
     assert [row.tokens for row in together] == expected
     assert [row.tokens for row in alone] == expected
     assert len({tuple(tokens) for tokens in expected}) > 1, "the clips must not all sound alike"
+
+
+def test_large_caches_are_not_held_twice(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speech = load_model(tiny_model)
+    translator = TorchTranslator(speech)
+    assert translator._lanes(16) == 2
+    monkeypatch.setattr(speech.family, "cache_width", lambda model: 2 * 32 * 4096)  # 7B
+    assert translator._lanes(16) == 1
 
 
 def test_valid_frames_give_the_stock_encoder_output(tiny_model: Path) -> None:

@@ -147,6 +147,10 @@ class Whisper(Family):
         """Inputs (…, width) with the learnt positions of their places (…) added."""
         return inputs + decoder.embed_positions.weight[places], None
 
+    def cache_width(self, model: Any) -> int:
+        """See `Family.cache_width`: of the tokens alone, not of the encoder's states."""
+        return 2 * int(model.config.d_model) * int(model.config.decoder_layers)
+
     def new_cache(self) -> Any:
         """A cache for both attentions."""
         from transformers import DynamicCache, EncoderDecoderCache

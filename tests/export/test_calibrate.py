@@ -17,6 +17,8 @@ from halve.errors import InputError
 from halve.models import load_model
 from halve.translate import TorchTranslator
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def package(student: Path, corpus: Path | None, out: Path, **settings) -> Path:
     config = PackageConfig.model_validate(

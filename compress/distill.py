@@ -5,7 +5,8 @@ references; if asked, the best few of a beam search instead. What would teach th
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,16 @@ def _translate(
     if len(done) < len(batches):
         speech = load_model(base, dtype=config.dtype, device=config.device)
         translator = TorchTranslator(speech, stop_loops=True)
-        with progress.task("Translating", len(batches), len(done)) as advance:
-            for batch in batches[len(done) :]:
-                chosen = [segments[place] for place in batch]
-                append_jsonl(log, list(_translate_batch(config, translator, corpus, chosen)))
-                advance(1, note=f"{len(chosen)} segments")
+        translate = partial(_translate_batch, config, translator, corpus, segments)
+        with (
+            progress.task("Translating", len(batches), len(done)) as advance,
+            translator.lanes(len(batches), config.batch_size) as crew,
+        ):
+            for start in range(len(done), len(batches), crew.size):
+                wave = batches[start : start + crew.size]
+                for batch, lines in zip(wave, crew.map(translate, wave), strict=True):
+                    append_jsonl(log, lines)
+                    advance(1, note=f"{len(batch)} segments")
         translator.close()
     found: dict[Key, list[Translation]] = {}
     for batch in read_jsonl(log):
@@ -112,10 +118,16 @@ def _translate(
 
 
 def _translate_batch(
-    config: DistillConfig, translator: TorchTranslator, corpus: Corpus, segments: list[Segment]
-) -> Iterable[dict[str, Any]]:
+    config: DistillConfig,
+    translator: TorchTranslator,
+    corpus: Corpus,
+    all_segments: Sequence[Segment],
+    batch: Sequence[int],
+) -> list[dict[str, Any]]:
+    segments = [all_segments[place] for place in batch]
     reads = translator.speech.family.reads
     embeddings = translator.encode_all(read_sources(reads, corpus, segments))
+    lines = []
     for lang in config.langs:
         places = [place for place, each in enumerate(segments) if lang in each.references]
         if not places:
@@ -128,8 +140,8 @@ def _translate_batch(
             [segment_limit(reads, segments[place]) for place in places],
         )
         for place, translations in zip(places, found, strict=True):
-            for translation in translations:
-                yield _line(segments[place].id, lang, translation)
+            lines += [_line(segments[place].id, lang, each) for each in translations]
+    return lines
 
 
 def _hypotheses(

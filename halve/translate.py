@@ -20,6 +20,8 @@ from halve.torch_beams import search
 if TYPE_CHECKING:
     import torch
 
+    from halve.crew import Crew
+
     Taken = torch.Tensor | SourceText
     """A source as `Family.take_in` gives it."""
 
@@ -156,8 +158,6 @@ class TorchTranslator:
         beams: int = 1,
     ) -> list[Translation]:
         """See `Translator.translate`; with more than one beam, sources are translated one by one."""
-        from halve.crew import Crew
-
         found: dict[int, Translation] = {}
         chosen = limits_for(audio, limits)
         if beams > 1:
@@ -165,7 +165,7 @@ class TorchTranslator:
             return [self._search(source, lang, limit, beams) for source, limit in pairs]
         batches = plan_batches([len(clip) for clip in audio], batch_size)
         take = partial(self._translate_batch, audio, lang, chosen)
-        with Crew(self._device(), min(len(batches), self._lanes(batch_size))) as crew:
+        with self.lanes(len(batches), batch_size) as crew:
             for batch, rows in zip(batches, crew.map(take, batches), strict=True):
                 found.update(zip(batch, rows, strict=True))
         return [found[index] for index in range(len(audio))]
@@ -178,11 +178,16 @@ class TorchTranslator:
             embeddings, lang, limits=[limits[index] for index in batch], batch_size=len(batch)
         )
 
-    def _lanes(self, batch_size: int) -> int:
-        """How many batches are translated side by side: operations on few numbers waste a second core."""
+    def lanes(self, batches: int, batch_size: int) -> "Crew":
+        """Workers that translate batches side by side: operations on few numbers waste a second core.
+
+        One where the cache of a batch is large.
+        """
+        from halve.crew import Crew
+
         family, model = self.speech.family, self.speech.model
         cache_bytes = 4 * family.cache_width(model) * LONG_POSITIONS * batch_size
-        return 2 if cache_bytes <= SMALL_CACHE_BYTES else 1
+        return Crew(self._device(), min(batches, 2 if cache_bytes <= SMALL_CACHE_BYTES else 1))
 
     def _search(self, source: Source, lang: str, limit: int, beams: int) -> Translation:
         return self.hypotheses(self.encode_all([source])[0], lang, limit, beams)[0]

@@ -48,9 +48,9 @@ def test_equals_stock_generate_batched_and_alone(
 def test_large_caches_are_not_held_twice(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speech = load_model(tiny_model)
     translator = TorchTranslator(speech)
-    assert translator._lanes(16) == 2
+    assert translator.lanes(9, 16).size == 2 and translator.lanes(1, 16).size == 1
     monkeypatch.setattr(speech.family, "cache_width", lambda model: 2 * 32 * 4096)  # 7B
-    assert translator._lanes(16) == 1
+    assert translator.lanes(9, 16).size == 1
 
 
 def test_valid_frames_give_the_stock_encoder_output(tiny_model: Path) -> None:

@@ -38,12 +38,19 @@ def segments_for(
     """Segments of a split that have a reference in any of the languages, in the manifest's order.
 
     Raises:
-        CorpusError: a language has none at all.
+        CorpusError: a language has none at all, or none among so few.
     """
     wanted = {segment.id for lang in langs for segment in corpus.split(split, lang)}
     found = [segment for segment in corpus.split(split) if segment.id in wanted]
     if limit is not None and limit < len(found):
         found = [found[index * len(found) // limit] for index in range(limit)]
+    for lang in langs:
+        if not any(lang in segment.references for segment in found):
+            raise CorpusError(
+                f"Of {limit} {split} segments none has a {lang} reference",
+                expected=f"some of the {len(corpus.split(split, lang))} that have one",
+                mend="raise the limit, or name this language alone",
+            )
     return found
 
 

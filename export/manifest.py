@@ -95,6 +95,8 @@ def read_manifest(folder: Path, target: str | None = None) -> Manifest:
         ArtefactError: none there, of a newer halve, incomplete, or of another target.
     """
     facts = read_json(folder / MANIFEST)
+    if not isinstance(facts, dict):
+        raise ArtefactError(f"{folder / MANIFEST} is not an object", mend="make the package again")
     version = facts.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise ArtefactError(

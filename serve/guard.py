@@ -105,7 +105,7 @@ class Guard:
                 403, "This server does not go by that name.", code="unknown_host", param="host"
             )
         origin = headers.get("origin")
-        if origin is None or origin in settings.allow_origins:
+        if origin is None or {origin, "*"} & set(settings.allow_origins):
             return
         if scope["method"] == "POST" and _address(origin) != host.lower():
             raise ApiError(

@@ -28,7 +28,7 @@ class ServeSettings(Config):
     allow_hosts: tuple[str, ...] = ()
     """More host names that clients may use for this server (a proxy's, say); loopback servers answer only to localhost otherwise."""
     allow_origins: tuple[str, ...] = ()
-    """Origins of web pages elsewhere that may call this server (CORS); none by default."""
+    """Origins of web pages elsewhere that may call this server (CORS), * for all; none by default."""
     memory_gb: float | None = Field(default=None, gt=0)
     """Memory that loaded models may take together; the least recently used idle one makes room."""
     threads: int | None = Field(default=None, ge=1)

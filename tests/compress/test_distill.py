@@ -134,3 +134,16 @@ def test_a_hypothesis_is_learnt_once(tiny_corpus: Path, tmp_path: Path) -> None:
     assert [row["text"] for row in rows] == [reference, f"{reference} A", f"{reference} B"]
     assert [row["origin"] for row in rows] == ["reference", "teacher", "teacher"]
     assert counts["dropped"] == {"duplicate": 2} and counts["translations"] == 4
+
+
+def test_a_sample_without_a_language_is_refused(tiny_corpus: Path) -> None:
+    corpus = read_corpus(tiny_corpus)
+    last = corpus.split("train")[-1].id
+    rare = [
+        each if each.id == last else replace(each, references={"de": each.references["de"]})
+        for each in corpus.segments
+    ]
+    corpus = replace(corpus, segments=tuple(rare))
+    assert len(segments_for(corpus, "train", ["de", "zh"], None)) == 12
+    with pytest.raises(CorpusError, match="Of 2 train segments none has a zh reference"):
+        segments_for(corpus, "train", ["de", "zh"], 2)

@@ -249,6 +249,9 @@ def test_damaged_packages_are_named(packages: dict[str, Path], tmp_path: Path, n
     (copy / name).write_bytes((copy / name).read_bytes()[:100])
     with pytest.raises(ArtefactError, match="cannot be opened"):
         OnnxTranslator(copy)
+    (copy / "package.json").write_text("[]")
+    with pytest.raises(ArtefactError, match="not an object"):
+        open_translator(copy)
     (copy / "package.json").write_text('{"schema_version": 99}')
     with pytest.raises(ArtefactError, match="schema version"):
         open_translator(copy)

@@ -57,6 +57,13 @@ def test_a_page_may_read_refusals(serve_fake, tmp_path) -> None:
         assert refusal(**key) == 503
 
 
+def test_a_star_lets_all_pages_in(serve_fake) -> None:
+    with serve_fake(allow_origins=("*",)) as server:
+        answer = server.post(wav(0.5), headers={"origin": PAGE})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "*"
+
+
 @pytest.mark.parametrize("origin", ["http://[", "null", "http://", "x"])
 def test_an_origin_that_is_no_url_is_refused(serve_fake, origin: str) -> None:
     with serve_fake() as server:

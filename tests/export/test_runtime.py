@@ -1,6 +1,7 @@
 """Packages translate as their student does: batched, alone, streamed, and without torch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from halve.languages import language
 from halve.models import load_model
 from halve.translate import TorchTranslator
 
+ROOT = Path(__file__).parents[2]
 LIMITS = [40, 25, 30, 7, 40]
 
 
@@ -107,6 +109,29 @@ def test_clips_encoded_ahead_are_translated_the_same(
         translator.translate(clips, "fr")
     monkeypatch.setattr(translator, "_encoders", lambda audio: 1)
     assert translator.translate(many, "de", limits=limits, batch_size=2) == ahead
+
+
+def test_onnxruntime_reports_nothing(packages: dict[str, Path], tmp_path: Path) -> None:
+    # It keeps an identifier in the temporary directory as soon as it is imported ready to report.
+    code = (
+        "import sys; from pathlib import Path; from export.runtime import open_translator; "
+        "open_translator(Path(sys.argv[1])).close(); print('opened')"
+    )
+    variables = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("CI", "ORT_DISABLE_TELEMETRY", "GITHUB_ACTIONS")
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", code, packages["int4"]],
+        env=variables | {"TMPDIR": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == "opened\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cancelling_ends_a_batch(packages: dict[str, Path], clips: list) -> None:

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Requests made up by schemathesis from a running server's /openapi.json: no crash, no answer that the document does not know.
+#   pip install schemathesis; bash benchmarks/fuzz.sh [PACKAGE]      PACKAGE: runs/demo/packages/onnx-int4
+# A schema cannot say which bytes are speech: a refusal of what is formally valid is no fault (positive_data_acceptance).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+BIN=${BIN:-.venv/bin}
+PACKAGE=${1:-runs/demo/packages/onnx-int4}
+OUT=${OUT:-runs/fuzz}
+EXAMPLES=${EXAMPLES:-300}
+mkdir -p "$OUT/tmp"
+rm -f "$OUT"/tmp/*
+
+TMPDIR=$(realpath "$OUT/tmp") "$BIN/halve" serve --model "$PACKAGE" --port 0 > "$OUT/serve.log" 2>&1 &
+SERVER=$!
+trap 'kill "$SERVER" 2> /dev/null || true' EXIT
+for _ in $(seq 150); do
+    URL=$(grep -o -m1 'http://127\.0\.0\.1:[0-9]*' "$OUT/serve.log" 2> /dev/null || true)
+    [ -n "$URL" ] && break
+    sleep 0.2
+done
+[ -n "$URL" ] || { cat "$OUT/serve.log"; exit 1; }
+
+FAULTS=0
+"$BIN/schemathesis" --no-color run "$URL/openapi.json" --max-examples "$EXAMPLES" --seed 0 --continue-on-failure \
+    --exclude-checks positive_data_acceptance --request-timeout 60 | tee "$OUT/schemathesis.txt" || FAULTS=1
+kill -0 "$SERVER" || { echo "The server is gone"; exit 1; }
+"$BIN/python" -c "import sys, urllib.request; print('After it:', urllib.request.urlopen(sys.argv[1] + '/health').read().decode())" "$URL"
+kill -TERM "$SERVER"
+STATUS=0
+wait "$SERVER" || STATUS=$?
+trap - EXIT
+echo "The server ended with status $STATUS and left $(find "$OUT/tmp" -type f | wc -l) files; tracebacks in its log: $(grep -c Traceback "$OUT/serve.log" || true)."
+[ $FAULTS -eq 0 ] && [ $STATUS -eq 0 ] && [ -z "$(find "$OUT/tmp" -type f)" ] && ! grep -q Traceback "$OUT/serve.log"

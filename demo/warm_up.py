@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from demo.build_teacher import read_sentences
+from demo.orthogonal import use_float32
 from demo.packed_rows import PADDING, Packer, Row, batches_of, branch_mask
-from halve.environment import quick_dtype
+from halve.environment import computes_bfloat16, quick_dtype
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ class Updater:
         self.names = weights.owned(worker)
         matrices = [n for n in self.names if ".layers." in n and weights.masters[n].dim() == 2]
         others = [name for name in self.names if name not in matrices]
+        if not computes_bfloat16("cpu"):
+            use_float32()
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 [weights.masters[name] for name in others],

@@ -83,14 +83,15 @@ def read_samples(
         found += [(segment, code) for segment in corpus.split(TRAIN, code, share)]
     end = speech.family.end_ids(speech.model)[0]
     tokenizer = speech.processor.tokenizer
-    heard = read_sources(speech.family.reads, corpus, [segment for segment, _ in found[:limit]])
+    found = found[:limit]
+    heard = read_sources(speech.family.reads, corpus, [segment for segment, _ in found])
     return [
         Sample(
             source,
             code,
             [*tokenizer(segment.references[code], add_special_tokens=False)["input_ids"], end],
         )
-        for source, (segment, code) in zip(heard, found, strict=False)
+        for source, (segment, code) in zip(heard, found, strict=True)
     ]
 
 

@@ -43,7 +43,15 @@ class Translation:
     tokens: list[int]
     """Generated tokens, without the one that ended them."""
     stopped: str
-    """end: the model ended it; limit: cut at its token limit; loop: cut in a repetition."""
+    """end: the model ended it; limit: cut at its token limit; loop: cut in a repetition; gone: nobody waits for it."""
+
+
+def _nobody(_: int) -> bool:
+    return False
+
+
+def _asked_of(gone: Callable[[int], bool], batch: Sequence[int], row: int) -> bool:
+    return gone(batch[row])
 
 
 class Translator(Protocol):
@@ -170,6 +178,35 @@ class TorchTranslator:
                 found.update(zip(batch, rows, strict=True))
         return [found[index] for index in range(len(audio))]
 
+    def translate_while(
+        self,
+        audio: Sequence[Source],
+        lang: str,
+        *,
+        limits: Sequence[int],
+        gone: Callable[[int], bool],
+    ) -> list[Translation]:
+        """Translates one batch of sources, whose rows leave at the next step once `gone` says so.
+
+        Args:
+            gone: whether nobody waits for the source at this place any more; asked at every step.
+
+        Returns:
+            The translations in order; what has gone has stopped for that reason, wherever it was.
+        """
+        found = {index: Translation("", [], "gone") for index in range(len(audio))}
+        waited_for = [index for index in found if not gone(index)]
+        if waited_for:
+            rows = self.translate_embeddings(
+                self.encode_all([audio[index] for index in waited_for]),
+                lang,
+                limits=[limits[index] for index in waited_for],
+                batch_size=len(waited_for),
+                gone=lambda place: gone(waited_for[place]),
+            )
+            found.update(zip(waited_for, rows, strict=True))
+        return [found[index] for index in range(len(audio))]
+
     def _translate_batch(
         self, audio: Sequence[Source], lang: str, limits: Sequence[int], batch: Sequence[int]
     ) -> list[Translation]:
@@ -214,12 +251,14 @@ class TorchTranslator:
         *,
         limits: Sequence[int],
         batch_size: int = 16,
+        gone: Callable[[int], bool] = _nobody,
     ) -> list[Translation]:
-        """Translates sources that `encode_all` has taken in."""
+        """Translates sources that `encode_all` has taken in; `gone` as `translate_while` takes it."""
         found: dict[int, Translation] = {}
         for batch in plan_batches([len(rows) for rows in embeddings], batch_size):
             decoding = _Decoding(self, [embeddings[index] for index in batch], lang)
-            tokens, reasons = decoding.run([limits[index] for index in batch])
+            left = partial(_asked_of, gone, batch)
+            tokens, reasons = decoding.run([limits[index] for index in batch], left)
             for index, row, reason in zip(batch, tokens, reasons, strict=True):
                 text = self.decode(row)
                 found[index] = Translation(text, row, reason)
@@ -307,14 +346,18 @@ class _Decoding:
             mask[index, longest - len(row) :] = 1
         return inputs, mask
 
-    def run(self, limits: Sequence[int]) -> tuple[list[list[int]], list[str]]:
+    def run(
+        self, limits: Sequence[int], gone: Callable[[int], bool] = _nobody
+    ) -> tuple[list[list[int]], list[str]]:
         """All rows' tokens and why each stopped."""
         tokens: list[list[int]] = [[] for _ in limits]
-        for rows in self.steps(limits):
+        for rows in self.steps(limits, gone):
             tokens = rows
         return tokens, self.reasons
 
-    def steps(self, limits: Sequence[int]) -> Iterator[list[list[int]]]:
+    def steps(
+        self, limits: Sequence[int], gone: Callable[[int], bool] = _nobody
+    ) -> Iterator[list[list[int]]]:
         """Yields all rows' tokens so far after each step."""
         import torch
 
@@ -337,6 +380,7 @@ class _Decoding:
                 chosen = self._translator.choose(hidden, first)
             first = False
             keep = self._take(active, chosen.tolist(), tokens, limits)
+            keep = [place for place in keep if not self._left(active[place], gone)]
             yield tokens
             if not keep:
                 return
@@ -349,6 +393,11 @@ class _Decoding:
                 inputs = self._family.embed(self._model, chosen[rows])[:, None]
             positions = positions[rows, -1:] + 1
             mask = torch.cat([mask[rows], mask.new_ones(len(keep), 1)], dim=1)
+
+    def _left(self, row: int, gone: Callable[[int], bool]) -> bool:
+        if gone(row):
+            self.reasons[row] = "gone"
+        return self.reasons[row] == "gone"
 
     def _take(
         self,

@@ -251,15 +251,25 @@ class BatchRunner:
         return self.step(crowded=True)
 
     def _translate(self, batch: list[Piece]) -> list[Finished]:
-        translations = self._translator.translate(
-            [piece.samples for piece in batch],
-            batch[0].lang,
-            limits=[piece.token_limit() for piece in batch],
-            batch_size=len(batch),
-        )
-        for piece, translation in zip(batch, translations, strict=True):
-            piece.tell(translation.text)
-        return [Finished(p, t) for p, t in zip(batch, translations, strict=True)]
+        samples, lang = [piece.samples for piece in batch], batch[0].lang
+        limits = [piece.token_limit() for piece in batch]
+        # Where the runtime allows it, a row leaves when its client does.
+        translate_while = getattr(self._translator, "translate_while", None)
+        if translate_while is not None:
+            translations = translate_while(
+                samples, lang, limits=limits, gone=lambda index: batch[index].ticket.cancelled
+            )
+        else:
+            translations = self._translator.translate(
+                samples, lang, limits=limits, batch_size=len(batch)
+            )
+        return [self._end(*pair) for pair in zip(batch, translations, strict=True)]
+
+    def _end(self, piece: Piece, translation: Translation) -> Finished:
+        if translation.stopped == "gone":
+            return _cancelled(piece)
+        piece.tell(translation.text)
+        return Finished(piece, translation)
 
     def _stream(self, piece: Piece) -> Finished:
         texts: list[str] = []

@@ -1,5 +1,6 @@
 """halve translates exactly as stock transformers does."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,27 @@ def test_an_end_token_ends_the_row(tiny_model: Path, tiny_corpus: Path) -> None:
     assert ended[0].tokens == free[0].tokens[: free[0].tokens.index(free[0].tokens[3])]
     for before, after in zip(free, ended, strict=True):
         assert before.tokens[: len(after.tokens)] == after.tokens
+
+
+def test_rows_leave_when_nobody_waits_for_them(tiny_model: Path) -> None:
+    translator = TorchTranslator(load_model(tiny_model))
+    clips = [tiny.tone(seconds, 5) for seconds in (0.5, 1.5, 1.0, 0.7)]
+    limits = [30, 30, 20, 30]
+    asked = Counter[int]()
+
+    def gone(index: int) -> bool:
+        asked[index] += 1
+        return index == 3 or (index == 1 and asked[index] > 4)
+
+    found = translator.translate_while(clips, "de", limits=limits, gone=gone)
+    whole = translator.translate(clips, "de", limits=limits)
+    assert [found[0], found[2]] == [whole[0], whole[2]]
+    assert [row.stopped for row in found] == [whole[0].stopped, "gone", whole[2].stopped, "gone"]
+    assert len(whole[1].tokens) > 10
+    assert found[1].tokens == whole[1].tokens[:4] and found[3].tokens == []
+    assert asked[1] == 5 and asked[3] == 1  # what has left is computed no further
+    everyone = translator.translate_while(clips, "de", limits=limits, gone=lambda _: True)
+    assert {row.stopped for row in everyone} == {"gone"}
 
 
 def test_a_stream_joins_to_the_translation(tiny_model: Path) -> None:

@@ -16,7 +16,8 @@ from halve.models import load_model
 from halve.translate import TorchTranslator
 
 ROOT = Path(__file__).parents[2]
-LIMITS = [40, 25, 30, 1, 40]  # of one token, so that a limit is reached whatever a processor's model says
+# One of a single token: a limit is reached whatever a processor makes of a random model.
+LIMITS = [40, 25, 30, 1, 40]
 
 
 @pytest.fixture(scope="module")

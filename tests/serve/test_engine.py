@@ -2,14 +2,18 @@
 
 import threading
 from concurrent.futures import CancelledError
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from halve.errors import ArtefactError
+from halve.models import load_model
+from halve.translate import TorchTranslator
 from serve.engine import Engine
 from serve.errors import ApiError
 from serve.pieces import Piece, Ticket
+from serve.runners import BatchRunner
 from tests.serve.conftest import eventually
 from tests.serve.fakes import FakeBatch, FakeRow, FakeTranslator, SteppingTranslator
 
@@ -204,6 +208,28 @@ def test_a_cancelled_row_leaves_at_the_next_step(
         leaving.future.result(WAIT_S)
     assert len(stepping.batches) <= 2
     assert not stepping.batch.rows
+
+
+def test_a_checkpoint_s_row_leaves_when_its_client_does(tiny_model: Path) -> None:
+    translator = TorchTranslator(load_model(tiny_model))
+    leaving, kept = piece(1), piece(1, limit=20)
+    steps = []
+    choose = translator.choose
+
+    def watched(hidden, first):
+        steps.append(len(hidden))
+        leaving.ticket.cancelled = len(steps) == 3 or leaving.ticket.cancelled
+        return choose(hidden, first)
+
+    translator.choose = watched
+    runner = BatchRunner(translator, 2)
+    runner.add(leaving)
+    runner.add(kept)
+    left = {finished.piece: finished for finished in runner.step(crowded=False)}
+    assert steps == [2, 2, 2] + [1] * (len(steps) - 3) and len(steps) == 20
+    assert isinstance(left[leaving].error, ApiError) and left[leaving].translation is None
+    alone = translator.translate([kept.samples], "de", limits=[20])[0]
+    assert left[kept].translation == alone
 
 
 def test_stepping_streams_and_survives_failures(stepping_engine: Engine) -> None:

@@ -1,13 +1,14 @@
 """`halve serve` as a process of its own, for benches and soaks."""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,34 +51,61 @@ def serving(
     Raises:
         HalveError: it ended, or was not ready in time.
     """
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}"
+    port = free_port()
     arguments = [argument for path in models for argument in ("--model", str(path))]
     arguments += ["--host", "127.0.0.1", "--port", str(port), *options]
     if threads:
         arguments += ["--threads", str(threads)]
+    with running(
+        [*command, *arguments],
+        f"http://127.0.0.1:{port}",
+        "/ready",
+        env=pinned_environment(threads),
+        startup_s=startup_s,
+        mend=f"try `halve serve {' '.join([*arguments[:2], *options])}`",
+    ) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str],
+    url: str,
+    ready: str,
+    *,
+    env: Mapping[str, str],
+    startup_s: float,
+    mend: str,
+) -> Iterator[Server]:
+    """Runs any server in a process group of its own while the block lasts.
+
+    Args:
+        ready: path that answers 200 once it serves.
+        mend: what to do if it does not start.
+
+    Raises:
+        HalveError: it ended, or was not ready in time.
+    """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [*command, *arguments],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=pinned_environment(threads),
+            command, stdout=log, stderr=subprocess.STDOUT, env=dict(env), start_new_session=True
         )
         try:
-            if not _wait_until_ready(process, url, startup_s):
+            if not _wait_until_ready(process, url + ready, startup_s):
                 log.seek(0)
                 said = log.read().decode("utf8", errors="replace").strip().splitlines()
                 raise HalveError(
-                    f"halve serve did not become ready ({said[-1] if said else 'it said nothing'})",
-                    expected=f"an answer of {url}/ready within {startup_s:.0f} s",
-                    mend=f"try `halve serve {' '.join([*arguments[:2], *options])}`",
+                    f"{Path(command[0]).name} did not become ready ({said[-1] if said else 'it said nothing'})",
+                    expected=f"an answer of {url}{ready} within {startup_s:.0f} s",
+                    mend=mend,
                 )
             yield Server(url, process)
         finally:
             _stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -88,7 +116,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, most_s: floa
     with httpx.Client(timeout=5.0, trust_env=False) as client:
         while time.monotonic() < end and process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
-                if client.get(f"{url}/ready").status_code == 200:
+                if client.get(url).status_code == 200:
                     return True
             time.sleep(0.1)
     return False
@@ -97,8 +125,13 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, most_s: floa
 def _stop(process: "subprocess.Popen[bytes]") -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    kill(process)
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """Ends a server and what it has started at once, as a machine that fails does."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

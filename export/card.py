@@ -8,6 +8,7 @@ import yaml
 
 from halve import artefact
 from halve.families import family_for
+from halve.languages import language
 from halve.models import read_config
 from halve.origin import CARD, origin
 
@@ -56,7 +57,7 @@ def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any
         _made(config, facts, head)
         + _size(config, folder, facts)
         + _scores(facts)
-        + _use(kind, facts)
+        + _use(kind, facts, source)
     )
     text = yaml.safe_dump(head, sort_keys=True, allow_unicode=True)
     (folder / CARD).write_text(f"---\n{text}---\n\n" + "\n".join(lines) + "\n", encoding="utf8")
@@ -183,10 +184,21 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
     return [*head, "segments for comparison with other models.", "", *lines, ""] if lines else []
 
 
-def _use(kind: str, facts: Mapping[str, Any]) -> list[str]:
+def _use(kind: str, facts: Mapping[str, Any], source: Path) -> list[str]:
     lang = next(iter(facts.get("languages") or ["de"]))
     _, given = _WORDS[facts["reads"]]
     lines = ["## Use", "", "```", f"halve translate --model . --lang {lang} {given}", "```"]
     if kind == "student" or facts.get("target") == "checkpoint":
-        lines += ["", "It also loads in stock transformers with `from_pretrained`."]
+        lines += [
+            "",
+            "It also loads in stock transformers with `from_pretrained`. Ask it, there and in other",
+        ]
+        lines += [f"servers, as it was taught, greedily ({lang}):", "", "```"]
+        lines += [*_prompt(source, lang).splitlines(), "```"]
     return lines
+
+
+def _prompt(source: Path, lang: str) -> str:
+    """The whole prompt: a student asked otherwise translates worse."""
+    family = family_for(read_config(source))
+    return family.prompt_text(family.load_processor(source), family.instruction(language(lang)))

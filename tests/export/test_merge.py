@@ -136,6 +136,8 @@ def test_student_loads_in_stock_transformers_from_shards(
     assert head["pipeline_tag"] and head["base_model"] == tiny_model.name
     card = (tmp_path / "s" / "README.md").read_text()
     assert f"Stored bytes: {stored_bytes(tmp_path / 's'):,}" in card
+    assert "You are a professional translator." in card, "other software must ask as it was taught"
+    assert "<|AUDIO|><|audio_eos|>\nTranslate the English speech into German:" in card
 
 
 def test_a_fully_tuned_model_passes_through(tmp_path: Path, tiny_model: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from halve.environment import quick_dtype
 from halve.errors import HalveError, InputError
 from halve.languages import LANGUAGES
-from halve.models import pick_device
+from halve.models import local_model, pick_device
 from halve.shards import half_bytes
 from halve.translate import Translator
 from serve.engine import Engine
@@ -153,8 +153,8 @@ def _free_name(place: str, taken: dict[str, Model]) -> str:
 
 
 def _describe(name: str, given: str, settings: ServeSettings) -> Model:
-    path = Path(given)
-    if not path.is_dir():
+    path = local_model(given)
+    if path is None:  # the hub has it, and its size is known once it is here
         return Model(name, given, 0, None, created_s=int(time.time()))
     languages = _languages(path)
     return Model(
@@ -347,6 +347,10 @@ class Registry:
             model.default_lang = translator.languages[0]
         model.languages = model.languages or tuple(translator.languages)
         model.max_audio_s = translator.max_audio_s
+        # A hub id's weights are on this machine only now.
+        model.size_bytes = (
+            model.size_bytes or _describe(model.id, model.path, self._settings).size_bytes
+        )
         model.engine = engine
         log.info("%s: loaded", model.id)
 

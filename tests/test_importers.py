@@ -676,6 +676,50 @@ def test_hugging_face_names_what_is_missing(tmp_path: Path) -> None:
     assert [s.group for s in segments] == ["ann", "train-000001", "train-000002", "bob"]
 
 
+def test_hugging_face_samples_become_files(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    wave = np.sin(np.arange(24_000) / 9).astype(np.float32) / 2
+
+    def saved(name: str, kind: str, arrays: list[Any], rates: list[int | None]) -> Path:
+        feature = {
+            "array": datasets.Sequence(datasets.Value(kind)),
+            "sampling_rate": datasets.Value("int64"),
+        }
+        columns = {"audio": feature, "text_de": datasets.Value("string")}
+        rows = {
+            "audio": [
+                {"array": array, "sampling_rate": rate}
+                for array, rate in zip(arrays, rates, strict=True)
+            ],
+            "text_de": [f"t {i}" for i in range(len(arrays))],
+        }
+        made = datasets.Dataset.from_dict(rows, features=datasets.Features(columns))
+        made.save_to_disk(str(tmp_path / name))
+        return tmp_path / name
+
+    config = CorpusConfig(format="hf", split="segment")
+    loud = (np.sin(np.arange(24_000) / 5) / 2).astype(np.float32)
+    source = saved("floats", "float32", [wave, loud, wave[:20_000]], [24_000] * 3)
+    corpus = read_corpus(run_corpus(config, source, tmp_path / "c").path)
+    assert sorted(s.duration_s for s in corpus.segments) == pytest.approx(
+        [0.83, 1.0, 1.0], abs=0.01
+    )
+    read, rate = soundfile.read(corpus.path / corpus.segments[0].audio, dtype="float32")
+    assert rate == 24_000 and np.array_equal(read, wave)
+    whole = (wave * 20_000).astype(np.int16)
+    source = saved("whole", "int16", [whole, whole[:9_000], whole[:8_000]], [16_000] * 3)
+    corpus = read_corpus(run_corpus(config, source, tmp_path / "d").path)
+    read, rate = soundfile.read(corpus.path / corpus.segments[0].audio, dtype="int16")
+    assert rate == 16_000 and np.array_equal(read, whole)
+    message = faults_of(
+        config, saved("rates", "float32", [wave] * 3, [16_000, None, 0]), tmp_path / "e"
+    )
+    assert "rates:train:1: sampling_rate is None" in message and "rates:train:2:" in message
+    large = [whole.astype(np.int32) * 4] * 3
+    message = faults_of(config, saved("large", "int32", large, [16_000] * 3), tmp_path / "e")
+    assert "more than 16 bits" in message
+
+
 def test_hugging_face_paths_are_relative_to_the_source(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     source = tmp_path / "source"

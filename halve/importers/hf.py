@@ -1,8 +1,12 @@
 """The importer of Hugging Face data sets: from the hub, or a local folder."""
 
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import soundfile
 
 from halve.errors import CorpusError, MissingExtraError
 from halve.importers.base import (
@@ -20,7 +24,7 @@ def import_hf(source: str, config: CorpusConfig) -> Rows:
     """A Hugging Face data set: a hub id, or a local folder or `save_to_disk` directory.
 
     Audio is taken as the bytes that the data set holds, not decoded and written again; where it holds paths,
-    they are relative to the source.
+    they are relative to the source; samples that it holds decoded become WAV files of the same samples.
 
     Raises:
         MissingExtraError: the package `datasets` is not there.
@@ -108,13 +112,13 @@ def _undecoded(datasets: Any, source: str, table: Any, config: CorpusConfig) -> 
     feature = table.features[config.audio_column]
     if isinstance(feature, datasets.Audio):
         return table.cast_column(config.audio_column, datasets.Audio(decode=False))
-    if isinstance(feature, Mapping) and {"bytes", "path"} & set(feature):
+    if isinstance(feature, Mapping) and {"bytes", "path", "array"} & set(feature):
         return table
     if getattr(feature, "dtype", "") in ("string", "large_string", "binary", "large_binary"):
         return table
     raise CorpusError(
         f"The column {config.audio_column!r} of {source} holds {feature}",
-        expected="audio, the bytes of audio files, or their paths",
+        expected="audio, the bytes of audio files, their paths, or samples as `array` with `sampling_rate`",
         mend="name another column with --audio-column",
     )
 
@@ -149,14 +153,36 @@ def _row(
 
 
 def _sound(audio: Any, ident: str, root: Path) -> Path | Sound:
-    """Raises ValueError where there is neither a path nor a byte."""
+    """Raises ValueError where there is no path, no byte and no sample."""
     if isinstance(audio, str):
         audio = {"path": audio}
     elif isinstance(audio, bytes):
         audio = {"bytes": audio}
     path, data = (audio or {}).get("path"), (audio or {}).get("bytes")
+    if not data and (audio or {}).get("array") is not None:
+        return Sound(f"{ident}.wav", _samples(audio["array"], audio.get("sampling_rate")))
     if data:
         return Sound(f"{ident}{Path(path or '').suffix or '.wav'}", data)
     if not path:
         raise ValueError("no audio")
     return root / path
+
+
+def _samples(array: Any, rate_hz: Any) -> bytes:
+    """Decoded samples as a WAV file: whole numbers are 16-bit ones, others have the range -1 to 1.
+
+    Raises:
+        ValueError: they are no single channel of samples, or their rate is not known.
+    """
+    samples = np.asarray(array)
+    if not isinstance(rate_hz, int) or rate_hz <= 0:
+        raise ValueError(f"sampling_rate is {rate_hz!r}, not a number of samples a second")
+    if samples.ndim != 1 or samples.dtype.kind not in "if":
+        raise ValueError(f"array has the shape {samples.shape}, not (samples,) of one channel")
+    is_whole = samples.dtype.kind == "i"
+    if is_whole and len(samples) and (samples.min() < -(1 << 15) or samples.max() >= 1 << 15):
+        raise ValueError("array holds whole numbers of more than 16 bits")
+    file = io.BytesIO()
+    kind, subtype = (np.int16, "PCM_16") if is_whole else (np.float32, "FLOAT")
+    soundfile.write(file, samples.astype(kind), rate_hz, format="WAV", subtype=subtype)
+    return file.getvalue()

@@ -114,3 +114,29 @@ def test_weights_that_cannot_be_looked_into_stop_no_server(tmp_path: Path, name:
     (model / name).write_bytes(bytes(1_000))
     (found,) = find_models(ServeSettings(models=(str(model),))).values()
     assert found.size_bytes == int(2_000 * OVERHEAD)
+
+
+def test_a_model_of_the_hub_counts_once_it_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def download(name: str) -> None:
+        place = tmp_path / f"models--some--{name}"
+        make(place / "snapshots" / "0a1b")
+        (place / "snapshots" / "0a1b" / "config.json").write_text("{}")
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("0a1b")
+
+    def open_fake(path: str, settings: ServeSettings) -> FakeTranslator:
+        if path == "some/new":
+            download("new")
+        return FakeTranslator()
+
+    download("known")
+    settings = ServeSettings(models=("some/new", "some/known"), memory_gb=0.002)
+    with serving(settings, open_fake) as server:
+        models = server.service.registry.models
+        assert [models[name].size_bytes for name in settings.models] == [1_200_000, 1_200_000]
+        assert server.post(wav(0.5), model="some/known", to_language="de").status_code == 200
+        assert models["some/new"].engine is None, "both are more than is allowed"

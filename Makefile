@@ -36,6 +36,8 @@ test: $(STAMP) lint
 
 slow: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[ray,gguf]" schemathesis
+	bash tests/install_programs.sh
+	@command -v nginx > /dev/null || test -x /usr/sbin/nginx || echo "Not installed: nginx. Its tests will be skipped; install it to run them too (on Debian that starts its service)."
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)

@@ -18,7 +18,8 @@ Results go to stdout, progress and messages to stderr. Every command takes `--js
 `--debug` (tracebacks). Exit codes: 0 done; 1 failed (disk, memory, network, parity); 2 wrong usage or bad
 input; 130 stopped by Ctrl-C, run again to go on. `--out` defaults to a folder under `runs/` (`HALVE_RUNS`)
 that the same command finds again: what is up to date is not made twice.
-Options that take several values may be repeated, or separated by commas.
+Options that take several values may be repeated; words and numbers may also be separated by commas, paths and hypotheses follow one another
+(`--students A B`).
 """
 
 

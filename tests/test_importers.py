@@ -21,7 +21,7 @@ from halve import artefact
 from halve.corpus import read_corpus
 from halve.errors import CorpusError, MissingExtraError
 from halve.importers import CorpusConfig, run_corpus
-from halve.importers.base import Row
+from halve.importers.base import Row, split_of_set
 from halve.importers.iwslt import import_iwslt
 from halve.importers.splits import divide
 from halve.progress import Advance, Progress
@@ -674,6 +674,22 @@ def test_hugging_face_names_what_is_missing(tmp_path: Path) -> None:
     source = saved("speakers", speaker=["ann", None, "", "bob"])
     segments = read_corpus(run_corpus(grouped, source, tmp_path / "e").path).segments
     assert [s.group for s in segments] == ["ann", "train-000001", "train-000002", "bob"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("tst2022", "test"),
+        ("tst-COMMON", "test"),
+        ("IWSLT.dev2010", "select"),
+        ("train_clean", "train"),
+        ("validation.de", "select"),
+        ("latest", None),
+        ("talks-2022", None),
+    ],
+)
+def test_a_set_s_name_says_its_split(name: str, split: str | None) -> None:
+    assert split_of_set(name) == split
 
 
 def test_hugging_face_samples_become_files(tmp_path: Path) -> None:

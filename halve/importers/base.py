@@ -1,6 +1,7 @@
 """What every importer hands over: segments as their source tells them, and the faults it met."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,3 +209,9 @@ def split_name(text: str) -> str | None:
     """train, select or test, from the names that data sets use (dev, validation, tst2022, …)."""
     word = "".join(char for char in text.strip().lower() if char.isalpha())
     return _SPLIT_NAMES.get(word)
+
+
+def split_of_set(name: str) -> str | None:
+    """The split of a set by the first word of its name that is one: tst-COMMON, IWSLT.tst2022, train_clean."""
+    words = re.split(r"[\W\d_]+", name)
+    return next((split for word in words if (split := split_name(word))), None)

@@ -15,7 +15,7 @@ from halve.importers.base import (
     Rows,
     Sound,
     known_language,
-    split_name,
+    split_of_set,
     wanted_languages,
 )
 
@@ -146,7 +146,7 @@ def _row(
         audio=_sound(record[config.audio_column], ident, Path(source)),
         source_text=texts.pop(config.source_lang, ""),
         references=texts,
-        split=split_name(part),
+        split=split_of_set(part),
         # Not known who speaks: a group of its own, as in a data set that names none.
         group=ident if group is None or str(group).strip() == "" else str(group),
     )

@@ -24,7 +24,7 @@ from halve.importers.base import (
     known_language,
     read_lines,
     source_dir,
-    split_name,
+    split_of_set,
     wanted_languages,
 )
 
@@ -337,14 +337,10 @@ def _row(
         references={lang: lines[lang][number].strip() for lang in targets},
         offset_s=entry.offset_s,
         duration_s=entry.duration_s,
-        split=_split_of(one.name),
+        split=split_of_set(one.name),
         group=_stem(entry.wav),
         extra=extra,
     )
-
-
-def _split_of(name: str) -> str | None:
-    return next((split for part in name.split(".") if (split := split_name(part))), None)
 
 
 def text_files(near: Path, name: str, config: CorpusConfig, alone: bool) -> dict[str, Path]:

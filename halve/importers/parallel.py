@@ -11,7 +11,7 @@ from halve.importers.base import (
     known_language,
     read_lines,
     source_dir,
-    split_name,
+    split_of_set,
     wanted_languages,
 )
 
@@ -67,7 +67,7 @@ def _read(
                 f"{files[lang]}: {len(texts)} lines, {files[config.source_lang].name} has {len(source)}"
             )
             return
-    split = next((known for part in name.split(".") if (known := split_name(part))), None)
+    split = split_of_set(name)
     for number, text in enumerate(source, start=1):
         ident = f"{name}-{number:06d}"
         found.rows.append(

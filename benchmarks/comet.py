@@ -85,6 +85,11 @@ def measure(
     return comet
 
 
+def could_measure(checkpoint: str | None, python: str | None, sources: Sequence[str]) -> bool:
+    """Whether `measure` would find what it needs: a checkpoint, an environment, and source texts."""
+    return not _missing(checkpoint, python or _installed(), sources)
+
+
 def _installed() -> str | None:
     found = comet_environment.installed()
     return str(found) if found else None

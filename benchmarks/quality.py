@@ -10,11 +10,12 @@ from typing import Any
 from benchmarks import comet as comet_metric
 from benchmarks import conditions, embedding, scoring, size
 from benchmarks.config import QualityConfig
+from benchmarks.earlier import take_over
 from benchmarks.heard import Heard, read_all
 from benchmarks.workload import shuffled_partners, silence_like
 from export.runtime import open_translator
 from halve import environment
-from halve.artefact import Artefact, Draft, read, writing
+from halve.artefact import Artefact, Draft, is_current, read, writing
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
 from halve.families import Source
@@ -95,7 +96,12 @@ def run_quality(
     if config.threads:
         environment.pin_threads(config.threads)
     parents = {"corpus": corpus} | {model.name: model.path for model in models}
-    with writing(out, "results", config.model_dump(), config.seed, parents) as draft:
+    settings = config.model_dump()
+    is_made = is_current(out, "results", settings, config.seed, parents)
+    with writing(out, "results", settings, config.seed, parents) as draft:
+        if is_made:
+            ids = [segment.id for segment in workload.segments]
+            take_over(out, draft.work, _chunks(workload.segments, config.batch_size), ids)
         found = _translate_all(config, models, workload, draft, progress)
         result = _result(config, models, sizes, workload, found, draft, progress)
         draft.extra.update(bench="quality", lang=config.lang, split=config.split)

@@ -2,6 +2,7 @@
 
 import base64
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -188,12 +189,12 @@ def _quality_section(
 def _points(
     result: Mapping[str, Any], metric: str, costs: Mapping[str, float] | None = None
 ) -> list[plots.Point]:
-    """The models as points; `costs` by name, megabytes where None; those without a cost are left out."""
+    """The models as points; `costs` as `_costs` has them, megabytes where None; those without are left out."""
     teacher = result["teacher"]
     whole = teacher["scores"][metric]["score"]
     points = []
     for model in [teacher, *result["students"]]:
-        cost = model["stored_bytes"] / 1e6 if costs is None else costs.get(model["name"])
+        cost = model["stored_bytes"] / 1e6 if costs is None else _cost_of(model, costs)
         if cost is None:
             continue
         kept = model.get("retention", {}).get(metric)
@@ -206,11 +207,26 @@ def _points(
     return points
 
 
+def _costs(timed: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Times by the models' paths, and by their directories' names where these tell them apart."""
+    names = Counter(Path(entry["path"]).name for entry in timed)
+    found: dict[str, float] = {}
+    for entry in timed:
+        path = Path(entry["path"])
+        keys = [str(path), *([path.name] if names[path.name] == 1 else [])]
+        found.update(dict.fromkeys(keys, entry["tpot_ms"]["p50"]))
+    return found
+
+
+def _cost_of(model: Mapping[str, Any], costs: Mapping[str, float]) -> float | None:
+    return costs.get(str(Path(model["path"])), costs.get(Path(model["path"]).name))
+
+
 def _tradeoffs(gathered: Gathered) -> list[Section]:
     """Latency against quality, for models that both a latency and a quality bench have measured."""
     sections = []
     for timed, latency in gathered.of_bench("latency"):
-        costs = {Path(entry["path"]).name: entry["tpot_ms"]["p50"] for entry in latency["models"]}
+        costs = _costs(latency["models"])
         for scored, files in gathered.quality:
             metric = language(files.result["lang"]).selection_metric
             points = _points(files.result, metric, costs)

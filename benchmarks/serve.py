@@ -85,9 +85,13 @@ def run_serve_bench(
     Raises:
         HalveError: a server did not start, or answered nothing.
     """
-    sides = [_Side("model", _local(model), "auto", ("--batch-size", str(config.clients)))]
-    sides.append(_Side("one_at_a_time", _local(model), "auto", ("--batch-size", "1")))
-    sides.append(_Side("baseline", _local(teacher or model), "plain"))
+    # No client may be refused: a refusal is no answer to time.
+    most = str(max(256, config.clients))
+    room = ("--max-queue", most, "--max-concurrent", most)
+    batched = ("--batch-size", str(min(256, config.clients)), *room)
+    sides = [_Side("model", _local(model), "auto", batched)]
+    sides.append(_Side("one_at_a_time", _local(model), "auto", ("--batch-size", "1", *room)))
+    sides.append(_Side("baseline", _local(teacher or model), "plain", room))
     parents = {"corpus": corpus, "model": sides[0].path, "baseline": sides[-1].path}
     with writing(out, "results", config.model_dump(), config.seed, parents) as draft:
         with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ from typing import Any
 from halve.artefact import TIMINGS
 from halve.errors import ArtefactError
 from halve.families import family_for
+from halve.shards import spare_weights
 
 _DTYPE_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
 
@@ -51,13 +52,15 @@ class Size:
 def stored_bytes(directory: Path) -> int:
     """Bytes of the whole directory as it ships, tokenizer and all.
 
-    Left out is only the log of times, which changes from run to run and which no model needs.
+    Left out are the log of times, which changes from run to run and which no model needs, and weights that
+    a release has a second time for other software: nobody would ship both.
     Links (as in a hub cache) count as the files they lead to.
     """
+    spare = {directory / name for name in spare_weights(directory)}
     return sum(
         entry.stat().st_size
         for entry in directory.rglob("*")
-        if entry.is_file() and entry.name != TIMINGS
+        if entry.is_file() and entry.name != TIMINGS and entry not in spare
     )
 
 
@@ -117,7 +120,10 @@ def checkpoint_precision(directory: Path, config: dict[str, Any]) -> str:
             return "int8"
         return str(quantization.get("quant_method", "quantised"))
     stored: Counter[str] = Counter()
+    spare = spare_weights(directory)
     for file in directory.glob("*.safetensors"):
+        if file.name in spare:
+            continue
         for entry in safetensors_header(file).values():
             start, end = entry["data_offsets"]
             stored[entry["dtype"]] += end - start

@@ -31,6 +31,7 @@ def add_limits(
         "percent_of_limit": {
             clip: round(100 * limit_ms / timed["tpot_ms"]["p50"], 1)
             for clip, timed in entry["clips"].items()
+            if timed["tpot_ms"]["p50"]
         },
     }
 
@@ -41,8 +42,7 @@ def compare(
     """Adds how many times faster a model is than the baseline, and than each peer at its best threads."""
     if baseline:
         entry["times_faster_than_baseline"] = {
-            clip: {metric: _ratio(baseline, entry, clip, metric) for metric in _BASELINE_METRICS}
-            for clip in entry["clips"]
+            clip: _ratios([baseline], entry, clip, _BASELINE_METRICS) for clip in entry["clips"]
         }
     if not peers:
         return
@@ -55,9 +55,10 @@ def compare(
         for name in names
     }
     installed = [peer for peer in peers if not peer["compiled"]]
-    entry["best_installed_peer"] = {
-        clip: _nearest(installed, entry, clip) for clip in entry["clips"]
-    }
+    if installed:
+        entry["best_installed_peer"] = {
+            clip: _nearest(installed, entry, clip) for clip in entry["clips"]
+        }
 
 
 def best_ratios(
@@ -65,17 +66,27 @@ def best_ratios(
 ) -> dict[str, float]:
     """One peer's p50 over the model's, at whichever thread count serves the peer better."""
     metrics = [metric for metric in _PEER_METRICS if metric in peers[0]["clips"][clip]]
-    return {metric: min(_ratio(p, entry, clip, metric) for p in peers) for metric in metrics}
+    return _ratios(peers, entry, clip, metrics)
 
 
 def _nearest(
     peers: Sequence[Mapping[str, Any]], entry: Mapping[str, Any], clip: str
 ) -> dict[str, Any]:
     best = min(peers, key=lambda peer: peer["clips"][clip]["tpot_ms"]["p50"])
-    ratio = _ratio(best, entry, clip, "tpot_ms")
-    return {"peer": best["peer"], "threads": best["threads"], "tpot_ms": ratio}
+    faster = _ratios([best], entry, clip, ["tpot_ms"])
+    return {"peer": best["peer"], "threads": best["threads"], **faster}
 
 
-def _ratio(slow: Mapping[str, Any], fast: Mapping[str, Any], clip: str, metric: str) -> float:
-    slow_p50, fast_p50 = (float(each["clips"][clip][metric]["p50"]) for each in (slow, fast))
-    return round(slow_p50 / fast_p50, 2)
+def _ratios(
+    peers: Sequence[Mapping[str, Any]],
+    entry: Mapping[str, Any],
+    clip: str,
+    metrics: Sequence[str],
+) -> dict[str, float]:
+    """The peers' least p50 over the model's; without what it has no time for, as it said nothing."""
+    fast = {metric: float(entry["clips"][clip][metric]["p50"]) for metric in metrics}
+    return {
+        metric: round(min(peer["clips"][clip][metric]["p50"] for peer in peers) / fast[metric], 2)
+        for metric in metrics
+        if fast[metric]
+    }

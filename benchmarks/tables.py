@@ -310,7 +310,9 @@ def removed_table(
     for row in rows:
         by_round.setdefault(int(row["round"]), {})[int(row["layer"])] = row
     cells: list[list[str]] = []
-    for number, layer in zip(sorted(by_round), plan["removed"], strict=False):
+    # What is chosen without a search is all of one round.
+    rounds = sorted(by_round) if len(by_round) > 1 else [*by_round] * len(plan["removed"])
+    for number, layer in zip(rounds, plan["removed"], strict=False):
         candidates = by_round[number]
         best = candidates.get(layer)
         score = _candidate_score(best) if best else ""

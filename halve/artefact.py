@@ -312,6 +312,14 @@ def _alone(partial: Path) -> Iterator[bool]:
         yield True
 
 
+def is_being_written(partial: Path) -> bool:
+    """Whether a process is at work in an unfinished artefact's directory."""
+    if not (partial / _CLAIM).is_file():
+        return False
+    with _alone(partial) as is_alone:
+        return not is_alone
+
+
 def _refuse_company(is_alone: bool, partial: Path) -> None:
     if not is_alone:
         raise ArtefactError(

@@ -73,6 +73,15 @@ def language(code: str) -> Language:
     return LANGUAGES[key]
 
 
+UNSPACED = frozenset({"zh", "ja", "th"})
+"""Languages whose sentences follow one another without a space."""
+
+
+def joiner(lang: str) -> str:
+    """What stands between the translations of two stretches of one recording."""
+    return "" if lang in UNSPACED else " "
+
+
 TOKENS_BEFORE_SPEECH = 24
 TOKENS_PER_SECOND = 12
 

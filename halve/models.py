@@ -85,7 +85,10 @@ def local_model(model: str | Path) -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(str(model), "config.json")
+    try:
+        found = try_to_load_from_cache(str(model), "config.json")
+    except ValueError:  # a name that the hub could not have, as one with a blank
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 

@@ -149,6 +149,19 @@ def read_index(model: Path) -> dict[str, str]:
     return dict.fromkeys(read_header(model / SINGLE), SINGLE)
 
 
+def spare_weights(model: Path) -> frozenset[str]:
+    """Files of weights that loading leaves alone: other forms of those that lie in safetensors.
+
+    Raises:
+        ArtefactError: a shard missing or damaged.
+    """
+    if not ((model / INDEX).is_file() or (model / SINGLE).is_file()):
+        return frozenset()
+    used = set(read_index(model).values())
+    weights = {entry.name for entry in model.iterdir() if entry.suffix in WEIGHTS}
+    return frozenset(weights - used)
+
+
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf8"))

@@ -9,8 +9,10 @@ from halve import artefact
 from halve.errors import InputError
 from pipeline.console import Result, size, table
 
-# What a finished run no longer needs: its student, packages and results stand without them.
-_INTERMEDIATE = ("pruned", "adapter", "translations")
+# What a finished run no longer needs: its student, packages and results stand without them. Its adapter is small,
+# cost the most, and is in its report.
+_INTERMEDIATE = ("pruned", "translations")
+_UNFINISHED = "unfinished: a run that was stopped would go on from here"
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,26 @@ class Removable:
     size_bytes: int
 
 
-def find(root: Path) -> list[Removable]:
-    """Leftovers of killed runs, and what a finished run made on its way.
+def find(root: Path, keep_unfinished: bool = False) -> list[Removable]:
+    """Leftovers of killed runs, and what a finished run made on its way; nothing of a run that is under way.
+
+    Args:
+        keep_unfinished: leave what a run that was stopped would go on from.
 
     Raises:
         InputError: no such directory.
     """
     if not root.is_dir():
         raise InputError(f"{root} is no directory", mend="name a run, or the directory runs/")
-    return [Removable(path, why, stored_bytes(path)) for path, why in _candidates(root)]
+    found = [(path, why) for path, why in _candidates(root) if not _is_in_use(path)]
+    if keep_unfinished:
+        found = [(path, why) for path, why in found if why != _UNFINISHED]
+    return [Removable(path, why, stored_bytes(path)) for path, why in found]
+
+
+def _is_in_use(path: Path) -> bool:
+    """Whether a run writes it, or writes beside it: the run may read it then."""
+    return any(artefact.is_being_written(entry) for entry in path.parent.glob(".*.partial"))
 
 
 def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
@@ -45,11 +58,11 @@ def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
 def _why(path: Path) -> str:
     """Why a directory can go; nothing for one that must stay."""
     if path.name.startswith(".") and path.name.endswith(".partial"):
-        return "unfinished: a run that was stopped would go on from here"
+        return _UNFINISHED
     if path.name.startswith(".") and path.name.endswith(".old"):
         return "an older version that was being replaced"
     if path.name in _INTERMEDIATE and _is_whole(path) and _is_whole(path.parent / "student"):
-        return "made on the way to the student, which is finished"
+        return "made on the way to the student, which is finished; `halve run --from package` goes on without it"
     return ""
 
 
@@ -63,9 +76,9 @@ def stored_bytes(path: Path) -> int:
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
-def clean(root: Path, remove: bool) -> Result:
+def clean(root: Path, remove: bool, keep_unfinished: bool = False) -> Result:
     """Lists what can go, or removes it."""
-    found = find(root)
+    found = find(root, keep_unfinished)
     freed = sum(one.size_bytes for one in found)
     if remove:
         for one in found:

@@ -417,7 +417,12 @@ def translate(
     spoken = language(source_lang).code
     target = language(lang).code if lang else None
     how = (batch_size, threads, console.progress(), beams)
-    if segments is None and family_of(resolve_model(model)).reads == "text":
+    reads = family_of(resolve_model(model)).reads
+    if reads == "text" and segments is not None:
+        raise InputError(
+            f"{model} reads text, and --segments names audio", mend="name files of lines instead"
+        )
+    if reads == "text":
         texts = translating.lines_of_files(files or [], spoken)
         lines = translating.translate_lines(model, target, texts, *how)
         checked = translating.checked(lines, how[2], [len(source.text) for _, source in texts])
@@ -444,11 +449,15 @@ def serve(config: ServeSettings) -> Result:
 def clean(
     directory: Annotated[Path, typer.Argument(help="A run, or the directory of all runs.")],
     yes: Annotated[bool, typer.Option("--yes", help="Remove it.")] = False,
+    keep_unfinished: Annotated[
+        bool,
+        typer.Option("--keep-unfinished", help="Not what a stopped run would go on from."),
+    ] = False,
 ) -> Result:
-    """Lists what can go and its size."""
+    """Lists what can go and its size; nothing of a run that is under way."""
     from pipeline.clean import clean as find
 
-    return find(directory, yes)
+    return find(directory, yes, keep_unfinished)
 
 
 @command(app, "doctor")

@@ -43,7 +43,7 @@ _FORMATS: tuple[tuple[type[BaseException], str], ...] = (
 _RESUME = "run the same command again: finished work is kept"
 _FULL_DISK = (
     "The disk is full",
-    f"free some space (`halve clean DIR` shows what can go) or choose another --out, then {_RESUME}",
+    f"free some space (`halve clean DIR --keep-unfinished` shows what can go) or choose another --out, then {_RESUME}",
 )
 _OS_ERRORS: dict[int, tuple[str, str]] = {
     errno.ENOSPC: _FULL_DISK,

@@ -22,7 +22,7 @@ from export.config import MergeConfig, PackageConfig
 from halve import artefact
 from halve.artefact import Artefact
 from halve.config import Config
-from halve.importers.base import CorpusConfig
+from halve.importers import CorpusConfig, inputs_of
 from halve.models import resolve_model
 from halve.progress import Progress
 
@@ -39,6 +39,8 @@ class Step:
     config: Config
     inputs: tuple[Model, ...]
     work: Callable[[Progress], Artefact]
+    lacks: Callable[[Path], bool] | None = None
+    """Whether something that was asked for is wanting in what was made, and could be had by now."""
 
     @property
     def name(self) -> str:
@@ -55,7 +57,7 @@ def corpus(config: CorpusConfig, source: str, out: Path) -> Step:
 
         return run_corpus(config, source, out, progress)
 
-    inputs: tuple[Model, ...] = (Path(source),) if Path(source).exists() else ()
+    inputs = tuple(inputs_of(config, source).values())
     return Step("corpus", "corpus", out, config, inputs, work)
 
 
@@ -170,7 +172,12 @@ def quality(
 
         return run_quality(config, teacher, list(students), speech, out, progress)
 
-    return Step("bench", "results", out, config, (teacher, *students, speech), work)
+    def lacks(made: Path) -> bool:
+        from benchmarks.earlier import lacks_comet
+
+        return lacks_comet(config, made)
+
+    return Step("bench", "results", out, config, (teacher, *students, speech), work, lacks)
 
 
 def longform(
@@ -257,7 +264,8 @@ def up_to_date(step: Step) -> bool:
     if any(made.recipe.get(key) != value for key, value in settings.items() if key in made.recipe):
         return False
     parents = {name: given[found] for name, found in made.parents.items()}
-    return artefact.is_current(step.out, step.kind, made.recipe, made.seed, parents)
+    is_current = artefact.is_current(step.out, step.kind, made.recipe, made.seed, parents)
+    return is_current and not (step.lacks is not None and step.lacks(step.out))
 
 
 def carry_out(step: Step, progress: Progress) -> tuple[Artefact, bool]:

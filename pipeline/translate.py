@@ -12,10 +12,9 @@ from halve.errors import CorpusError, InputError
 from halve.families import SourceText
 from halve.importers.base import read_lines, split_lines
 from halve.importers.iwslt import FILE_ORDER, AudioIndex, Entry, in_file_order, read_segments_yaml
+from halve.languages import joiner
 from halve.progress import Progress
-
-PAUSE_S = 0.1
-"""A long recording is cut where it is most silent over so long a stretch."""
+from halve.splitting import stretches
 
 
 @dataclass(frozen=True)
@@ -206,17 +205,18 @@ def translate(
                 batch = pieces[start : start + 4 * batch_size]
                 audio, fault = _read(batch)
                 batch = batch[: len(audio)]
-                cuts = [
-                    cut_in_silence(clip, translator.max_audio_s, translator.sample_rate_hz)
-                    for clip in audio
-                ]
+                cuts = [audible(clip, translator.max_audio_s) for clip in audio]
                 flat = [part for parts in cuts for part in parts]
-                texts = iter(translator.translate(flat, target, batch_size=batch_size, beams=beams))
+                rows = (
+                    translator.translate(flat, target, batch_size=batch_size, beams=beams)
+                    if flat
+                    else []
+                )
+                texts = iter(rows)
                 for piece, clip, parts in zip(batch, audio, cuts, strict=True):
-                    text = " ".join(next(texts).text for _ in parts)
-                    yield Line(
-                        piece.name, " ".join(text.split()), len(clip) / translator.sample_rate_hz
-                    )
+                    found = [" ".join(next(texts).text.split()) for _ in parts]
+                    text = joiner(target).join(each for each in found if each)
+                    yield Line(piece.name, text, len(clip) / translator.sample_rate_hz)
                 advance(len(batch))
                 if fault is not None:
                     raise fault
@@ -266,19 +266,13 @@ def _language(lang: str | None, spoken: Sequence[str]) -> str:
     return lang
 
 
-def cut_in_silence(audio: FloatArray, max_s: float, rate_hz: int) -> list[FloatArray]:
-    """Cuts audio into parts of at most `max_s`, each at the quietest place of its second half.
+def audible(audio: FloatArray, max_s: float) -> list[FloatArray]:
+    """A recording as the server hears it: stretches cut at pauses, those of a long one that are silent left out.
 
     Args:
-        audio: shape (samples,).
+        audio: shape (samples,), 16 kHz.
     """
-    longest, pause = round(max_s * rate_hz), round(PAUSE_S * rate_hz)
-    parts = []
-    while len(audio) > longest:
-        half = longest // 2
-        windows = audio[half : longest - (longest - half) % pause].reshape(-1, pause)
-        quietest = int((windows.astype("float64") ** 2).mean(axis=1).argmin())
-        cut = half + quietest * pause + pause // 2
-        parts.append(audio[:cut])
-        audio = audio[cut:]
-    return [*parts, audio]
+    parts = list(stretches([audio], max_s))
+    if len(parts) == 1:
+        return [audio]
+    return [part.samples for part in parts if not part.is_silent]

@@ -5,11 +5,8 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from halve.languages import language
+from halve.languages import joiner, language
 from serve.schemas import Segment, VerboseTranslation
-
-UNSPACED = frozenset({"zh", "ja", "th"})
-"""Languages whose sentences follow one another without a space."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,6 @@ class Transcript:
     @property
     def token_count(self) -> int:
         return sum(len(part.tokens) for part in self.parts)
-
-
-def joiner(lang: str) -> str:
-    """What stands between the translations of two stretches."""
-    return "" if lang in UNSPACED else " "
 
 
 def timestamp(seconds: float, decimal: str) -> str:

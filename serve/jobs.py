@@ -7,13 +7,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from halve.languages import joiner
+from halve.splitting import Stretch, stretches
 from serve.audio_input import Recording
 from serve.engine import Engine
 from serve.errors import unavailable
-from serve.formats import Transcript, Translated, joiner
+from serve.formats import Transcript, Translated
 from serve.pieces import Outcome, Piece, Ticket
 from serve.registry import Model
-from serve.splitting import Stretch, stretches
 
 AHEAD = 8
 """Stretches of one request in the engine at once, which bounds the memory of long audio…"""

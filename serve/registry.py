@@ -19,7 +19,7 @@ from halve.environment import quick_dtype
 from halve.errors import HalveError, InputError
 from halve.languages import LANGUAGES
 from halve.models import local_model, pick_device
-from halve.shards import half_bytes
+from halve.shards import half_bytes, spare_weights
 from halve.translate import Translator
 from serve.engine import Engine
 from serve.errors import ApiError, bad_field, unavailable
@@ -190,7 +190,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _size_bytes(path: Path) -> int:
-    stored = sum(f.stat().st_size for f in path.rglob("*") if f.suffix in WEIGHTS)
+    try:
+        spare = {path / name for name in spare_weights(path)}
+    except HalveError:  # damage that loading will name
+        spare = set()
+    weights = (f for f in path.rglob("*") if f.suffix in WEIGHTS and f not in spare)
+    stored = sum(f.stat().st_size for f in weights) + _widened_bytes(path)
     config = _read_json(path / "config.json")
     is_half = str(config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16")
     if not is_half:
@@ -203,6 +208,21 @@ def _size_bytes(path: Path) -> int:
     is_package = (path / "package.json").is_file()
     widened = not is_package or quick_dtype(pick_device("auto"), half) == "float32"
     return int((stored + (half if widened else 0)) * OVERHEAD)
+
+
+def _widened_bytes(path: Path) -> int:
+    """What a package's float32 graphs take more than they store: weights that fit into 16 bits are stored in them."""
+    facts = _read_json(path / "package.json").get("onnx")
+    facts = facts if isinstance(facts, dict) else {}
+    computed, stored = facts.get("bits"), facts.get("bits_per_weight")
+    if not isinstance(computed, dict) or not isinstance(stored, dict):
+        return 0
+    widened = [
+        path / f"{part}.bin"
+        for part in ("encoder", "decoder")
+        if computed.get(part) == 32 and stored.get(part) == 16
+    ]
+    return sum(file.stat().st_size for file in widened if file.is_file())
 
 
 def _cache_bytes(path: Path, settings: ServeSettings) -> int:

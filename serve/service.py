@@ -12,7 +12,7 @@ from pathlib import Path
 
 from halve import environment
 from halve.errors import InputError
-from halve.models import family_of
+from halve.models import family_of, resolve_model
 from halve.translate import Translator
 from serve.engine import Engine
 from serve.errors import busy, draining, too_slow
@@ -160,7 +160,7 @@ def open_model(path: str, settings: ServeSettings) -> Translator:
     Raises:
         InputError: a model that reads texts: the server's interface is for audio.
     """
-    if Path(path).is_dir() and family_of(Path(path)).reads == "text":
+    if family_of(resolve_model(path, weights=False)).reads == "text":
         raise InputError(
             f"{path} is a text model, and the server takes audio",
             expected="a model that listens",

@@ -1,6 +1,7 @@
 """COMET's worker protocol, with a stand-in worker, and the reasons why COMET is not measured."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from benchmarks import comet, comet_environment, scoring
 from benchmarks.config import QualityConfig
 from benchmarks.quality import run_quality
 from halve.errors import HalveError, InputError
+from halve.json_files import read_json
+from halve.progress import SILENT
+from pipeline import steps
 
 SYSTEMS = {"teacher": ["eins", "zwei"], "student": ["eins", "drei"]}
 SOURCES, REFERENCES = ["one", "two"], ["eins", "zwei"]
@@ -131,3 +135,26 @@ def test_what_is_named_and_not_there_stops_a_bench_before_it_translates(
     with pytest.raises(InputError, match=r"nowhere does not exist"):
         run_quality(config, tiny_model, [], tiny_corpus, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_comet_that_could_not_be_measured_is_measured_when_it_can(
+    checkpoint: str,
+    tiny_model: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = QualityConfig(lang="de", limit=4, controls=False, comet_checkpoint=checkpoint)
+    step = steps.quality(config, tiny_model, [], tiny_corpus, tmp_path / "out")
+    made, ran = steps.carry_out(step, SILENT)
+    before = (made.path / "hypotheses" / "tiny.txt").read_bytes()
+    assert ran and not read_json(made.path / "quality.json")["comet"]["measured"]
+    assert not steps.carry_out(step, SILENT)[1], "there is still no environment"
+    monkeypatch.setattr(comet, "_installed", lambda: sys.executable)
+    worker = partial(comet.measure, worker=_script(tmp_path, STAND_IN))
+    monkeypatch.setattr(comet, "measure", worker)
+    monkeypatch.setattr("benchmarks.quality.open_translator", None)  # nothing is translated again
+    made, ran = steps.carry_out(step, SILENT)
+    assert ran and read_json(made.path / "quality.json")["comet"]["measured"]
+    assert (made.path / "hypotheses" / "tiny.txt").read_bytes() == before
+    assert not steps.carry_out(step, SILENT)[1]

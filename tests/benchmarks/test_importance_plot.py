@@ -65,3 +65,17 @@ def test_the_table_says_what_a_figure_stands_on(method: str, tmp_path: Path) -> 
     assert ("99.75 %" in table.note and "99.2 %" in table.note) == (method == "racing")
     assert ("lowest goes first" in table.note) == (method == "loss")
     assert table.rows[0][2] == {"loss": "2.11", "exact": "22.00"}.get(method, "21.00")
+
+
+def test_layers_that_go_at_once_are_all_listed(tmp_path: Path) -> None:
+    with artefact.writing(tmp_path / "out", "importance", {}, 0, {}) as draft:
+        draft.extra.update(segments_in_split=4)
+    row = {"round": 1, "metric": "influence", "signature": "sig", "better": "lower"}
+    rows = [{**row, "layer": layer, "score": layer / 10} for layer in (1, 2, 3, 4)]
+    plan: dict[str, Any] = {"removed": [1, 2, 3], "num_layers": 6, "max_new_tokens": {}}
+    table = removed_table(Source("search", "", artefact.read(tmp_path / "out")), rows, plan)
+    assert [row[:4] for row in table.rows] == [
+        ["1", "1", "0.1", "4"],
+        ["2", "2", "0.2", "4"],
+        ["3", "3", "0.3", "4"],
+    ]

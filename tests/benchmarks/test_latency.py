@@ -1,16 +1,20 @@
 """The latency bench on small real models, each in a process of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import size
+from benchmarks import size, speed
 from benchmarks.config import LatencyConfig
 from benchmarks.latency import percentiles, pinned_environment, run_latency
 from halve.errors import ArtefactError
+from serve.registry import find_models
+from serve.settings import ServeSettings
 
 
 def test_every_key_and_positive_numbers(
@@ -38,6 +42,29 @@ def test_every_key_and_positive_numbers(
         "tpot_ms",
         "rtf",
     }
+
+
+def _timed(tpot_ms: float, **facts: object) -> dict[str, Any]:
+    spread = {"p50": tpot_ms}
+    clip = {"tpot_ms": spread, "ttft_ms": {"p50": 100.0}, "rtf": {"p50": 0.5}}
+    return {"clips": {"short": clip}, "weight_bytes": 1_000_000, **facts}
+
+
+def test_a_model_that_says_nothing_has_no_ratio() -> None:
+    """No second token, no time a token: the others' figures stand."""
+    silent = _timed(0.0)
+    peer = _timed(8.0, peer="llama.cpp", threads=1, compiled=True)
+    speed.compare(silent, _timed(9.0), [peer])
+    speed.add_limits(silent, {1 << 30: 5e9}, None)
+    assert silent["times_faster_than_baseline"]["short"] == {"ttft_ms": 1.0, "rtf": 1.0}
+    assert silent["times_faster_than"]["llama.cpp"]["short"] == {"rtf": 1.0}
+    assert silent["bandwidth_limit"]["percent_of_limit"] == {}
+    assert "best_installed_peer" not in silent, "it had to be compiled"
+    quick = _timed(2.0)
+    slower = _timed(6.0, peer="genai", threads=2, compiled=False)
+    speed.compare(quick, _timed(9.0), [peer, slower])
+    assert quick["times_faster_than_baseline"]["short"]["tpot_ms"] == 4.5
+    assert quick["best_installed_peer"]["short"] == {"peer": "genai", "threads": 2, "tpot_ms": 3.0}
 
 
 def test_a_path_without_a_model_is_refused(tiny_corpus: Path, tmp_path: Path) -> None:
@@ -83,6 +110,22 @@ def test_sizes_count_bytes_and_weights_apart(tiny_model: Path) -> None:
     weights = sum((entry["data_offsets"][1] - entry["data_offsets"][0]) // 4 for entry in tensors)
     assert size.logical_parameters(tiny_model) == weights
     assert measured.bits_per_weight == pytest.approx(8 * stored / weights)
+
+
+def test_weights_of_a_release_count_once(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "release"
+    shutil.copytree(tiny_model, model)
+    before = size.measure(model)
+    for name in ("pytorch_model.bin", "flax_model.msgpack"):
+        (model / name).write_bytes(bytes(10_000_000))
+    header = b'{"w": {"dtype": "F64", "shape": [1000000], "data_offsets": [0, 8000000]}}'
+    wide = len(header).to_bytes(8, "little") + header + bytes(8_000_000)
+    (model / "model.fp64.safetensors").write_bytes(wide)
+    after = size.measure(model)
+    assert (after.stored_bytes, after.precision) == (before.stored_bytes, before.precision)
+    (found,) = find_models(ServeSettings(models=(str(model),))).values()
+    (alone,) = find_models(ServeSettings(models=(str(tiny_model),))).values()
+    assert found.size_bytes == alone.size_bytes
 
 
 def test_a_log_of_times_is_no_part_of_the_size(tmp_path: Path) -> None:

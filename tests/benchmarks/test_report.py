@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import compare, plots, scoring, tables
-from benchmarks.report import run_report
+from benchmarks.report import _cost_of, _costs, run_report
 from halve import artefact
 from halve.audio import SAMPLE_RATE_HZ, decode_audio
 from halve.corpus import read_corpus
@@ -331,3 +331,16 @@ def test_merges_stand_beside_packages_of_their_run(tmp_path: Path) -> None:
     assert "| onnx package | base | int4 | chrF++ 26.75 | 30 |" in page
     assert "plain" not in page
     assert not list(report.rglob("*.safetensors"))
+
+
+def test_models_of_one_name_keep_their_own_times() -> None:
+    timed = [
+        {"path": path, "tpot_ms": {"p50": cost}}
+        for path, cost in (("runs/a/student", 1.0), ("runs/b/student", 2.0), ("teacher", 3.0))
+    ]
+    costs = _costs(timed)
+    found = [
+        _cost_of({"path": path}, costs)
+        for path in ("runs/a/student", "runs/b/student", "runs/c/student", "elsewhere/teacher")
+    ]
+    assert found == [1.0, 2.0, None, 3.0]

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from halve.artefact import writing
 from halve.errors import CorpusError
 from pipeline import document_cli, failures
+from pipeline.clean import find
 from pipeline.cli import main
 from pipeline.options import settings_from
 from pipeline.shell import spread_lists
@@ -50,6 +52,9 @@ def test_lists_may_follow_their_option() -> None:
     given = ["bench", "quality", "--students", "a", "b", "--teacher", "t", "--json"]
     spread = ["bench", "quality", "--students", "a", "--students", "b", "--teacher", "t", "--json"]
     assert spread_lists(given) == spread
+    # It scores one language: a second one is wrong usage, not the one that counts.
+    given = ["bench", "quality", "--lang", "de", "zh"]
+    assert spread_lists(given) == given
     assert spread_lists(["translate", "--lang", "de", "a.wav"]) == [
         "translate",
         "--lang",
@@ -127,6 +132,25 @@ def test_clean_takes_leftovers_within_leftovers_and_follows_no_links(tmp_path: P
     assert stop.value.code == 0
     assert not outer.exists()
     assert elsewhere.exists()
+
+
+def test_clean_leaves_a_run_that_is_under_way(tmp_path: Path) -> None:
+    def removable(keep_unfinished: bool = False) -> list[str]:
+        return [one.path.name for one in find(tmp_path, keep_unfinished)]
+
+    for name in ("student", "pruned"):
+        with writing(tmp_path / name, "student", {}, 0, {}) as draft:
+            (draft.path / "file").touch()
+    assert removable() == ["pruned"]
+    writer = "from halve.artefact import writing; from pathlib import Path; import time\n"
+    writer += f"with writing(Path({str(tmp_path / 'adapter')!r}), 'adapter', {{}}, 0, {{}}):\n"
+    writer += "    print('at work', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", writer], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"at work\n"
+        assert removable() == [], "it may read what lies beside it"
+        process.kill()
+    assert removable() == [".adapter.partial", "pruned"]
+    assert removable(keep_unfinished=True) == ["pruned"]
 
 
 def test_translate_reads_the_organisers_layout(

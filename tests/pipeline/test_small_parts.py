@@ -18,7 +18,7 @@ from halve.models import family_of, read_config
 from pipeline import budget, console, shell
 from pipeline.inspect_artefact import inspect
 from pipeline.recipe import read_recipe
-from pipeline.translate import Piece, _checked, cut_in_silence
+from pipeline.translate import Piece, _checked, audible
 from tests import tiny
 
 
@@ -91,14 +91,19 @@ def test_no_size_is_refused(text: str) -> None:
 
 
 def test_long_audio_is_cut_where_it_is_silent() -> None:
-    rate = 1000
-    audio = np.random.default_rng(0).normal(0, 1, 65 * rate).astype(np.float32)
+    rate = 16_000
+    audio = np.random.default_rng(0).normal(0, 0.1, 95 * rate).astype(np.float32)
     audio[25 * rate : 26 * rate] = 0
-    parts = cut_in_silence(audio, 30.0, rate)
+    parts = audible(audio, 30.0)
     assert np.array_equal(np.concatenate(parts), audio)
     assert all(len(part) <= 30 * rate for part in parts)
     assert 25 * rate <= len(parts[0]) <= 26 * rate
-    assert len(cut_in_silence(audio[: 30 * rate], 30.0, rate)) == 1
+    assert len(audible(audio[: 30 * rate], 30.0)) == 1
+    # As the server does: nothing is heard in silence, but a short recording is heard whatever it holds.
+    audio[25 * rate :] = 0
+    (heard,) = audible(audio, 30.0)
+    assert len(heard) >= 25 * rate
+    assert len(audible(np.zeros(rate, np.float32), 30.0)) == 1
 
 
 def test_numbers_in_words() -> None:

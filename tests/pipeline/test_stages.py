@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,16 @@ def test_windows(finished: Run, tmp_path: Path) -> None:
         stages.steps_between(finished, "merge", "prune")
     with pytest.raises(InputError, match="missing"):
         stages.steps_between(Run(finished.recipe, tmp_path / "new"), "prune", None)
+    cleaned = Run(finished.recipe, tmp_path / "cleaned")
+    for step in stages.steps_between(finished, None, None):
+        if step.stage not in ("prune", "distill"):
+            place = cleaned.out / step.out.relative_to(finished.out)
+            place.mkdir(parents=True)
+            shutil.copy(step.out / artefact.RECORD, place)
+    names = [step.stage for step in stages.steps_between(cleaned, "package", None)]
+    assert names[0] == "package" and names[-1] == "report"
+    with pytest.raises(InputError, match=r"pruned is missing.*--from tune"):
+        stages.steps_between(cleaned, "tune", None)
 
 
 def test_missing_inputs_stop_a_run_before_it_starts(small_recipe: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halve.audio import read_audio
+from halve.splitting import stretches
 from serve import ffmpeg, headers
 from serve.audio_input import Recording, sniff
 from serve.errors import ApiError
-from serve.splitting import stretches
 from tests import tiny
 from tests.serve.conftest import wav
 

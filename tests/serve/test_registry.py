@@ -140,3 +140,19 @@ def test_a_model_of_the_hub_counts_once_it_is_here(
         assert [models[name].size_bytes for name in settings.models] == [1_200_000, 1_200_000]
         assert server.post(wav(0.5), model="some/known", to_language="de").status_code == 200
         assert models["some/new"].engine is None, "both are more than is allowed"
+
+
+def test_a_float32_package_counts_as_what_it_holds(tmp_path: Path) -> None:
+    """Its weights lie in 16 bits where that loses nothing, and are wide once they are loaded."""
+    sizes = []
+    for bits, stored in ((32, 16.0), (32, 32.0), (4, 4.5)):
+        path = tmp_path / f"package-{bits}-{stored}"
+        path.mkdir()
+        (path / "encoder.bin").write_bytes(bytes(1_000))
+        (path / "decoder.bin").write_bytes(bytes(10_000))
+        onnx = {"bits": {"encoder": bits, "decoder": bits}}
+        onnx["bits_per_weight"] = {"encoder": stored, "decoder": stored}
+        (path / "package.json").write_text(json.dumps({"onnx": onnx}))
+        (found,) = find_models(ServeSettings(models=(str(path),))).values()
+        sizes.append(found.size_bytes)
+    assert sizes == [int(22_000 * OVERHEAD), int(11_000 * OVERHEAD), int(11_000 * OVERHEAD)]

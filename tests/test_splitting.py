@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halve.audio import SAMPLE_RATE_HZ
-from serve.splitting import FRAME, cut_point, energy_db, stretches
+from halve.splitting import FRAME, cut_point, energy_db, stretches
 
 
 def blocks(samples: np.ndarray, size: int) -> list[np.ndarray]:

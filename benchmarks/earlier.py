@@ -1,0 +1,40 @@
+"""Translations of a finished quality result, taken over where only its scores are to be completed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import scoring
+from benchmarks.comet import could_measure
+from benchmarks.config import QualityConfig
+from halve.json_files import append_jsonl, read_json
+
+
+def lacks_comet(config: QualityConfig, result: Path) -> bool:
+    """Whether a result has no COMET that was asked for and could be measured by now."""
+    sources = scoring.read_lines(result / "sources.txt")
+    if not could_measure(config.comet_checkpoint, config.comet_python, sources):
+        return False
+    return not read_json(result / scoring.RESULT).get("comet", {}).get("measured", False)
+
+
+def take_over(
+    result: Path, work: Path, chunks: Sequence[Sequence[int]], ids: Sequence[str]
+) -> None:
+    """Writes a result's translations as a run's finished chunks, of models that have none yet.
+
+    Args:
+        work: where a quality run keeps its chunks.
+        chunks: the segments' places in each chunk.
+        ids: of the segments, which must be the result's.
+    """
+    if scoring.read_lines(result / "ids.txt") != list(ids):
+        return
+    stopped = read_json(result / "stopped.json")
+    for file in sorted((result / "hypotheses").glob("*.txt")):
+        store = work / f"{file.stem}.jsonl"
+        if store.exists():
+            continue
+        texts, reasons = scoring.read_lines(file), stopped.get(file.stem, {})
+        for number, chunk in enumerate(chunks):
+            rows = [[index, texts[index], reasons.get(ids[index], "end")] for index in chunk]
+            append_jsonl(store, {"chunk": number, "rows": rows})

@@ -5,7 +5,7 @@ audio and the reference translation of each segment. Here as everywhere the firs
 """
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from compress.search import Candidate, Ledger, Ranking, plan_chunks, removable
 from compress.task import SearchTask
 from halve.errors import FamilyError, InputError
 from halve.models import SpeechModel
-from halve.progress import Progress
+from halve.progress import Advance, Progress
 
 LOWER = {"better": "lower"}
-_LOSS_ROWS = 128
+
+Cut = Callable[[Sequence[int], Sequence[int]], list[list[int]]]
+"""Cuts rows into chunks, by the bytes that each takes and by their lengths."""
 
 
 def blind(
@@ -113,13 +115,17 @@ def by_similarity(
                         float(block_influence(before, pack.hidden) @ _weights(pack)) / tokens
                     )
                 last[num_layers].append(pack.hidden[ends].clone())
-                # Nothing looks back at this pack again.
-                pack.attention.keys.clear()
-                pack.attention.values.clear()
+                _forget(pack)
                 advance()
         if method == "block-influence":
             return _least_influence(influence, remove, inner, len(texts))
         return _nearest_block([torch.cat(rows) for rows in last], remove, inner)
+
+
+def _forget(pack: Pack) -> None:
+    """Drops the keys and values of the layers behind: nothing is decoded here, so that nothing looks back at them."""
+    pack.attention.keys.clear()
+    pack.attention.values.clear()
 
 
 def check_finite(criterion: str, scores: Mapping[int, float]) -> None:
@@ -202,8 +208,18 @@ def reference_tokens(speech: SpeechModel, task: SearchTask) -> list[list[int]]:
     ]
 
 
+def in_128s(row_bytes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Chunks of 128 rows, whatever they take."""
+    return plan_chunks(row_bytes, lengths, 128, sum(row_bytes))
+
+
 def by_loss(
-    speech: SpeechModel, task: SearchTask, remove: int, ledger: Ledger, progress: Progress
+    speech: SpeechModel,
+    task: SearchTask,
+    remove: int,
+    ledger: Ledger,
+    progress: Progress,
+    cut: Cut = in_128s,
 ) -> Ranking:
     """Greedy removal of the layer without which the references stay most likely.
 
@@ -212,37 +228,48 @@ def by_loss(
     """
     check_walkable(speech)
     texts = reference_tokens(speech, task)
+    lengths = [len(text) for text in texts]
     num_layers = len(speech.part(speech.family.layers))
-    chunks = ledger.chunks(
-        lambda: plan_chunks([0] * len(texts), [len(text) for text in texts], _LOSS_ROWS, 0)
-    )
     kept, removed, found = list(range(num_layers)), [], []
     stay = speech.family.must_stay(speech.config)
     inner = len(removable(kept, num_layers, stay))
-    total = len(chunks) * sum(inner - done for done in range(remove))
-    with (
-        ExactTranslator(speech, task) as walker,
-        progress.task("loss", total, done=ledger.pieces()) as advance,
-    ):
-        for number in range(1, remove + 1):
-            layers = removable(kept, num_layers, stay)
-            for chunk, rows in enumerate(chunks):
-                todo = [layer for layer in layers if (number, layer, chunk) not in ledger]
-                packs = walker.pack(rows, [texts[row] for row in rows])
-                for layer, loss in _losses(walker, packs, kept, todo):
-                    # Before it is remembered: a resumed search would take it as it stands.
-                    check_finite("loss", {layer: loss})
-                    ledger.add(number, chunk, {layer: loss})
-                    advance(note=f"round {number}, without layer {layer}")
-            tokens = sum(len(text) for text in texts)
-            losses = {
-                layer: sum(ledger[number, layer, chunk] for chunk in range(len(chunks))) / tokens
-                for layer in layers
-            }
-            found += [Candidate(number, layer, losses[layer], LOWER) for layer in layers]
-            removed.append(min(layers, key=lambda layer: (losses[layer], layer)))
-            kept.remove(removed[-1])
+    tried = sum(inner - done for done in range(remove))
+    with ExactTranslator(speech, task) as walker:
+        chunks = ledger.chunks(lambda: cut(walker.row_bytes(), lengths))
+        with progress.task("loss", len(chunks) * tried, done=ledger.pieces()) as advance:
+            for number in range(1, remove + 1):
+                layers = removable(kept, num_layers, stay)
+                _play(walker, texts, chunks, number, kept, layers, ledger, advance)
+                losses = {
+                    layer: sum(ledger[number, layer, chunk] for chunk in range(len(chunks)))
+                    / sum(lengths)
+                    for layer in layers
+                }
+                found += [Candidate(number, layer, losses[layer], LOWER) for layer in layers]
+                removed.append(min(layers, key=lambda layer: (losses[layer], layer)))
+                kept.remove(removed[-1])
     return Ranking(tuple(removed), tuple(found), "loss", f"halve|loss|segments:{len(texts)}")
+
+
+def _play(
+    walker: ExactTranslator,
+    texts: Sequence[Sequence[int]],
+    chunks: Sequence[Sequence[int]],
+    number: int,
+    kept: Sequence[int],
+    layers: Sequence[int],
+    ledger: Ledger,
+    advance: Advance,
+) -> None:
+    """One round: every chunk's loss without each of `layers`, as far as the ledger does not hold it."""
+    for chunk, rows in enumerate(chunks):
+        todo = [layer for layer in layers if (number, layer, chunk) not in ledger]
+        packs = walker.pack(rows, [texts[row] for row in rows])
+        for layer, loss in _losses(walker, packs, kept, todo):
+            # Before it is remembered: a resumed search would take it as it stands.
+            check_finite("loss", {layer: loss})
+            ledger.add(number, chunk, {layer: loss})
+            advance(note=f"round {number}, without layer {layer}")
 
 
 def _losses(
@@ -257,6 +284,7 @@ def _losses(
             found.append((layer, sum(_loss(walker, pack, kept[index + 1 :]) for pack in packs)))
         for pack in packs:
             walker.advance(pack, layer)
+            _forget(pack)
     return found
 
 

@@ -22,7 +22,7 @@ from halve.languages import language
 from halve.metrics import score
 from halve.models import family_of, load_model, resolve_model
 from halve.progress import SILENT, Progress
-from halve.sources import read_sources, segment_limit
+from halve.sources import read_sources, segment_limit, warn_of_speech
 from halve.translate import TorchTranslator, Translation, plan_batches
 
 REPEATS = 4
@@ -90,6 +90,7 @@ def _translate(
     log = draft.work / "batches.jsonl"
     done = read_jsonl(log)
     reads = family_of(base).reads
+    warn_of_speech(reads, segments, progress)
     lengths = [
         len(each.source_text) if reads == "text" else round(1000 * each.duration_s)
         for each in segments

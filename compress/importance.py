@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.config import ImportanceConfig
+from compress.prune import check_teacher
 from halve import artefact, environment, metrics
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
@@ -20,7 +21,7 @@ from halve.json_files import append_jsonl, write_json
 from halve.languages import language
 from halve.models import SpeechModel, load_model, load_processor, read_config, resolve_model
 from halve.progress import SILENT, Progress
-from halve.sources import read_sources, segment_limit
+from halve.sources import read_sources, segment_limit, warn_of_speech
 
 if TYPE_CHECKING:
     from compress.search import CandidatePool, CandidateTranslator, Ledger, Ranking, Shortlist
@@ -50,8 +51,11 @@ def run_importance(
     num_layers = family.num_layers(teacher)
     stay = family.must_stay(teacher)
     metric = check_config(config, num_layers, stay)
+    # Here already: a search of hours ends in a plan that pruning would refuse.
+    check_teacher(model, family, teacher)
     heard = read_corpus(corpus)
     segments = heard.split(config.split, config.lang, config.segments)
+    warn_of_speech(family.reads, segments, progress)
     parents = {"model": model, "corpus": Path(corpus)}
     recipe = config.model_dump(mode="json", exclude=NOT_IN_THE_RECORD)
     with artefact.writing(Path(out), "importance", recipe, config.seed, parents) as draft:
@@ -168,7 +172,7 @@ def _search(
         if config.workers > 1 or config.shortlist is not None:
             unused = "--workers and --shortlist are not used"
             progress.warn(f"--method {config.method} translates nothing: {unused}")
-        ranking = _cheap(config.method, speech, task, config.remove, ledger, progress)
+        ranking = _cheap(config, config.method, speech, task, config.remove, ledger, progress)
     draft.timing(
         "search",
         time.monotonic() - started,
@@ -183,6 +187,7 @@ def _search(
 
 
 def _cheap(
+    config: ImportanceConfig,
     method: str,
     speech: SpeechModel,
     task: "SearchTask",
@@ -191,9 +196,16 @@ def _cheap(
     progress: Progress,
 ) -> "Ranking":
     from compress import criteria
+    from compress.search import plan_chunks
+
+    budget = budget_bytes(config.memory_gb, speech.device)
+
+    def cut(row_bytes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        _check_budget(row_bytes, budget, task.ids)
+        return plan_chunks(row_bytes, lengths, config.batch_size, budget)
 
     if method == "loss":
-        return criteria.by_loss(speech, task, remove, ledger, progress)
+        return criteria.by_loss(speech, task, remove, ledger, progress, cut)
     return criteria.by_similarity(method, speech, task, remove, progress)
 
 
@@ -211,7 +223,7 @@ def _shortlist(
 
     if speech.model is None:
         speech = load_model(speech.path, dtype=speech.dtype)
-    ranking = _cheap(config.shortlist_by, speech, task, 1, ledger, progress)
+    ranking = _cheap(config, config.shortlist_by, speech, task, 1, ledger, progress)
     order = sorted(ranking.candidates, key=lambda candidate: (candidate.score, candidate.layer))
     return Shortlist(tuple(candidate.layer for candidate in order), config.shortlist)
 

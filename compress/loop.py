@@ -151,6 +151,9 @@ def _steps(
     set_training(training.speech, True)
     for epoch, numbers, last_of_epoch in _batches(training, state.step, total):
         started = time.monotonic()
+        if training.max_minutes is not None:
+            # By clocks of their own the processes would take steps of different sizes, and drift apart.
+            state.elapsed_s = training.team.same(state.elapsed_s)
         fraction = _fraction(training, state, total)
         loss = _step(training, maker, optimizer, state.step, numbers, fraction)
         state.step += 1

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,11 @@ from halve.artefact import Artefact, Draft
 from halve.errors import MissingExtraError
 
 Made = TypeVar("Made")
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for one another: the main one encodes and scores alone, for hours with much audio.
+
+A process that dies takes the others with it all the same: the launcher ends them."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,14 @@ class Team:
         flag = torch.tensor([int(decision)], device=self.device)
         torch.distributed.broadcast(flag, 0)
         return bool(flag.item())
+
+    def same(self, value: float) -> float:
+        """The main process's value."""
+        if self.size == 1:
+            return value
+        held = torch.tensor([value], dtype=torch.float64, device=self.device)
+        torch.distributed.broadcast(held, 0)
+        return float(held.item())
 
     def sum(self, loss: float, gradients: list[Tensor | None], like: Sequence[Tensor]) -> float:
         """Adds up losses and, in place, gradients over all processes; missing ones count as zero."""
@@ -92,7 +106,8 @@ def team(device: str) -> Team:
         from accelerate import PartialState
     except ImportError:
         raise MissingExtraError("accelerate", "train") from None
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     return Team(state.process_index, state.num_processes, str(state.device))
 
 

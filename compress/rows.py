@@ -12,6 +12,7 @@ from halve.json_files import read_jsonl
 from halve.languages import language
 from halve.models import SpeechModel
 from halve.sources import asked as asked_for
+from halve.sources import spoken
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _prompt(
         # The last token is what the first one of the translation is predicted from.
         return tuple(ids[:-1]), (ids[-1],)
     asked = (
-        family.transcription()
+        family.transcription(spoken(segment.source_lang))
         if row.origin == "transcript"
         else family.instruction(language(row.lang))
     )

@@ -17,15 +17,16 @@ from compress.states import AudioStates, open_states
 from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
+from halve.errors import InputError
 from halve.families import SourceText
 from halve.json_files import append_jsonl
 from halve.languages import language
 from halve.metrics import score
-from halve.models import SpeechModel, load_model, quiet, resolve_model
+from halve.models import SpeechModel, load_model, quiet, read_config, resolve_model
 from halve.origin import origin
 from halve.progress import SILENT, Progress
 from halve.shards import copy_side_files
-from halve.sources import segment_limit
+from halve.sources import segment_limit, warn_of_speech
 from halve.translate import TorchTranslator
 
 SCORE_BATCH = 40
@@ -54,10 +55,12 @@ def run_teach(
         InputError: a corpus, model or setting that cannot be used.
     """
     base = resolve_model(model)
+    check_unquantised(base)
     recipe = config.model_dump(mode="json")
     parents = {"model": base, "corpus": Path(corpus)}
     team = parallel.team(config.device)
     progress = progress if team.is_main else SILENT
+    _check_adapter(config, progress)
     with parallel.writing(team, Path(out), "teacher", recipe, config.seed, parents) as draft:
         speech = load_model(base, dtype=config.weights, device=team.device or config.device)
         adapter = put_adapter_on(config, speech) if config.method == "lora" else None
@@ -84,6 +87,51 @@ def run_teach(
     return artefact.read(out, "teacher")
 
 
+def check_unquantised(base: Path) -> None:
+    """Refuses a model that is stored in few bits where its own weights are to change, before it is loaded.
+
+    Raises:
+        InputError: such a model.
+    """
+    stored = read_config(base).get("quantization_config")
+    if stored is None:
+        return
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    raise InputError(
+        f"{base} is stored quantised ({method or 'quantization_config in its config.json'})",
+        expected="a model in bfloat16, float16 or float32, whose weights can be trained and saved",
+        mend="name the model that it was made from, or train an adapter over it with `halve tune --method qlora`",
+    )
+
+
+def _check_adapter(config: TeachConfig, progress: Progress) -> None:
+    """Says which settings have no meaning for an adapter, which leaves tower and projector as they are.
+
+    Raises:
+        InputError: steps for the projector alone, in which nothing would train.
+    """
+    if config.method != "lora":
+        return
+    _check_projector(
+        config, frozenset(), "An adapter of the decoder layers leaves the projector out"
+    )
+    unused = {
+        "--no-freeze-audio": not config.freeze_audio,
+        "--projector-factor": config.projector_factor != 1.0,
+    }
+    for option in (name for name, is_given in unused.items() if is_given):
+        progress.warn(f"{option} does nothing with --method lora: only the decoder layers train.")
+
+
+def _check_projector(config: TeachConfig, projector: frozenset[str], why: str) -> None:
+    if config.projector_only_steps and not projector:
+        raise InputError(
+            f"{why}: in {config.projector_only_steps} steps for the projector alone nothing would train",
+            expected="a model with a projector of its own, trained with --method full",
+            mend="leave --projector-only-steps out",
+        )
+
+
 def _prepare(
     config: TeachConfig,
     speech: SpeechModel,
@@ -94,18 +142,21 @@ def _prepare(
     progress: Progress,
 ) -> Training:
     segments = segments_for(corpus, "train", config.langs, config.train_segments)
+    warn_of_speech(speech.family.reads, segments, progress)
     rows = reference_rows(segments, config.langs, config.transcribe)
     # An adapter leaves the tower as it is.
     frozen = config.freeze_audio or config.method == "lora"
     store = folder if frozen else None
-    audio = team.main_first(lambda: open_states(speech, corpus, segments, store, progress))
-    if config.checkpoint_activations:
-        checkpoint_activations(speech)
     weights, projector = (
         (trainable(speech), frozenset[str]())
         if config.method == "lora"
         else select_weights(speech, frozen)
     )
+    # Before the audio is encoded, which may take hours.
+    _check_projector(config, projector, f"A {speech.family.name} model has no projector to train")
+    audio = team.main_first(lambda: open_states(speech, corpus, segments, store, progress))
+    if config.checkpoint_activations:
+        checkpoint_activations(speech)
     progress.message(
         f"{len(segments)} segments, {len(rows)} rows, "
         f"{sum(parameter.numel() for parameter in weights.values()):,} weights to train"

@@ -18,13 +18,22 @@ from compress.loop import Training, checkpoint_activations, train
 from compress.parallel import Team
 from compress.rows import Row, build_sequences, read_rows, reference_rows, segments_for
 from compress.states import open_states
-from compress.teach import run_teach, save_model, scorer, select_weights, trainable, write_history
+from compress.teach import (
+    check_unquantised,
+    run_teach,
+    save_model,
+    scorer,
+    select_weights,
+    trainable,
+    write_history,
+)
 from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import ArtefactError, InputError
 from halve.models import SpeechModel, load_model, resolve_model
 from halve.progress import SILENT, Progress
+from halve.sources import warn_of_speech
 
 _CARRIED = ("removed", "kept", "base_model")
 
@@ -56,6 +65,8 @@ def run_tune(
         MissingExtraError: peft or bitsandbytes is not installed.
     """
     base = resolve_model(model)
+    if config.method == "full":
+        check_unquantised(base)
     parents = {"model": base, "corpus": Path(corpus)}
     if translations is not None:
         _check_corpus(translations, Path(corpus))
@@ -143,6 +154,7 @@ def _prepare(
     team: Team,
     progress: Progress,
 ) -> Training:
+    warn_of_speech(speech.family.reads, segments, progress)
     weights, projector = _weights(config, speech)
     if config.checkpoint_activations:
         checkpoint_activations(speech)

@@ -1,6 +1,7 @@
 """What a model is given for a segment of a corpus, and how much it may say about it."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,6 +12,7 @@ from halve.corpus import Corpus, Segment
 from halve.errors import CorpusError
 from halve.families import Family, Source, SourceText
 from halve.languages import ENGLISH, LANGUAGES, Language, language, token_limit
+from halve.progress import Progress
 
 TOKENS_BEFORE_TEXT = 24
 TOKENS_PER_BYTE = 0.8
@@ -59,9 +61,27 @@ def read_sources(reads: str, corpus: Corpus, segments: Sequence[Segment]) -> lis
 
 def source_language(source: object) -> Language:
     """The language that a source is in: English for audio, whose prompt is the paper's."""
-    if isinstance(source, SourceText) and source.lang in LANGUAGES:
-        return language(source.lang)
-    return ENGLISH
+    return spoken(source.lang) if isinstance(source, SourceText) else ENGLISH
+
+
+def spoken(code: str) -> Language:
+    """A segment's language; English where halve has no name for it."""
+    return language(code) if code in LANGUAGES else ENGLISH
+
+
+def warn_of_speech(reads: str, segments: Sequence[Segment], progress: Progress) -> None:
+    """Says so where the prompt calls speech English that is not: see `source_language`."""
+    if reads == "text":
+        return
+    spoken = Counter(each.source_lang for each in segments)
+    others = sorted(set(spoken) - {ENGLISH.code})
+    if others:
+        count = sum(spoken[lang] for lang in others)
+        progress.warn(
+            f"{count} of {len(segments)} segments are spoken in {', '.join(others)}, and the model is asked to "
+            "translate English speech: halve knows no other prompt for audio. Tuning can teach the model what "
+            "is meant; an untuned one may do worse than it could."
+        )
 
 
 def asked(family: Family, lang: str, source: object) -> str:

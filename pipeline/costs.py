@@ -225,7 +225,7 @@ def _in_source(section: CorpusConfig, source: str) -> Speech:
 
 def _stored(rows: list[Row]) -> int:
     files = {row.audio for row in rows if isinstance(row.audio, Path)}
-    inline = sum(len(row.audio.data) for row in rows if isinstance(row.audio, Sound))
+    inline = sum(row.audio.size_bytes for row in rows if isinstance(row.audio, Sound))
     return inline + sum(path.stat().st_size for path in files if path.is_file())
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import tracemalloc
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ from halve import artefact
 from halve.corpus import read_corpus
 from halve.errors import CorpusError, MissingExtraError
 from halve.importers import CorpusConfig, run_corpus
-from halve.importers.base import Row, split_of_set
+from halve.importers.base import Row, Sound, split_of_set
+from halve.importers.hf import import_hf
 from halve.importers.iwslt import import_iwslt
 from halve.importers.splits import divide
-from halve.progress import Advance, Progress
+from halve.progress import SILENT, Advance, Progress
+from pipeline import steps
 
 
 def sound(path: Path, duration_s: float = 1.0, rate_hz: int = 16_000) -> Path:
@@ -242,6 +245,32 @@ def test_iwslt_file_order(tmp_path: Path) -> None:
     ]
 
 
+def test_text_beside_a_yaml_counts_as_input(tmp_path: Path) -> None:
+    source = tmp_path / "tst"
+    for talk in ("a", "b"):
+        sound(source / f"{talk}.wav", 1.0)
+        text(source / f"{talk}.yaml", f"- {{wav: {talk}.wav, offset: 0.0, duration: 1.0}}")
+    text(source / "FILE_ORDER", "b", "a")
+    text(source / "txt" / "tst.en", "one", "two")
+    german = text(tmp_path / "txt" / "tst.de", "eins", "zwei")
+    french = text(tmp_path / "txt" / "tst.fr", "un", "deux")
+    config = CorpusConfig(format="iwslt", lang=("de",))
+    given = (config, str(source / "a.yaml"), tmp_path / "corpus")
+    assert steps.carry_out(steps.corpus(*given), SILENT)[1]
+    assert not steps.carry_out(steps.corpus(*given), SILENT)[1]
+    text(french, "un", "trois")
+    assert steps.up_to_date(steps.corpus(*given)), "it is not imported"
+    text(german, "eins", "zwo")
+    assert steps.carry_out(steps.corpus(*given), SILENT)[1]
+    assert read_corpus(tmp_path / "corpus").segments[1].references == {"de": "zwo"}
+    for name in ("FILE_ORDER", "b.yaml"):
+        assert steps.up_to_date(steps.corpus(*given))
+        before = (source / name).read_text()
+        (source / name).write_text(f"{before}\n")
+        assert not steps.up_to_date(steps.corpus(*given)), name
+        (source / name).write_text(before)
+
+
 def acl6060(root: Path) -> Path:
     number = 0
     for name, talks in {"dev": ("268", "367"), "eval": ("110",)}.items():
@@ -288,6 +317,14 @@ def test_acl6060_counts_must_agree(tmp_path: Path) -> None:
     assert "eval.en-xx.de.xml: 2 sentences for 1 files" in message
 
 
+def test_acl6060_names_the_fault_of_a_lone_set(tmp_path: Path) -> None:
+    source = acl6060(tmp_path / "source")
+    shutil.rmtree(source / "2/acl_6060/eval")
+    (source / "2/acl_6060/dev/segmented_wavs/gold/sent_4.wav").unlink()
+    message = faults_of(CorpusConfig(format="acl6060"), source, tmp_path / "c")
+    assert "dev.en-xx.de.xml: 4 sentences for 3 files" in message
+
+
 def test_acl6060_numbers_have_no_gap(tmp_path: Path) -> None:
     """sent_7.wav is the seventh sentence: with files missing, the next in line is another's."""
     source = acl6060(tmp_path / "source")
@@ -326,6 +363,28 @@ def test_group_split_is_whole_and_repeatable() -> None:
     assert sum(row.split == "test" for row in divided) == 20
     assert divided == divide(rows, config)
     assert divided != divide(rows, config.model_copy(update={"seed": 1}))
+
+
+@pytest.mark.parametrize(
+    ("test", "select", "names"),
+    [
+        (0.0, 0.2, {"train", "select"}),
+        (0.2, 0.0, {"train", "test"}),
+        (0.0, 0.0, {"train"}),
+        (0.2, 0.2, {"train", "select", "test"}),
+    ],
+)
+def test_a_split_without_a_share_gets_no_group(test: float, select: float, names: set[str]) -> None:
+    config = CorpusConfig(format="tsv", split="group", test_share=test, select_share=select)
+    rows = [
+        Row(f"f:{i}", str(i), Path("a.wav"), "", {"de": "x"}, group=f"talk{i}") for i in range(10)
+    ]
+    assert {row.split for row in divide(rows, config)} == names
+    few = rows[: len(names)]
+    assert {row.split for row in divide(few, config)} == names
+    if len(names) > 1:
+        with pytest.raises(CorpusError, match=f"at least {len(names)}, so that train"):
+            divide(few[:-1], config)
 
 
 def tsv(tmp_path: Path, *lines: str, header: str = "id\taudio\ttext\tde\tsplit\tgroup") -> Path:
@@ -614,6 +673,35 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {s.split for s in segments} == {"train", "select", "test"}
     assert made.recipe["source"] == "someone/something"
     assert read_corpus(made.path).audio(segments[3]).shape == (16_000,)
+
+
+def test_audio_of_a_data_set_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(_Table):
+        """Makes each record's bytes anew, as a data set on disk does."""
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return (self[index] for index in range(len(self)))
+
+        def __getitem__(self, index: Any) -> Any:
+            return super().__getitem__(index) | {"audio": bytes([index]) * 1_000_000}
+
+    table = Large({"text_en": f"s {i}", "text_de": f"t {i}"} for i in range(20))
+    monkeypatch.setattr(_Table, "features", {"audio": types.SimpleNamespace(dtype="binary")})
+    found = types.SimpleNamespace(
+        load_dataset=lambda source, subset: {"train": table}, Audio=type("Audio", (), {})
+    )
+    monkeypatch.setitem(sys.modules, "datasets", found)
+    tracemalloc.start()
+    try:
+        rows = import_hf("someone/something", CorpusConfig(format="hf")).rows
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    sounds = [row.audio for row in rows if isinstance(row.audio, Sound)]
+    assert {one.size_bytes for one in sounds} == {1_000_000}
+    assert [one.data == bytes([place]) * 1_000_000 for place, one in enumerate(sounds)] == [
+        True
+    ] * 20
 
 
 def test_hugging_face_folder(tmp_path: Path) -> None:

@@ -54,11 +54,15 @@ class Gemma3(Text):
 
     def count_parameters(self, config: Mapping[str, Any]) -> Counts:
         """The decoder's, and in the total the image tower's and its projector's."""
-        tied = config.get("tie_word_embeddings")
         text = self.text_config(config)
-        counts = count_decoder(text, True if tied is None else bool(tied))
+        counts = count_decoder(text, self.is_tied(config))
         images = count_images(config["vision_config"], int(text["hidden_size"]))
         return replace(counts, total=counts.total + images)
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """See `Text.is_tied`: the whole model's config decides, not the decoder's part."""
+        tied = config.get("tie_word_embeddings")
+        return True if tied is None else bool(tied)
 
 
 def count_images(vision: Mapping[str, Any], hidden: int) -> int:

@@ -147,7 +147,16 @@ class Text(Family):
 
     def count_parameters(self, config: Mapping[str, Any]) -> Counts:
         """Counted from the shapes in the config; a tied head is counted with the embeddings."""
-        return count_decoder(self.text_config(config), _is_tied(config))
+        return count_decoder(self.text_config(config), self.is_tied(config))
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether head and embeddings are one table."""
+        tied = config.get("tie_word_embeddings")
+        return LAYOUTS[str(config["model_type"])].tied if tied is None else bool(tied)
+
+    def is_surplus(self, config: Mapping[str, Any], key: str) -> bool:
+        """A tied head that is stored beside the embeddings all the same, as Qwen3 0.6B's is."""
+        return key == f"{self.disk_head}weight" and self.is_tied(config)
 
     def encode(self, model: Any, processor: Any, audio: Any) -> "torch.Tensor":
         """There is nothing to encode: the text stands in the prompt."""
@@ -274,11 +283,6 @@ def windowed_above(config: Mapping[str, Any]) -> list[str] | None:
     full = MAX_WINDOW_LAYERS if above is None else int(above)
     layers = int(config["num_hidden_layers"])
     return ["full_attention" if n < full else "sliding_attention" for n in range(layers)]
-
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    tied = config.get("tie_word_embeddings")
-    return LAYOUTS[str(config["model_type"])].tied if tied is None else bool(tied)
 
 
 def count_decoder(config: Mapping[str, Any], tied: bool) -> Counts:

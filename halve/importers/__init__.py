@@ -18,14 +18,23 @@ from halve.families import FAMILIES
 from halve.importers.acl6060 import import_acl6060
 from halve.importers.base import CorpusConfig, Importer, Row, Rows, Sound
 from halve.importers.hf import import_hf
-from halve.importers.iwslt import import_iwslt
+from halve.importers.iwslt import import_iwslt, read_beside
 from halve.importers.parallel import import_text
 from halve.importers.splits import divide, own_group
 from halve.importers.tables import import_halve, import_tsv
 from halve.json_files import write_json
 from halve.progress import SILENT, Progress
 
-__all__ = ["IMPORTERS", "CorpusConfig", "Row", "Rows", "Sound", "read_source", "run_corpus"]
+__all__ = [
+    "IMPORTERS",
+    "CorpusConfig",
+    "Row",
+    "Rows",
+    "Sound",
+    "inputs_of",
+    "read_source",
+    "run_corpus",
+]
 
 IMPORTERS: dict[str, Importer] = {
     "iwslt": import_iwslt,
@@ -46,6 +55,15 @@ def read_source(config: CorpusConfig, source: str | Path) -> Rows:
     return IMPORTERS[config.format](str(source), config)
 
 
+def inputs_of(config: CorpusConfig, source: str | Path) -> dict[str, Path]:
+    """The files and directories on this machine that decide what is imported, each with a name."""
+    path = Path(source)
+    if not path.exists():
+        return {}
+    beside = read_beside(path, config) if config.format == "iwslt" else {}
+    return {"source": path, **beside}
+
+
 def run_corpus(
     config: CorpusConfig, source: str | Path, out: Path, progress: Progress = SILENT
 ) -> Artefact:
@@ -57,9 +75,8 @@ def run_corpus(
     Raises:
         CorpusError: the source is not of the layout, or segments are faulty; every fault is named.
     """
-    local = Path(source).exists()
-    parents = {"source": Path(source)} if local else {}
-    recipe = config.model_dump(mode="json") | ({} if local else {"source": str(source)})
+    parents = inputs_of(config, source)
+    recipe = config.model_dump(mode="json") | ({} if parents else {"source": str(source)})
     _max_audio_s(config)  # an unknown family is refused before anything is read
     progress.message(f"Reading {source}")
     with artefact.writing(out, "corpus", recipe, config.seed, parents) as draft:

@@ -43,7 +43,7 @@ def import_acl6060(source: str, config: CorpusConfig) -> Rows:
     for name in _SETS:
         for folder in _set_dirs(root, name):
             _import_set(folder, name, config, found)
-    if not found.rows and not found.faults:
+    if not found.rows and not found.set_faults:
         raise CorpusError(
             f"{root} has no segmented_wavs/gold",
             expected="the unpacked archive: …/acl_6060/dev and …/acl_6060/eval",

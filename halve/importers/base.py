@@ -64,7 +64,14 @@ class Sound:
     """Audio that is not a file of its own: bytes from a data set."""
 
     name: str
-    data: bytes
+    read: Callable[[], bytes]
+    """Fetches them: a data set's audio need not fit into memory."""
+    size_bytes: int
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of an audio file, fetched anew each time."""
+        return self.read()
 
 
 @dataclass(frozen=True)

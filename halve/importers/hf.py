@@ -1,7 +1,8 @@
 """The importer of Hugging Face data sets: from the hub, or a local folder."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,13 @@ def import_hf(source: str, config: CorpusConfig) -> Rows:
     found = Rows()
     for part, table in _load(datasets, source, config).items():
         columns = _checked_columns(source, list(table.column_names), config)
-        for index, record in enumerate(_undecoded(datasets, source, table, config)):
-            where = f"{source}:{part}:{index}"
+        undecoded = _undecoded(datasets, source, table, config)
+        for index, record in enumerate(undecoded):
+            where, ident = f"{source}:{part}:{index}", f"{part}-{index:06d}"
             try:
-                found.rows.append(_row(where, source, part, index, record, columns, config))
+                fetch = partial(_bytes_of, undecoded, index, config.audio_column)
+                audio = _sound(record[config.audio_column], ident, Path(source), fetch)
+                found.rows.append(_row(where, ident, part, record, audio, columns, config))
             except ValueError as error:
                 found.faults.append(f"{where}: {error}")
     return found
@@ -125,14 +129,13 @@ def _undecoded(datasets: Any, source: str, table: Any, config: CorpusConfig) -> 
 
 def _row(
     where: str,
-    source: str,
+    ident: str,
     part: str,
-    index: int,
     record: Mapping[str, Any],
+    audio: Path | Sound,
     columns: dict[str, str],
     config: CorpusConfig,
 ) -> Row:
-    ident = f"{part}-{index:06d}"
     texts: dict[str, str] = {}
     for lang, name in columns.items():
         text = record[name]
@@ -143,7 +146,7 @@ def _row(
     return Row(
         where=where,
         id=ident,
-        audio=_sound(record[config.audio_column], ident, Path(source)),
+        audio=audio,
         source_text=texts.pop(config.source_lang, ""),
         references=texts,
         split=split_of_set(part),
@@ -152,20 +155,39 @@ def _row(
     )
 
 
-def _sound(audio: Any, ident: str, root: Path) -> Path | Sound:
-    """Raises ValueError where there is no path, no byte and no sample."""
-    if isinstance(audio, str):
-        audio = {"path": audio}
-    elif isinstance(audio, bytes):
-        audio = {"bytes": audio}
-    path, data = (audio or {}).get("path"), (audio or {}).get("bytes")
-    if not data and (audio or {}).get("array") is not None:
-        return Sound(f"{ident}.wav", _samples(audio["array"], audio.get("sampling_rate")))
+def _sound(cell: Any, ident: str, root: Path, fetch: Callable[[], bytes]) -> Path | Sound:
+    """A cell's audio: its path, or what fetches its bytes again, so that they are not held.
+
+    Raises:
+        ValueError: there is no path, no byte and no sample.
+    """
+    data, path = _audio_file(cell)
     if data:
-        return Sound(f"{ident}{Path(path or '').suffix or '.wav'}", data)
+        return Sound(f"{ident}{Path(path).suffix or '.wav'}", fetch, len(data))
     if not path:
         raise ValueError("no audio")
     return root / path
+
+
+def _bytes_of(table: Any, index: int, column: str) -> bytes:
+    return _audio_file(table[index][column])[0]
+
+
+def _audio_file(cell: Any) -> tuple[bytes, str]:
+    """The bytes that a cell holds, as an audio file, and the path that it names; what is not there is empty.
+
+    Raises:
+        ValueError: samples that make no file.
+    """
+    if isinstance(cell, str):
+        return b"", cell
+    if isinstance(cell, bytes):
+        return cell, ""
+    audio = cell or {}
+    data, path = audio.get("bytes"), audio.get("path")
+    if not data and audio.get("array") is not None:
+        return _samples(audio["array"], audio.get("sampling_rate")), ""
+    return data or b"", path or ""
 
 
 def _samples(array: Any, rate_hz: Any) -> bytes:

@@ -27,8 +27,10 @@ from halve.importers.base import (
     split_of_set,
     wanted_languages,
 )
+from halve.languages import language
 
 FILE_ORDER = "FILE_ORDER"
+_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class _Set:
 
 
 def _yamls(root: Path) -> list[Path]:
-    return [path for path in below(root) if path.suffix in (".yaml", ".yml") and path.is_file()]
+    return [path for path in below(root) if _is_yaml(path)]
 
 
 def _segment_lists(yamls: list[Path], config: CorpusConfig, found: Rows) -> dict[Path, _Items]:
@@ -210,6 +212,33 @@ def _segment_lists(yamls: list[Path], config: CorpusConfig, found: Rows) -> dict
             raise fault
         found.warnings.append(f"{path} is left aside: no list of segments, and no text beside it.")
     return read
+
+
+def _set_of(source: Path) -> _Set:
+    """The set of a segments YAML that is named alone."""
+    beside = sorted(path for path in source.parent.iterdir() if _is_yaml(path))
+    found = _sets(beside, source.parent)
+    return next(one for one in found if source in one.yamls)
+
+
+def read_beside(source: Path, config: CorpusConfig) -> dict[str, Path]:
+    """What is read together with a segments YAML that is named alone, by file name: text, FILE_ORDER, other YAMLs.
+
+    Audio is not among it, here as elsewhere: there may be days of it.
+    """
+    if not _is_yaml(source):
+        return {}
+    one = _set_of(source)
+    texts = text_files(one.yamls[0].parent, one.name, config, alone=True)
+    asked = {language(code).code for code in config.lang} or set(texts)
+    read = [path for lang, path in texts.items() if lang in asked | {config.source_lang}]
+    more = [path for path in one.yamls if path != source]
+    order = [] if one.order is None else [one.order]
+    return {path.name: path for path in (*read, *more, *order)}
+
+
+def _is_yaml(source: Path) -> bool:
+    return source.suffix in _SUFFIXES and source.is_file()
 
 
 def _sets(yamls: Iterable[Path], root: Path) -> Iterator[_Set]:
@@ -238,9 +267,9 @@ def import_iwslt(source: str, config: CorpusConfig) -> Rows:
         CorpusError: no segments YAML, or no text.
     """
     found = Rows()
-    if Path(source).suffix in (".yaml", ".yml") and Path(source).is_file():
+    if _is_yaml(Path(source)):
         root = Path(source).parent
-        every = [one for one in _sets(_yamls(root), root) if Path(source) in one.yamls]
+        every = [_set_of(Path(source))]
         read = {path: _items(path) for one in every for path in one.yamls}
         folders = [root, root.parent / "wav", root.parent / "audio"]
     else:

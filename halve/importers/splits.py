@@ -57,27 +57,30 @@ def _given(rows: list[Row]) -> list[Row]:
 
 
 def _by_group(rows: list[Row], config: CorpusConfig) -> list[Row]:
-    """Whole groups, drawn in an order that only the seed and their names decide."""
+    """Whole groups, drawn in an order that only the seed and their names decide; a split without a share has none."""
+    shares = [("test", config.test_share), ("select", config.select_share)]
+    shares = [(name, share) for name, share in shares if share]
+    names = [*(name for name, _ in shares), "train"]
     members: dict[str, int] = defaultdict(int)
     for row in rows:
         members[str(row.group)] += 1
-    if len(members) < 3:
+    if len(members) < len(names):
         raise CorpusError(
             f"The corpus has {len(members)} groups ({', '.join(sorted(members)[:3])})",
-            expected="at least 3, so that train, select and test each get their own",
+            expected=f"at least {len(names)}, so that {', '.join(reversed(names))} each get their own",
             mend="name groups in the source, or use --split segment and accept that talks straddle splits",
         )
     drawn = sorted(
         members, key=lambda name: hashlib.sha256(f"{config.seed}\0{name}".encode()).hexdigest()
     )
     split: dict[str, str] = {}
-    for name, share in (("test", config.test_share), ("select", config.select_share)):
+    for place, (name, share) in enumerate(shares):
         taken = 0
         while drawn[:-1] and (taken == 0 or taken < share * len(rows)):
             group = drawn.pop(0)
             split[group] = name
             taken += members[group]
-            if len(drawn) == (2 if name == "test" else 1):
+            if len(drawn) == len(shares) - place:  # one for each that is still to come
                 break
     split.update(dict.fromkeys(drawn, "train"))
     return [replace(row, split=split[str(row.group)]) for row in rows]

@@ -98,6 +98,44 @@ def test_cheap_methods_make_plans(
     assert again == plan
 
 
+def test_loss_keeps_to_the_memory_and_forgets_the_layers_behind(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, packed = [], []
+    advance, pack = ExactTranslator.advance, ExactTranslator.pack
+
+    def noted(self: Any, one: Any, layer: int) -> None:
+        advance(self, one, layer)
+        held.append(len(one.attention.keys))
+
+    def counted(self: Any, rows: Any, drafts: Any) -> Any:
+        packed.append(len(rows))
+        return pack(self, rows, drafts)
+
+    monkeypatch.setattr(ExactTranslator, "advance", noted)
+    monkeypatch.setattr(ExactTranslator, "pack", counted)
+    scores = []
+    for name, most in (("whole", 128), ("parts", 1)):
+        ranked("loss", tiny_model, tiny_corpus, tmp_path / name, segments=3, batch_size=most)
+        lines = read_jsonl(tmp_path / name / "importance.jsonl")
+        scores.append([line["score"] for line in lines])
+    assert packed == [3, 1, 1, 1]
+    assert max(held) == 1
+    assert scores[0] == pytest.approx(scores[1])
+    for options in (
+        {"method": "loss"},
+        {"method": "exact", "shortlist": 2, "shortlist_by": "loss"},
+    ):
+        with pytest.raises(InputError, match=r"Segment s\d+ alone takes"):
+            ranked(
+                model=tiny_model,
+                corpus=tiny_corpus,
+                out=tmp_path / "out",
+                memory_gb=1e-6,
+                **options,
+            )
+
+
 def test_references_end_as_the_model_says_it_whatever_else_ends_generation(
     tiny_corpus: Path, tmp_path: Path
 ) -> None:

@@ -4,14 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from compress import loop, parallel
+from compress.checkpoints import RunState
 from compress.config import TeachConfig
+from compress.parallel import Team
 from compress.teach import run_teach
 from halve import artefact
 from halve.models import load_model
@@ -77,3 +83,57 @@ def test_lora_teaching_merges_into_an_ordinary_directory(
     assert changed
     assert all(".layers." in key and "language_model" in key for key in changed)
     assert not any("lora" in key for key in after)
+
+
+def test_processes_wait_for_a_main_one_that_works_for_hours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch's own limit is ten minutes on GPUs: less than the main process encodes or scores."""
+    asked: dict[str, Any] = {}
+
+    def state(**settings: Any) -> SimpleNamespace:
+        asked.update(settings)
+        return SimpleNamespace(process_index=1, num_processes=2, device="cpu")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", state)
+    assert parallel.team("cpu") == Team(1, 2, "cpu")
+    assert asked["cpu"] and asked["timeout"] >= timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Follower(Team):
+    """A process whose main one is a minute into the run, whatever its own clock says."""
+
+    def same(self, value: float) -> float:
+        return 60.0
+
+    def agree(self, decision: bool) -> bool:
+        return decision
+
+
+def test_all_processes_follow_one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TeachConfig(langs=("de",), checkpoint_every=100, eval_every=100)
+    training: Any = SimpleNamespace(
+        config=config, max_minutes=4.0, team=Follower(1, 2), speech=None
+    )
+    fractions: list[float] = []
+
+    def step(*given: Any) -> float:
+        fractions.append(given[-1])
+        return 1.0
+
+    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "set_training", lambda *_: None)
+    monkeypatch.setattr(loop, "_batches", lambda *_: [(0, [0], False)] * 3)
+    given: Any = None
+    loop._steps(training, given, RunState(), given, 1000, lambda n=1, note="": None)
+    assert fractions == [0.25] * 3
+
+
+def test_what_the_main_process_holds_is_held_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.distributed, "broadcast", lambda held, source: held.fill_(1234.5678901)
+    )
+    assert Team(1, 2).same(7.0) == 1234.5678901
+    assert Team().same(7.0) == 7.0

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress import loop
-from compress.config import DistillConfig, TeachConfig, TuneConfig
+from compress import loop, teach
+from compress.config import DistillConfig, ImportanceConfig, TeachConfig, TuneConfig
 from compress.distill import run_distill
 from compress.gradients import GradientMaker, gradient_threads
+from compress.importance import run_importance
 from compress.loop import Training, learning_rate_factor
 from compress.rows import build_sequences, read_rows, reference_rows, segments_for
 from compress.states import LiveStates, NoStates, store_states
@@ -28,6 +29,7 @@ from halve.corpus import read_corpus, write_manifest
 from halve.errors import ArtefactError, CorpusError, InputError
 from halve.families import FAMILIES
 from halve.json_files import read_jsonl
+from halve.languages import language
 from halve.models import load_model
 from halve.origin import origin
 from halve.progress import Advance, Progress
@@ -411,6 +413,107 @@ def test_a_rank_that_no_layer_has_is_refused(
     with pytest.raises(InputError, match=r"--rank of at most 64"):
         run_tune(config, tiny_model, tiny_corpus, None, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "tune"])
+def test_a_model_stored_in_4_bits_is_not_trained_in_full(
+    method: str, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """It would train to the end, and could not be saved."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    facts = json.loads((base / "config.json").read_text())
+    facts["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=r"stored quantised \(bitsandbytes\).*To mend it"):
+        if method == "tune":
+            tuning = TuneConfig(langs=("de",), method="full")
+            run_tune(tuning, base, tiny_corpus, None, tmp_path / "out")
+        else:
+            teaching = TeachConfig.model_validate({"langs": ["de"], "method": method})
+            run_teach(teaching, base, tiny_corpus, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_steps_for_a_projector_that_is_not_there_are_refused(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TeachConfig(langs=("de",), method="lora", projector_only_steps=5)
+    with pytest.raises(InputError, match=r"in 5 steps .* nothing would train"):
+        run_teach(config, tiny_model, tiny_corpus, tmp_path / "out")
+    monkeypatch.setattr(teach, "open_states", None)  # nothing is encoded first
+    whisper = make_whisper(tmp_path / "whisper")
+    config = TeachConfig(langs=("de",), projector_only_steps=5)
+    with pytest.raises(InputError, match="whisper model has no projector"):
+        run_teach(config, whisper, tiny_corpus, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["whisper"]
+
+
+def test_what_an_adapter_does_not_train_is_told(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    told = Told()
+    config = TeachConfig(
+        langs=("de",), method="lora", rank=4, max_steps=1, select_segments=0, train_segments=2,
+        freeze_audio=False, projector_factor=2.0,
+    )  # fmt: skip
+    run_teach(config, tiny_model, tiny_corpus, tmp_path / "out", told)
+    assert [warning.split()[0] for warning in told.warnings] == [
+        "--no-freeze-audio",
+        "--projector-factor",
+    ]
+
+
+class Told(Progress):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_speech_that_is_not_english_is_told_once(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    corpus = read_corpus(tiny_corpus)
+    with artefact.writing(tmp_path / "czech", "corpus", {}, 0, {}) as draft:
+        shutil.copytree(tiny_corpus / "audio", draft.path / "audio")
+        write_manifest(draft.path, [replace(each, source_lang="cs") for each in corpus.segments])
+    small = {"select_segments": 0, "train_segments": 2, "max_steps": 1}
+    stages = {
+        "importance": lambda out, told: run_importance(
+            ImportanceConfig(remove=1, lang="de", method="random"), tiny_model, out[0], out[1], told
+        ),
+        "distill": lambda out, told: run_distill(
+            DistillConfig(langs=("de",), limit=1), tiny_model, out[0], out[1], told
+        ),
+        "teach": lambda out, told: run_teach(
+            TeachConfig.model_validate({"langs": ["de"], **small}), tiny_model, *out, told
+        ),
+        "tune": lambda out, told: run_tune(
+            TuneConfig.model_validate({"langs": ["de"], "method": "lora", "rank": 4, **small}),
+            tiny_model, out[0], None, out[1], told,
+        ),
+    }  # fmt: skip
+    for name, run in stages.items():
+        told = Told()
+        run((tmp_path / "czech", tmp_path / name), told)
+        assert len([one for one in told.warnings if "spoken in cs" in one]) == 1, name
+    told = Told()
+    stages["importance"]((tiny_corpus, tmp_path / "english"), told)
+    assert not told.warnings
+
+
+def test_a_transcript_is_asked_for_in_its_own_language(tiny_model: Path, tiny_corpus: Path) -> None:
+    speech = load_model(tiny_model)
+    segment = replace(read_corpus(tiny_corpus).split("train")[0], source_lang="cs")
+    rows = reference_rows([segment], (), transcribe=True)
+    (sequence,) = build_sequences(speech, [segment], rows, True)
+    asked = speech.family.transcription(language("cs"))
+    head, tail = speech.family.prompt_ids(speech.processor, asked)
+    assert (sequence.head, sequence.branches[0].tail) == (tuple(head), tuple(tail))
+    assert "Czech" in asked
 
 
 @pytest.mark.parametrize(

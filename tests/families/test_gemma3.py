@@ -109,6 +109,15 @@ def test_a_pruned_model_says_in_stock_code_what_halve_says(gemma: Path, tmp_path
     assert "vision_tower" in kept, "stock code still finds its image tower"
 
 
+def test_a_tied_head_that_is_stored_stays_behind(gemma: Path) -> None:
+    config = read_config(gemma)
+    family = family_for(config)
+    for tied in (None, True, False):
+        facts = config | {"tie_word_embeddings": tied}
+        assert family.is_surplus(facts, "language_model.lm_head.weight") == (tied is not False)
+        assert not family.is_surplus(facts, "language_model.model.embed_tokens.weight")
+
+
 def test_exact_importance_is_the_reference(gemma: Path, corpus: Path) -> None:
     speech = load_model(gemma)
     data = read_corpus(corpus)

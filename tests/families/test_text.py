@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.config import QualityConfig
@@ -28,7 +29,7 @@ from export.merge import run_merge
 from export.package import run_package
 from export.runtime import open_translator
 from halve.corpus import read_corpus
-from halve.errors import CorpusError, FamilyError, HalveError, InputError
+from halve.errors import ArtefactError, CorpusError, FamilyError, HalveError, InputError
 from halve.families import SourceText, family_for
 from halve.families.text import LAYOUTS, layer_kinds
 from halve.importers import CorpusConfig, run_corpus
@@ -100,6 +101,29 @@ def test_a_pruned_model_says_in_stock_code_what_halve_says(
         ended = row.stopped == "end"
         assert [*row.tokens, *(speech.family.end_ids(speech.model)[:1] if ended else ())] == said
     assert "".join(translator.stream(sources[1], "de", limit=12)) == found[1].text
+
+
+def test_a_tied_head_that_is_stored_twice(text_corpus: Path, tmp_path: Path) -> None:
+    """As Qwen3 0.6B stores it: the copy stays behind; another table is none, and stock code would use it."""
+    teacher = make_model(tmp_path / "teacher", "qwen3", tie_word_embeddings=True)
+    file = teacher / "model.safetensors"
+    weights = load_file(file)
+    assert "lm_head.weight" not in weights
+    table = weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": table.clone()}, file, {"format": "pt"})
+    config = PruneConfig(layers=(1, 4), verify="full")
+    pruned = run_prune(config, teacher, None, tmp_path / "pruned")
+    assert "lm_head.weight" not in load_file(pruned.path / "model.safetensors")
+    save_file(weights | {"lm_head.weight": table + 1}, file, {"format": "pt"})
+    with pytest.raises(ArtefactError, match=r"two different tables.*tie_word_embeddings"):
+        run_prune(config, teacher, None, tmp_path / "other")
+    search = ImportanceConfig(remove=1, lang="de", method="random")
+    with pytest.raises(ArtefactError, match="two different tables"):
+        run_importance(search, teacher, text_corpus, tmp_path / "importance")
+    facts = read_config(teacher) | {"tie_word_embeddings": False}
+    (teacher / "config.json").write_text(json.dumps(facts))
+    pruned = run_prune(config, teacher, None, tmp_path / "other")
+    assert "lm_head.weight" in load_file(pruned.path / "model.safetensors")
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -301,6 +325,10 @@ def test_importance_quality_and_translate(
         said.append(capsys.readouterr().out.split("\n"))
     assert said[0] == said[1] == said[2]
     assert len(said[0]) == 4 and said[0][1] == ""
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--segments", str(lines)])
+    assert end.value.code == 2
+    assert "reads text, and --segments names audio" in capsys.readouterr().err
 
 
 def test_audio_and_text_are_told_apart(

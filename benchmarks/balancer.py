@@ -8,10 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.server_process import Server, free_port, running
+from halve.errors import HalveError
 
 CONFIGURATION = Path(__file__).parents[1] / "docs" / "nginx-halve.conf"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 DOCUMENTED = ("10.0.0.11:8000", "10.0.0.12:8000")
+
+
+def need_nginx() -> None:
+    """Raises HalveError where there is no nginx."""
+    if NGINX is None:
+        raise HalveError("nginx is not installed", mend="install it: apt-get install nginx-light")
 
 
 @contextlib.contextmanager
@@ -23,8 +30,9 @@ def balancer(directory: Path, urls: Sequence[str]) -> Iterator[Server]:
         urls: of the servers, which answer /health.
 
     Raises:
-        HalveError: nginx did not start.
+        HalveError: nginx is not there, or did not start.
     """
+    need_nginx()
     port = free_port()
     (directory / "nginx.conf").write_text(_whole(directory, port, urls), encoding="utf8")
     command = [str(NGINX), "-p", str(directory), "-c", str(directory / "nginx.conf")]
@@ -34,7 +42,7 @@ def balancer(directory: Path, urls: Sequence[str]) -> Iterator[Server]:
         "/health",
         env=os.environ,
         startup_s=60,
-        mend="install nginx" if NGINX is None else f"read {directory / 'log'}",
+        mend=f"read {directory / 'log'}",
     ) as proxy:
         yield proxy
 

@@ -14,6 +14,11 @@ from halve.progress import SILENT, Progress
 WORKER = Path(benchmarks.comet_worker.__file__)
 
 
+NOT_MEASURED, _WORKER_FAILED = "COMET not measured: ", "the worker failed: "
+FAILED = NOT_MEASURED + _WORKER_FAILED
+"""How a record begins where everything was there, and the worker failed all the same."""
+
+
 @dataclass(frozen=True)
 class Comet:
     """COMET scores of several systems, or why there are none."""
@@ -33,7 +38,7 @@ class Comet:
         """What the quality result says about COMET."""
         if self.measured:
             return {"measured": True, "text": f"COMET measured: {self.signature}"}
-        return {"measured": False, "text": f"COMET not measured: {self.reason}"}
+        return {"measured": False, "text": f"{NOT_MEASURED}{self.reason}"}
 
 
 def measure(
@@ -77,7 +82,7 @@ def measure(
         check=False,
     )
     if done.returncode != 0:
-        comet = Comet(reason=f"the worker failed: {_last_line(done.stderr)}")
+        comet = Comet(reason=f"{_WORKER_FAILED}{_last_line(done.stderr)}")
     else:
         comet = _answers(done.stdout, {name: len(sources) for name in systems})
     if not comet.measured:

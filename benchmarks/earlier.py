@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import scoring
-from benchmarks.comet import could_measure
+from benchmarks.comet import FAILED, could_measure
 from benchmarks.config import QualityConfig
 from halve.json_files import append_jsonl, read_json
 
@@ -14,7 +14,9 @@ def lacks_comet(config: QualityConfig, result: Path) -> bool:
     sources = scoring.read_lines(result / "sources.txt")
     if not could_measure(config.comet_checkpoint, config.comet_python, sources):
         return False
-    return not read_json(result / scoring.RESULT).get("comet", {}).get("measured", False)
+    comet = read_json(result / scoring.RESULT).get("comet", {})
+    # A worker that failed would fail again each time: that is for the user to mend, and to ask for anew.
+    return not comet.get("measured") and not str(comet.get("text")).startswith(FAILED)
 
 
 def take_over(

@@ -76,10 +76,13 @@ def running(
     env: Mapping[str, str],
     startup_s: float,
     mend: str,
+    of_its_own: bool = False,
 ) -> Iterator[Server]:
-    """Runs any server in a process group of its own while the block lasts.
+    """Runs any server while the block lasts.
 
     Args:
+        of_its_own: in a process group of its own, so that `kill` takes the processes that it has started with it.
+            What ends this process from outside then no longer reaches it.
         ready: path that answers 200 once it serves.
         mend: what to do if it does not start.
 
@@ -88,7 +91,11 @@ def running(
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=dict(env), start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=dict(env),
+            start_new_session=of_its_own,
         )
         try:
             if not _wait_until_ready(process, url + ready, startup_s):
@@ -123,15 +130,19 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, most_s: floa
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=_STOP_S)
-    kill(process)
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_STOP_S)
+    finally:
+        kill(process)
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a server and what it has started at once, as a machine that fails does."""
+    """Ends a server at once, as a machine that fails does; of a group of its own, all that it has started."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()

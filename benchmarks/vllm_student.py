@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import soundfile
 
-from benchmarks.balancer import balancer
+from benchmarks.balancer import balancer, need_nginx
 from benchmarks.server_process import Server, free_port, kill, running
 from benchmarks.ties import differs_at_tie
 from benchmarks.workload import FloatArray
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
+    need_nginx()
     corpus = read_corpus(given.corpus)
     segments = corpus.split("select", None, given.limit)
     audio = [corpus.audio(segment) for segment in segments]
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     instructions = {lang: student.speech.family.instruction(language(lang)) for lang in given.lang}
     asked = [(lang, index) for lang in given.lang for index in range(len(audio))]
     with balanced(given.vllm, given.student) as (url, servers):
-        rest = Asking(url, servers[0], killed_after=len(asked) // 3)
+        rest = Asking(url, servers[0], killed_after=max(1, len(asked) // 3))
         started = time.monotonic()
         with ThreadPoolExecutor(given.clients) as clients:
             answers = list(
@@ -115,6 +116,7 @@ def _vllm(vllm: Path, student: Path) -> contextlib.AbstractContextManager[Server
         env={**os.environ, **OFFLINE},
         startup_s=600,
         mend=f"try `{' '.join(command[:3])}`",
+        of_its_own=True,
     )
 
 

@@ -235,7 +235,7 @@ def by_loss(
     inner = len(removable(kept, num_layers, stay))
     tried = sum(inner - done for done in range(remove))
     with ExactTranslator(speech, task) as walker:
-        chunks = ledger.chunks(lambda: cut(walker.row_bytes(), lengths))
+        chunks = ledger.chunks(lambda: cut(walker.row_bytes(copies=1), lengths))
         with progress.task("loss", len(chunks) * tried, done=ledger.pieces()) as advance:
             for number in range(1, remove + 1):
                 layers = removable(kept, num_layers, stay)

@@ -116,12 +116,15 @@ class ExactTranslator:
 
     # Memory
 
-    def row_bytes(self) -> list[int]:
-        """The most that each segment takes: its own and its parent's keys and values, and states."""
+    def row_bytes(self, copies: int = DECODED_TOGETHER + 2) -> list[int]:
+        """The most that each segment takes: its own and its parent's keys and values, and states.
+
+        Args:
+            copies: of all layers' keys and values: the parent's, those of the candidate that is checked, and the
+                slots of a group.
+        """
         of_token = self._family.cache_width(self._model)
         item = self._table.weight.element_size()
-        # The parent's, those of the candidate that is checked, and the slots of a group.
-        copies = DECODED_TOGETHER + 2
         return [
             (len(prompt) + limit) * (copies * of_token + 2 * prompt.shape[1]) * item
             for prompt, limit in zip(self._prompts, self.task.limits, strict=True)

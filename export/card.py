@@ -1,6 +1,7 @@
 """Model cards in the Hugging Face form: README.md with a YAML head."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import yaml
 
 from halve import artefact
 from halve.families import family_for
-from halve.languages import language
-from halve.models import read_config
+from halve.families.text import SOURCE
+from halve.languages import ENGLISH, language
+from halve.models import load_processor, read_config
 from halve.origin import CARD, origin
 
 _NOT_SHIPPED = {CARD, artefact.RECORD, artefact.TIMINGS, "partial.json"}
@@ -199,6 +201,8 @@ def _use(kind: str, facts: Mapping[str, Any], source: Path) -> list[str]:
 
 
 def _prompt(source: Path, lang: str) -> str:
-    """The whole prompt: a student asked otherwise translates worse."""
+    """The whole prompt: a student asked otherwise translates worse. Where it reads, {…} stands for what changes."""
     family = family_for(read_config(source))
-    return family.prompt_text(family.load_processor(source), family.instruction(language(lang)))
+    spoken = ENGLISH if family.reads == "audio" else replace(ENGLISH, name="{source language}")
+    asked = family.instruction(language(lang), spoken)
+    return family.prompt_text(load_processor(source), asked).replace(SOURCE, "{text}")

@@ -313,11 +313,14 @@ def _alone(partial: Path) -> Iterator[bool]:
 
 
 def is_being_written(partial: Path) -> bool:
-    """Whether a process is at work in an unfinished artefact's directory."""
+    """Whether a process is at work in an unfinished artefact's directory; of one that cannot be asked, too."""
     if not (partial / _CLAIM).is_file():
         return False
-    with _alone(partial) as is_alone:
-        return not is_alone
+    try:
+        with _alone(partial) as is_alone:
+            return not is_alone
+    except OSError:  # another user's, or on a read-only file system
+        return True
 
 
 def _refuse_company(is_alone: bool, partial: Path) -> None:

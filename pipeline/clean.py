@@ -9,9 +9,10 @@ from halve import artefact
 from halve.errors import InputError
 from pipeline.console import Result, size, table
 
-# What a finished run no longer needs: its student, packages and results stand without them. Its adapter is small,
-# cost the most, and is in its report.
+# What a finished run no longer needs: its student, packages and results stand without them. An adapter is small,
+# cost the most, and is in the report; one that is a whole model is another matter.
 _INTERMEDIATE = ("pruned", "translations")
+_REPLACED = "an older version that was being replaced"
 _UNFINISHED = "unfinished: a run that was stopped would go on from here"
 
 
@@ -28,7 +29,7 @@ def find(root: Path, keep_unfinished: bool = False) -> list[Removable]:
     """Leftovers of killed runs, and what a finished run made on its way; nothing of a run that is under way.
 
     Args:
-        keep_unfinished: leave what a run that was stopped would go on from.
+        keep_unfinished: leave what a run that was stopped, or has no report yet, would go on from.
 
     Raises:
         InputError: no such directory.
@@ -37,8 +38,13 @@ def find(root: Path, keep_unfinished: bool = False) -> list[Removable]:
         raise InputError(f"{root} is no directory", mend="name a run, or the directory runs/")
     found = [(path, why) for path, why in _candidates(root) if not _is_in_use(path)]
     if keep_unfinished:
-        found = [(path, why) for path, why in found if why != _UNFINISHED]
+        found = [(path, why) for path, why in found if why == _REPLACED or _is_over(path.parent)]
     return [Removable(path, why, stored_bytes(path)) for path, why in found]
+
+
+def _is_over(run: Path) -> bool:
+    """Whether a run has come to its end, and no stage of it was begun anew."""
+    return _is_whole(run / "report") and not any(run.glob(".*.partial"))
 
 
 def _is_in_use(path: Path) -> bool:
@@ -60,9 +66,12 @@ def _why(path: Path) -> str:
     if path.name.startswith(".") and path.name.endswith(".partial"):
         return _UNFINISHED
     if path.name.startswith(".") and path.name.endswith(".old"):
-        return "an older version that was being replaced"
+        return _REPLACED
     if path.name in _INTERMEDIATE and _is_whole(path) and _is_whole(path.parent / "student"):
         return "made on the way to the student, which is finished; `halve run --from package` goes on without it"
+    is_model = path.name == "adapter" and (path / "config.json").is_file()
+    if is_model and _is_whole(path.parent / "student") and _is_whole(path.parent / "report"):
+        return "tuned in full: the student is its copy, and the report has its history"
     return ""
 
 

@@ -367,10 +367,8 @@ class Registry:
             model.default_lang = translator.languages[0]
         model.languages = model.languages or tuple(translator.languages)
         model.max_audio_s = translator.max_audio_s
-        # A hub id's weights are on this machine only now.
-        model.size_bytes = (
-            model.size_bytes or _describe(model.id, model.path, self._settings).size_bytes
-        )
+        if not Path(model.path).is_dir():  # a hub id's weights are on this machine only now
+            model.size_bytes = _describe(model.id, model.path, self._settings).size_bytes
         model.engine = engine
         log.info("%s: loaded", model.id)
 

@@ -16,7 +16,8 @@ from halve.languages import ENGLISH, Language
 if TYPE_CHECKING:
     import torch
 
-_SOURCE = "\N{OBJECT REPLACEMENT CHARACTER}"
+SOURCE = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands for the source's text in a prompt."""
 """Stands for the source text while a chat template is rendered."""
 
 
@@ -172,19 +173,19 @@ class Text(Family):
 
         A base model without a template is shown the turn's text alone.
         """
-        content = f"{instruction}\n{_SOURCE}\n"
+        content = f"{instruction}\n{SOURCE}\n"
         tokenizer = processor.tokenizer
         if getattr(tokenizer, "chat_template", None):
             chat = [{"role": "user", "content": content}]
             content = tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, tokenize=False
             )
-        before, _, after = content.partition(_SOURCE)
+        before, _, after = content.partition(SOURCE)
         return before, after
 
     def prompt_text(self, processor: Any, instruction: str) -> str:
         """The prompt with a placeholder for the source text."""
-        return _SOURCE.join(self.prompt_template(processor, instruction))
+        return SOURCE.join(self.prompt_template(processor, instruction))
 
     def source_ids(self, processor: Any, instruction: str, source: SourceText) -> list[int]:
         """Token ids of the whole prompt with a text in it."""

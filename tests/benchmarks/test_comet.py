@@ -8,9 +8,10 @@ import pytest
 
 from benchmarks import comet, comet_environment, scoring
 from benchmarks.config import QualityConfig
+from benchmarks.earlier import lacks_comet
 from benchmarks.quality import run_quality
 from halve.errors import HalveError, InputError
-from halve.json_files import read_json
+from halve.json_files import read_json, write_json
 from halve.progress import SILENT
 from pipeline import steps
 
@@ -158,3 +159,16 @@ def test_comet_that_could_not_be_measured_is_measured_when_it_can(
     assert ran and read_json(made.path / "quality.json")["comet"]["measured"]
     assert (made.path / "hypotheses" / "tiny.txt").read_bytes() == before
     assert not steps.carry_out(step, SILENT)[1]
+
+
+def test_a_worker_that_fails_is_not_asked_again_each_time(checkpoint: str, tmp_path: Path) -> None:
+    config = QualityConfig(lang="de", comet_checkpoint=checkpoint, comet_python=sys.executable)
+    scoring.write_lines(tmp_path / "sources.txt", SOURCES)
+    found = {}
+    for name, one in {
+        "failed": _measure(checkpoint, sys.executable, _script(tmp_path, "raise SystemExit(3)")),
+        "missing": _measure(checkpoint, None, comet.WORKER),
+    }.items():
+        write_json(tmp_path / scoring.RESULT, {"comet": one.record()})
+        found[name] = lacks_comet(config, tmp_path)
+    assert found == {"failed": False, "missing": True}

@@ -24,6 +24,7 @@ from compress.reference import StockTranslator
 from compress.rows import Row, build_sequences
 from compress.teach import run_teach
 from compress.tune import run_tune
+from export.card import _prompt
 from export.config import MergeConfig, PackageConfig
 from export.merge import run_merge
 from export.package import run_package
@@ -329,6 +330,11 @@ def test_importance_quality_and_translate(
         main([*arguments, "--segments", str(lines)])
     assert end.value.code == 2
     assert "reads text, and --segments names audio" in capsys.readouterr().err
+
+
+def test_a_card_s_prompt_leaves_room_for_text_and_its_language(llama: Path) -> None:
+    asked = "Translate the following text from {source language} to German:\n{text}\n"
+    assert asked in _prompt(llama, "de")
 
 
 def test_audio_and_text_are_told_apart(

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,7 +151,13 @@ def test_clean_leaves_a_run_that_is_under_way(tmp_path: Path) -> None:
         assert removable() == [], "it may read what lies beside it"
         process.kill()
     assert removable() == [".adapter.partial", "pruned"]
-    assert removable(keep_unfinished=True) == ["pruned"]
+    assert removable(keep_unfinished=True) == [], "the stopped run goes on from both"
+    shutil.rmtree(tmp_path / ".adapter.partial")
+    assert removable(keep_unfinished=True) == [], "it has no report yet"
+    for name in ("report", "adapter"):
+        with writing(tmp_path / name, name, {}, 0, {}) as draft:
+            (draft.path / "config.json").touch()
+    assert removable(keep_unfinished=True) == ["adapter", "pruned"]
 
 
 def test_translate_reads_the_organisers_layout(

@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests import tiny
+
+# A machine that others use may stand still for longer than an example is allowed.
+settings.register_profile("halve", parent=settings.default, deadline=None)
+settings.load_profile("halve")
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,7 @@ def plan_file(path: Path, **changes: Any) -> Path:
 def test_stock_transformers_loads_it_without_halve(tiny_model: Path, tmp_path: Path) -> None:
     plan = plan_file(tmp_path / "plan.json")
     pruned = run_prune(PruneConfig(verify="full"), tiny_model, plan, tmp_path / "pruned")
-    assert pruned.extra["max_logit_difference"] < 1e-5
+    assert pruned.extra["max_logit_difference"] < 1e-4
     assert artefact.verify(pruned.path) == []
     teacher = load_model(tiny_model)
     clip = tiny.tone(1.0, 3)
@@ -68,7 +68,7 @@ def test_stock_transformers_loads_it_without_halve(tiny_model: Path, tmp_path: P
     inputs = teacher.family.stock_inputs(teacher.processor, clip, prompt, torch.float32)
     with torch.inference_mode(), only_layers(teacher.model, teacher.family, [0, 1, 3, 5]) as sliced:
         wanted = sliced(**inputs).logits.numpy()
-    np.testing.assert_allclose(np.load(found), wanted, atol=1e-5)
+    np.testing.assert_allclose(np.load(found), wanted, rtol=1e-4, atol=1e-4)
     config = read_config(pruned.path)
     assert config["tie_word_embeddings"] is False
     assert config["text_config"]["num_hidden_layers"] == 4

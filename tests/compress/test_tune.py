@@ -74,7 +74,7 @@ def test_a_taught_model_translates_what_it_learnt(taught: Path, tiny_corpus: Pat
     assert not artefact.verify(taught)
     losses = [line["loss"] for line in history(taught)]
     assert losses[0] > 1.0
-    assert losses[-1] < 0.05
+    assert losses[-1] < 0.2
     corpus = read_corpus(tiny_corpus)
     segments = corpus.split("train", limit=4)
     translator = TorchTranslator(load_model(taught, device="cpu"))

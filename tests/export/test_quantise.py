@@ -27,8 +27,10 @@ def test_error_is_at_most_one_step(
     weight = (np.random.default_rng(seed).normal(0, size, (rows, columns))).astype(np.float32)
     blocks = quantise_blocks(weight, bits, block, search=False)
     steps = np.repeat(np.abs(blocks.scales.astype(np.float32)), block, axis=1)[:, :columns]
-    # The extreme on the side with one code less may be a whole step off.
-    assert (np.abs(blocks.dequantise() - weight) <= steps * 1.01 + 1e-12).all()
+    # The extreme on the side with one code less may be a whole step off, and a scale in 16 bits half a 2048th of
+    # itself, which counts as often as a code is large.
+    most = 1.001 + 2.0 ** (bits - 12)
+    assert (np.abs(blocks.dequantise() - weight) <= steps * most + 1e-12).all()
 
 
 def test_search_never_makes_the_error_larger() -> None:

@@ -68,7 +68,7 @@ def test_a_package_says_what_its_student_may(
     searched = whole.translate(clips, "de", limits=LIMITS, beams=3)
     assert translator.translate(clips, "de", limits=LIMITS, beams=3) == searched
     for row in [*expected, *searched]:
-        assert not forbidden[0] & set(row.tokens) and row.tokens[0] not in forbidden[1]
+        assert not forbidden[0] & set(row.tokens) and not forbidden[1] & set(row.tokens[:1])
     for tokens in ([], expected[0].tokens[:2]):
         gap = translator.top_two_gap(clips[0], "de", tokens)
         assert gap == pytest.approx(top_two_gap(whole, clips[0], "de", tokens), abs=1e-3)
@@ -96,13 +96,12 @@ def test_a_trimmed_package_says_none_of_them(
     config = PackageConfig(precision="fp32", langs=("de",), trim_vocab=True, force=True)
     path = run_package(config, silenced, tiny_corpus, tmp_path / "p").path
     kept = set(np.load(path / "vocabulary.npy").tolist())
-    assert (forbidden[0] & kept and not forbidden[0] <= kept) or kept >= forbidden[0]
     translator = open_translator(path)
     rows = translator.translate(clips, "de", limits=LIMITS)
     rows += translator.translate(clips, "de", limits=LIMITS, beams=2)
     for row in rows:
         assert set(row.tokens) <= kept - forbidden[0]
-        assert row.tokens[0] not in forbidden[1]
+        assert not forbidden[1] & set(row.tokens[:1])
 
 
 def test_a_trimmed_vocabulary_blocks_the_rows_of_tokens_and_no_others() -> None:

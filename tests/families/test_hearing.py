@@ -104,7 +104,7 @@ def test_a_pruned_model_says_what_the_sliced_one_says(
     made = run_prune(
         PruneConfig(layers=removed, verify="full"), models[name], None, tmp_path / "pruned"
     )
-    assert made.extra["max_logit_difference"] < 1e-5
+    assert made.extra["max_logit_difference"] < 1e-4
     pruned = load_model(tmp_path / "pruned")
     assert stock_tokens(pruned) == sliced
     assert own_tokens(pruned) == sliced

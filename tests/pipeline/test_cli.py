@@ -262,6 +262,7 @@ def test_lines_go_into_a_file_beside_bars_on_a_terminal(tiny_model: Path, tmp_pa
         stderr=terminal,
         text=True,
         check=True,
+        timeout=300,
     )
     os.close(terminal)
     os.close(master)

@@ -76,7 +76,11 @@ class Page:
     def __exit__(self, *_: object) -> None:
         self._commands.close()
         self._process.terminate()
-        self._process.wait(10)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _send(self, method: str, session: str | None = "", **params: Any) -> dict[str, Any]:
         self._number += 1

@@ -181,18 +181,18 @@ def test_a_model_that_cannot_be_opened_says_so() -> None:
 
 def test_rows_join_and_leave(stepping_engine: Engine, stepping: SteppingTranslator) -> None:
     stepping.gate.clear()
-    long, short, third = piece(9), piece(2), piece(3)
+    long, short, third = piece(29), piece(2), piece(3)
     stepping_engine.submit(long)
     assert stepping.entered.wait(WAIT_S)
     stepping_engine.submit(short)
     stepping_engine.submit(third)
     stepping.gate.set()
-    assert long.future.result(WAIT_S).translation.tokens == list(range(10))
+    assert long.future.result(WAIT_S).translation.tokens == list(range(30))
     assert short.future.result(WAIT_S).translation.text == "0 1 2"
     assert third.future.result(WAIT_S).translation.text == "0 1 2 3"
     # The short row left before the long one ended, and the third took its place.
-    assert [9.0, 2.0] in stepping.batches
-    assert [9.0, 3.0] in stepping.batches
+    assert [29.0, 2.0] in stepping.batches
+    assert [29.0, 3.0] in stepping.batches
 
 
 def test_a_cancelled_row_leaves_at_the_next_step(

@@ -40,6 +40,7 @@ def balancer(directory: Path, urls: Sequence[str]) -> Iterator[Server]:
         [*command, "-g", "daemon off;"],
         f"http://127.0.0.1:{port}",
         "/health",
+        name="nginx",
         env=os.environ,
         startup_s=60,
         mend=f"read {directory / 'log'}",

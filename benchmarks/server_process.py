@@ -60,6 +60,7 @@ def serving(
         [*command, *arguments],
         f"http://127.0.0.1:{port}",
         "/ready",
+        name="halve serve",
         env=pinned_environment(threads),
         startup_s=startup_s,
         mend=f"try `halve serve {' '.join([*arguments[:2], *options])}`",
@@ -73,6 +74,7 @@ def running(
     url: str,
     ready: str,
     *,
+    name: str,
     env: Mapping[str, str],
     startup_s: float,
     mend: str,
@@ -81,10 +83,11 @@ def running(
     """Runs any server while the block lasts.
 
     Args:
+        ready: path that answers 200 once it serves.
+        name: what a message calls it.
+        mend: what to do if it does not start.
         of_its_own: in a process group of its own, so that `kill` takes the processes that it has started with it.
             What ends this process from outside then no longer reaches it.
-        ready: path that answers 200 once it serves.
-        mend: what to do if it does not start.
 
     Raises:
         HalveError: it ended, or was not ready in time.
@@ -102,7 +105,7 @@ def running(
                 log.seek(0)
                 said = log.read().decode("utf8", errors="replace").strip().splitlines()
                 raise HalveError(
-                    f"{Path(command[0]).name} did not become ready ({said[-1] if said else 'it said nothing'})",
+                    f"{name} did not become ready ({said[-1] if said else 'it said nothing'})",
                     expected=f"an answer of {url}{ready} within {startup_s:.0f} s",
                     mend=mend,
                 )

@@ -27,6 +27,7 @@ import soundfile
 
 from benchmarks.balancer import balancer, need_nginx
 from benchmarks.server_process import Server, free_port, kill, running
+from benchmarks.soak import TIE_GAP
 from benchmarks.ties import differs_at_tie
 from benchmarks.workload import FloatArray
 from halve import environment
@@ -35,11 +36,9 @@ from halve.corpus import read_corpus
 from halve.families.base import SYSTEM_PROMPT
 from halve.languages import language, token_limit
 from halve.models import load_model
-from halve.translate import TorchTranslator, Translation
+from halve.translate import TorchTranslator
 
 NAME = "student"
-TIE_GAP = 1e-2
-"""Two best logits nearer than this may change places, as in the server's own benches."""
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -113,6 +112,7 @@ def _vllm(vllm: Path, student: Path) -> contextlib.AbstractContextManager[Server
         command,
         f"http://127.0.0.1:{port}",
         "/health",
+        name="vLLM",
         env={**os.environ, **OFFLINE},
         startup_s=600,
         mend=f"try `{' '.join(command[:3])}`",
@@ -169,11 +169,8 @@ def compared(
 ) -> dict[str, Any]:
     """How many answers are the student's texts, and which are not."""
     expected = student.translate(audio, lang)
-
-    def differ(index: int, row: Translation) -> bool:
-        return answers[index] not in (None, row.text)
-
-    parted = [index for index, row in enumerate(expected) if differ(index, row)]
+    failed = sum(answer is None for answer in answers)
+    parted = [index for index, row in enumerate(expected) if answers[index] not in (None, row.text)]
     ties = [
         index
         for index in parted
@@ -183,8 +180,8 @@ def compared(
     ]
     return {
         "segments": len(expected),
-        "failed": sum(answer is None for answer in answers),
-        "equal": len(expected) - len(parted) - sum(answer is None for answer in answers),
+        "failed": failed,
+        "equal": len(expected) - len(parted) - failed,
         "near_ties": len(ties),
         "different": [
             {"expected": expected[index].text, "found": answers[index]}

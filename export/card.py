@@ -194,9 +194,12 @@ def _use(kind: str, facts: Mapping[str, Any], source: Path) -> list[str]:
         lines += [
             "",
             "It also loads in stock transformers with `from_pretrained`. Ask it, there and in other",
+            f"servers, as it was taught, greedily ({lang}):",
+            "",
+            "```",
+            *_prompt(source, lang).splitlines(),
+            "```",
         ]
-        lines += [f"servers, as it was taught, greedily ({lang}):", "", "```"]
-        lines += [*_prompt(source, lang).splitlines(), "```"]
     return lines
 
 

@@ -18,15 +18,17 @@ class Language:
     """The metric that layers and settings are chosen by (Moslem 2025: chrF++; chrF for Chinese)."""
     bleu_tokenizer: str
     """sacrebleu's tokenizer for BLEU."""
+    joiner: str
+    """What stands between the translations of two stretches of one recording."""
 
 
 def _spaced(code: str, name: str) -> Language:
-    return Language(code, name, "chrf++", "13a")
+    return Language(code, name, "chrf++", "13a", " ")
 
 
 def _unspaced(code: str, name: str, tokenizer: str) -> Language:
     # chrF's word n-grams mean nothing where words are not separated by spaces.
-    return Language(code, name, "chrf", tokenizer)
+    return Language(code, name, "chrf", tokenizer, "")
 
 
 LANGUAGES: dict[str, Language] = {
@@ -71,15 +73,6 @@ def language(code: str) -> Language:
             mend="use the two-letter code, or add a row to halve/languages.py",
         )
     return LANGUAGES[key]
-
-
-UNSPACED = frozenset({"zh", "ja", "th"})
-"""Languages whose sentences follow one another without a space."""
-
-
-def joiner(lang: str) -> str:
-    """What stands between the translations of two stretches of one recording."""
-    return "" if lang in UNSPACED else " "
 
 
 TOKENS_BEFORE_SPEECH = 24

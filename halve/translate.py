@@ -395,9 +395,10 @@ class _Decoding:
             mask = torch.cat([mask[rows], mask.new_ones(len(keep), 1)], dim=1)
 
     def _left(self, row: int, gone: Callable[[int], bool]) -> bool:
-        if gone(row):
-            self.reasons[row] = "gone"
-        return self.reasons[row] == "gone"
+        if not gone(row):
+            return False
+        self.reasons[row] = "gone"
+        return True
 
     def _take(
         self,

@@ -12,7 +12,7 @@ from halve.errors import CorpusError, InputError
 from halve.families import SourceText
 from halve.importers.base import read_lines, split_lines
 from halve.importers.iwslt import FILE_ORDER, AudioIndex, Entry, in_file_order, read_segments_yaml
-from halve.languages import joiner
+from halve.languages import language
 from halve.progress import Progress
 from halve.splitting import stretches
 
@@ -215,7 +215,7 @@ def translate(
                 texts = iter(rows)
                 for piece, clip, parts in zip(batch, audio, cuts, strict=True):
                     found = [" ".join(next(texts).text.split()) for _ in parts]
-                    text = joiner(target).join(each for each in found if each)
+                    text = language(target).joiner.join(each for each in found if each)
                     yield Line(piece.name, text, len(clip) / translator.sample_rate_hz)
                 advance(len(batch))
                 if fault is not None:

@@ -5,7 +5,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from halve.languages import joiner, language
+from halve.languages import language
 from serve.schemas import Segment, VerboseTranslation
 
 
@@ -37,7 +37,7 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        return joiner(self.lang).join(part.text for part in self.parts if part.text)
+        return language(self.lang).joiner.join(part.text for part in self.parts if part.text)
 
     @property
     def coverage(self) -> float:

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from halve.languages import joiner
+from halve.languages import language
 from halve.splitting import Stretch, stretches
 from serve.audio_input import Recording
 from serve.engine import Engine
@@ -126,7 +126,7 @@ class Job:
     def _teller(self) -> Callable[[str], None]:
         """Passes text into the event loop; a later stretch's first text brings the joiner."""
         loop, on_text = asyncio.get_running_loop(), self.on_text
-        before = joiner(self.lang) if self._has_told else ""
+        before = language(self.lang).joiner if self._has_told else ""
 
         def tell(text: str) -> None:
             nonlocal before

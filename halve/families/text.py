@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 SOURCE = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""Stands for the source's text in a prompt."""
-"""Stands for the source text while a chat template is rendered."""
+"""Stands for the source text in a prompt, while a chat template is rendered and in what is shown of it."""
 
 
 MAX_WINDOW_LAYERS = 28

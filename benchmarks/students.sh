@@ -3,6 +3,7 @@
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
 # Steps: corpus plans translations A B C D baselines select test table
 # GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B.
+# On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
 #   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
@@ -24,7 +25,7 @@ STEPS_C=${STEPS_C:-3000}
 LANGS=(--lang de --lang zh)
 TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --states-dir "$OUT/states" --translations "$OUT/translations" --epochs 100 --schedule linear
     --warmup 0.03 --spec-mask 0.08 --logit-weight 0.5 --checkpoint-every 50 --eval-every 300 --select-segments 120 --patience 100)
-QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate 3e-4 --batch-size 48)
+QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate "${RATE_QLORA:-3e-4}" --batch-size "${BATCH_QLORA:-48}")
 # What A's and B's bars leave room for: the tower and the head in 8 bits; every decoder layer in 4.
 ROOM=(--encoder-bits 8 --head-bits 8)
 FULL=(--method full --learning-rate 5e-4 --weight-decay 0.01 --batch-size 48)
@@ -58,7 +59,7 @@ plans() {
 translations() {
     missing "$OUT/translations" || return 0
     "$HALVE" distill --model "$TEACHER" --corpus "$CORPUS" "${LANGS[@]}" --dtype "${DTYPE:-bfloat16}" --batch-size 128 --logits 8 \
-        --states-dir "$OUT/states" --out "$OUT/translations"
+        ${LIMIT:+--limit "$LIMIT"} --states-dir "$OUT/states" --out "$OUT/translations"
 }
 A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED" "${ROOM[@]}"; }
 B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED" "${ROOM[@]}"; }

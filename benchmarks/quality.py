@@ -95,7 +95,11 @@ def run_quality(
     sizes = [size.measure(model.path, model.given) for model in models]
     if config.threads:
         environment.pin_threads(config.threads)
-    parents = {"corpus": corpus} | {model.name: model.path for model in models}
+    roles = ["teacher", *["student"] * len(students)]
+    parents = {
+        f"{role} {model.name}": model.path for role, model in zip(roles, models, strict=True)
+    }
+    parents["corpus"] = corpus
     settings = config.model_dump()
     is_made = is_current(out, "results", settings, config.seed, parents)
     with writing(out, "results", settings, config.seed, parents) as draft:
@@ -132,7 +136,7 @@ def check_config(config: QualityConfig) -> None:
 def _named(given: Sequence[str | Path]) -> list[_Model]:
     """Names by directory, told apart where two are the same."""
     models: list[_Model] = []
-    taken: set[str] = {"corpus"}
+    taken: set[str] = set()
     for path in given:
         local = Path(path) if Path(path).exists() else Path(resolve_model(path))
         stem = (Path(path).resolve() if Path(path).exists() else Path(path)).name or "model"

@@ -13,6 +13,10 @@ Precision = Literal["float32", "bfloat16"]
 Arithmetic = Literal["auto", "float32", "bfloat16"]
 
 
+DECIDES_NOTHING = {"checkpoint_every"}
+"""Settings of training that leave its result as it is: they are not on record, and may change when it goes on."""
+
+
 class TrainingConfig(Config):
     """What full fine-tuning and adapter tuning have in common."""
 

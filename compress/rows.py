@@ -43,8 +43,7 @@ def segments_for(
     """
     wanted = {segment.id for lang in langs for segment in corpus.split(split, lang)}
     found = [segment for segment in corpus.split(split) if segment.id in wanted]
-    if limit is not None and limit < len(found):
-        found = [found[index * len(found) // limit] for index in range(limit)]
+    found = evenly(found, limit)
     for lang in langs:
         if not any(lang in segment.references for segment in found):
             raise CorpusError(
@@ -53,6 +52,14 @@ def segments_for(
                 mend="raise the limit, or name this language alone",
             )
     return found
+
+
+def evenly(segments: Sequence[Segment], limit: int | None) -> list[Segment]:
+    """So many of the segments, spread evenly; all of them without a limit."""
+    count = len(segments)
+    if limit is None or limit >= count:
+        return list(segments)
+    return [segments[index * count // limit] for index in range(limit)]
 
 
 def reference_rows(
@@ -74,15 +81,15 @@ def read_rows(path: Any, segments: Sequence[Segment], langs: Sequence[str]) -> l
     """The rows.jsonl of a translations artefact, for these segments and languages.
 
     Raises:
-        CorpusError: none of its rows fits.
+        CorpusError: none of its rows fits, or none in one of the languages.
         ArtefactError: a line that is no row.
     """
     ids = {segment.id for segment in segments}
     rows = [_row(path, number, record) for number, record in enumerate(read_jsonl(path))]
     found = [row for row in rows if row.id in ids and row.lang in langs]
-    if not found:
+    if missing := set(langs) - {row.lang for row in found}:
         raise CorpusError(
-            f"{path} has no row for this corpus in {', '.join(langs)}",
+            f"{path} has no row for this corpus in {', '.join(sorted(missing))}",
             expected="translations made from the same corpus and language",
             mend="run `halve distill` with this corpus and --lang",
         )

@@ -8,7 +8,7 @@ from torch.nn import Parameter
 
 from compress import parallel
 from compress.adapters import put_adapter_on
-from compress.config import TeachConfig, TrainingConfig
+from compress.config import DECIDES_NOTHING, TeachConfig, TrainingConfig
 from compress.gradients import arithmetic
 from compress.loop import Scores, Training, checkpoint_activations, train
 from compress.parallel import Team
@@ -26,8 +26,8 @@ from halve.models import SpeechModel, load_model, quiet, read_config, resolve_mo
 from halve.origin import origin
 from halve.progress import SILENT, Progress
 from halve.shards import copy_side_files
-from halve.sources import segment_limit, warn_of_speech
-from halve.translate import TorchTranslator
+from halve.sources import check_sources, segment_limit, warn_of_speech
+from halve.translate import TorchTranslator, plan_batches
 
 SCORE_BATCH = 40
 """Segments translated at once when `select` is scored."""
@@ -56,7 +56,7 @@ def run_teach(
     """
     base = resolve_model(model)
     check_unquantised(base)
-    recipe = config.model_dump(mode="json")
+    recipe = config.model_dump(mode="json", exclude=DECIDES_NOTHING)
     parents = {"model": base, "corpus": Path(corpus)}
     team = parallel.team(config.device)
     progress = progress if team.is_main else SILENT
@@ -142,7 +142,14 @@ def _prepare(
     progress: Progress,
 ) -> Training:
     segments = segments_for(corpus, "train", config.langs, config.train_segments)
+    check_sources(speech.family.reads, corpus, segments)
     warn_of_speech(speech.family.reads, segments, progress)
+    if config.transcribe and speech.family.reads == "text":
+        raise InputError(
+            f"--transcribe, and {speech.family.name} models read: there is nothing to write down",
+            expected="a model that listens",
+            mend="leave --transcribe out",
+        )
     rows = reference_rows(segments, config.langs, config.transcribe)
     # An adapter leaves the tower as it is.
     frozen = config.freeze_audio or config.method == "lora"
@@ -227,6 +234,7 @@ def scorer(
     }
     ids = set().union(*samples.values())
     segments = [segment for segment in corpus.split("select") if segment.id in ids]
+    check_sources(speech.family.reads, corpus, segments)
     audio = open_states(speech, corpus, segments, folder if frozen_audio else None, progress)
     places = {
         lang: [place for place, segment in enumerate(segments) if segment.id in sample]
@@ -255,18 +263,31 @@ def select_score(
         places: of the segments that are scored, which have a reference in `lang`.
     """
     translator = TorchTranslator(speech, stop_loops=True)
-    with torch.inference_mode():
-        embeddings = [
-            SourceText(segments[place].source_text, segments[place].source_lang)
-            if speech.family.reads == "text"
-            else speech.family.project(speech.model, audio.read(place))
-            for place in places
-        ]
-    limits = [segment_limit(speech.family.reads, segments[place]) for place in places]
-    found = translator.translate_embeddings(embeddings, lang, limits=limits, batch_size=SCORE_BATCH)
+    reads = speech.family.reads
+    found: dict[int, str] = {}
+    lengths = [
+        len(segments[place].source_text) if reads == "text" else audio.lengths[place]
+        for place in places
+    ]
+    # A batch at a time: the projected audio of a whole split need not fit beside the model.
+    for batch in plan_batches(lengths, SCORE_BATCH):
+        chosen = [places[index] for index in batch]
+        limits = [segment_limit(reads, segments[place]) for place in chosen]
+        taken = [_taken_in(speech, segments[place], audio, place) for place in chosen]
+        rows = translator.translate_embeddings(taken, lang, limits=limits, batch_size=SCORE_BATCH)
+        found |= {index: row.text for index, row in zip(batch, rows, strict=True)}
     references = Corpus.references([segments[place] for place in places], lang)
-    metric = language(lang).selection_metric
-    return score(metric, [row.text for row in found], references, lang).score
+    texts = [found[index] for index in range(len(places))]
+    return score(language(lang).selection_metric, texts, references, lang).score
+
+
+def _taken_in(
+    speech: SpeechModel, segment: Segment, audio: AudioStates, place: int
+) -> SourceText | torch.Tensor:
+    if speech.family.reads == "text":
+        return SourceText(segment.source_text, segment.source_lang)
+    with torch.inference_mode():
+        return speech.family.project(speech.model, audio.read(place))
 
 
 def write_history(draft: Draft, history: Sequence[dict[str, object]]) -> None:

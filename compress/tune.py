@@ -11,12 +11,12 @@ from torch.nn import Parameter
 
 from compress import parallel
 from compress.adapters import decoder_linears, put_adapter_on
-from compress.config import TuneConfig
+from compress.config import DECIDES_NOTHING, TuneConfig
 from compress.gradients import arithmetic
 from compress.logits import LogitLoss, StoredLogits
 from compress.loop import Training, checkpoint_activations, train
 from compress.parallel import Team
-from compress.rows import Row, build_sequences, read_rows, reference_rows, segments_for
+from compress.rows import Row, build_sequences, evenly, read_rows, reference_rows, segments_for
 from compress.states import open_states
 from compress.teach import (
     check_unquantised,
@@ -33,7 +33,7 @@ from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import ArtefactError, InputError
 from halve.models import SpeechModel, load_model, resolve_model
 from halve.progress import SILENT, Progress
-from halve.sources import warn_of_speech
+from halve.sources import check_sources, warn_of_speech
 
 _CARRIED = ("removed", "kept", "base_model")
 
@@ -73,15 +73,14 @@ def run_tune(
         parents["translations"] = Path(translations)
     soft = _soft_loss(config, translations)
     kind = "student" if config.method == "full" else "adapter"
-    recipe = config.model_dump(mode="json")
+    recipe = config.model_dump(mode="json", exclude=DECIDES_NOTHING)
     team = parallel.team(config.device)
     progress = progress if team.is_main else SILENT
     with parallel.writing(team, Path(out), kind, recipe, config.seed, parents) as draft:
         computed = arithmetic(config.precision, team.device or config.device, progress)
         speech = _load(config, base, team, computed)
         data = read_corpus(corpus)
-        segments = segments_for(data, "train", config.langs, config.train_segments)
-        rows = _rows(config, segments, translations)
+        segments, rows = _material(config, data, translations)
         adapter = None if config.method == "full" else put_adapter_on(config, speech)
         folder = states_dir or draft.work
         training = _prepare(config, speech, data, segments, rows, draft, folder, team, progress)
@@ -124,10 +123,20 @@ def _load(config: TuneConfig, base: Path, team: Team, computed: str) -> SpeechMo
     return load_model(base, dtype=computed, device=device, quantization=quantization)
 
 
-def _rows(config: TuneConfig, segments: list[Segment], translations: Path | None) -> list[Row]:
+def _material(
+    config: TuneConfig, corpus: Corpus, translations: Path | None
+) -> tuple[list[Segment], list[Row]]:
+    """What is trained on. Of translations that cover a part of the segments, that part alone."""
+    langs = config.langs
     if translations is None:
-        return reference_rows(segments, config.langs)
-    return read_rows(translations / "rows.jsonl", segments, config.langs)
+        segments = segments_for(corpus, "train", langs, config.train_segments)
+        return segments, reference_rows(segments, langs)
+    segments = segments_for(corpus, "train", langs, None)
+    rows = read_rows(translations / "rows.jsonl", segments, langs)
+    covered = {row.id for row in rows}
+    chosen = evenly([each for each in segments if each.id in covered], config.train_segments)
+    ids = {segment.id for segment in chosen}
+    return chosen, [row for row in rows if row.id in ids]
 
 
 def _soft_loss(config: TuneConfig, translations: Path | None) -> LogitLoss | None:
@@ -154,6 +163,7 @@ def _prepare(
     team: Team,
     progress: Progress,
 ) -> Training:
+    check_sources(speech.family.reads, corpus, segments)
     warn_of_speech(speech.family.reads, segments, progress)
     weights, projector = _weights(config, speech)
     if config.checkpoint_activations:

@@ -28,6 +28,7 @@ TIMINGS = "timings.jsonl"
 _CLAIM = "partial.json"
 _WORK = "work"
 _UNHASHED = {RECORD, TIMINGS, _CLAIM}
+_LEFT_BEHIND = {".cache", ".DS_Store", ".ipynb_checkpoints"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def _files(path: Path) -> list[str]:
         for name in names
         if name.as_posix() not in _UNHASHED and name.parts[0] != _WORK
     )
+
+
+def _is_left_behind(name: str) -> bool:
+    """Whether a program put the file there of itself: a downloader, a file browser, a notebook, NFS."""
+    return any(part in _LEFT_BEHIND or part.startswith(".nfs") for part in name.split("/"))
 
 
 def _is_hidden(name: str) -> bool:
@@ -257,7 +263,7 @@ def writing(
     out = _real(out)
     _check_ground(out)
     _finish_publishing(out)
-    _check_place(out, kind)
+    _check_place(out, kind, recipe)
     _check_inputs(out, parents.values())
     hashes = {name: identity(path) for name, path in parents.items()}
     claim = _fingerprint(kind, recipe, seed, hashes)
@@ -368,14 +374,18 @@ def _check_ground(out: Path) -> None:
     )
 
 
-def _check_place(out: Path, kind: str) -> None:
-    """Refuses to replace anything but an older artefact of the same kind, and nothing that was put beside its files."""
+def _check_place(out: Path, kind: str, recipe: Mapping[str, Any]) -> None:
+    """Refuses to replace anything but an older artefact of the same kind, and nothing that was put beside its files.
+
+    One stage may make two kinds: `tune` a student in full, else an adapter. Its settings tell it.
+    """
     if not out.exists():
         return
     if out.is_dir() and not any(out.iterdir()):
         return
-    if (out / RECORD).is_file() and (old := read(out)).kind == kind:
-        others = [name for name in _files(out) if name not in old.files and not _is_hidden(name)]
+    old = read(out) if (out / RECORD).is_file() else None
+    if old is not None and (old.kind == kind or old.recipe.keys() == recipe.keys()):
+        others = [n for n in _files(out) if n not in old.files and not _is_left_behind(n)]
         if others:
             raise ArtefactError(
                 f"{out} also holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}, which would be lost",
@@ -480,7 +490,8 @@ def _publish(partial: Path, out: Path) -> None:
     Raises:
         ArtefactError: something has come into the way meanwhile; the finished directory stays.
     """
-    _check_place(out, read(partial).kind)
+    made = read(partial)
+    _check_place(out, made.kind, made.recipe)
     shutil.rmtree(partial / _WORK, ignore_errors=True)
     # Closing a file gives up the process's lock on it.
     _sync([e for e in partial.rglob("*") if e.is_file() and e != partial / _CLAIM])

@@ -28,22 +28,31 @@ def read_source(reads: str, corpus: Corpus, segment: Segment) -> Source:
     Raises:
         CorpusError: the segment has none.
     """
+    check_sources(reads, corpus, [segment])
     if reads == "text":
-        text = segment.source_text.strip()
-        if not text:
+        return SourceText(segment.source_text.strip(), segment.source_lang)
+    return corpus.audio(segment)
+
+
+def check_sources(reads: str, corpus: Corpus, segments: Sequence[Segment]) -> None:
+    """Refuses segments without what a model is given, before anything is computed.
+
+    Raises:
+        CorpusError: as `read_source`, of the first segment that has none.
+    """
+    for segment in segments:
+        if reads == "text" and not segment.source_text.strip():
             raise CorpusError(
                 f"Segment {segment.id} of {corpus.path} has no source text",
                 expected="a transcript for every segment: a text model reads it",
                 mend="import the corpus with its transcripts, or with --faulty drop",
             )
-        return SourceText(text, segment.source_lang)
-    if not segment.audio:
-        raise CorpusError(
-            f"Segment {segment.id} of {corpus.path} has no audio",
-            expected="a corpus of speech: this model listens",
-            mend="name a corpus with audio, or a text model",
-        )
-    return corpus.audio(segment)
+        if reads == "audio" and not segment.audio:
+            raise CorpusError(
+                f"Segment {segment.id} of {corpus.path} has no audio",
+                expected="a corpus of speech: this model listens",
+                mend="name a corpus with audio, or a text model",
+            )
 
 
 def read_sources(reads: str, corpus: Corpus, segments: Sequence[Segment]) -> list[Source]:

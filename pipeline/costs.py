@@ -31,6 +31,7 @@ POSITIONS_PER_SECOND = 25
 """Decoder positions that a second of audio takes."""
 LETTERS_PER_SECOND = 15
 """How a text without audio is counted: as long as it takes to say."""
+ASSUMED_AUDIO_WIDTH = 1280
 PROMPT_POSITIONS = 40
 TOKENS_PER_SECOND = 4
 """Tokens of a translation a second of speech."""
@@ -185,6 +186,18 @@ class Estimator:
         overhead = batches * 1.5 * tokens * counts.decoder_layers * STEP_OVERHEAD_S
         return segments * arithmetic / self.flops + overhead
 
+    def states_bytes(self, segments: int) -> float:
+        """What the tower's states of so many segments take on disk: 16 bits a number."""
+        assert self.config is not None
+        family = family_for(self.config)
+        if family.reads == "text":
+            return 0.0
+        audio = self.config.get("audio_config") or self.config
+        width = audio.get("d_model") or audio.get("hidden_size") or ASSUMED_AUDIO_WIDTH
+        # A whole window is 1500 positions of the tower; what is cut to the clip's length is pooled by two.
+        positions = 1500 if family.hears_whole_window else self.speech.mean_s * POSITIONS_PER_SECOND
+        return 2.0 * width * positions * segments
+
     def training(self, counts: Counts, rows: int, epochs: float, factor: float) -> float:
         """Seconds of training: `factor` is 6 where all weights learn, 4 where an adapter does."""
         positions = (
@@ -272,8 +285,12 @@ def _distill(of: Estimator, step: "Step") -> Cost:
     counts = of.teacher
     assert counts is not None
     segments = sum(of.speech.count(split, config.limit) for split in config.splits)
-    time_s = of.translating(counts, segments, config.batch_size) * len(config.langs)
-    return Cost(LOAD_S + time_s, 0.7e9 + counts.total * _bytes(config.dtype), 600 * segments)
+    beams = config.hypotheses
+    # Beams are as many rows as they are wide, a segment at a time.
+    together = config.batch_size if beams == 1 else beams
+    time_s = of.translating(counts, segments * beams, together) * len(config.langs)
+    disk = 600 * segments * beams + (of.states_bytes(segments) if config.logits else 0)
+    return Cost(LOAD_S + time_s, 0.7e9 + counts.total * _bytes(config.dtype), disk)
 
 
 def _adapter(counts: Counts, rank: int) -> float:
@@ -300,30 +317,43 @@ def _tune(of: Estimator, step: "Step") -> Cost:
     rounds = config.epochs + 1
     time_s += rounds * of.translating(counts, checked, 16) * len(config.langs)
     time_s += LOAD_S + segments * 2 * counts.audio_tower * of.speech.mean_s * 50 / of.flops / 0.3
+    heard = of.states_bytes(segments + checked)
     if config.method == "full":
-        return Cost(time_s, 1e9 + counts.total * 16, counts.total * 2)
+        disk = counts.total * 2 + _resume_bytes(counts.total, 4) + heard
+        return Cost(time_s, 1e9 + counts.total * 16, disk)
     learnt = _adapter(counts, config.rank)
     stored = NF4_BYTES if config.method == "qlora" else 2
     frozen = counts.decoder * stored + (counts.total - counts.decoder) * 2
-    return Cost(time_s, 1e9 + frozen + learnt * 16, learnt * 4)
+    disk = learnt * 4 + _resume_bytes(learnt, 4) + heard
+    return Cost(time_s, 1e9 + frozen + learnt * 16, disk)
+
+
+def _resume_bytes(learnt: float, each: float) -> float:
+    """What a training run keeps to go on from, of weights of so many bytes: at most three checkpoints with two
+    moments, and the best weights twice while new ones take the place of old."""
+    return learnt * each * (3 * 3 + 2)
 
 
 def _teach(of: Estimator, step: "Step") -> Cost:
     config: Any = step.config
     counts = of.teacher
     assert counts is not None
-    rows = of.speech.count("train", config.train_segments) * (len(config.langs) + config.transcribe)
+    segments = of.speech.count("train", config.train_segments)
+    rows = segments * (len(config.langs) + config.transcribe)
+    checked = of.speech.count("select", config.select_segments)
     lora = config.method == "lora"
     time_s = of.training(counts, rows, _steps_of(config, rows), 4 if lora else 6)
     if config.max_minutes is not None:
         time_s = min(time_s, config.max_minutes * 60)
+    heard = of.states_bytes(segments + checked) if lora or config.freeze_audio else 0
+    each, disk = _bytes(config.weights), counts.total * 2 + heard
     if lora:
-        learnt = 16 * _adapter(counts, config.rank)
-        frozen = counts.total * _bytes(config.weights)
-        return Cost(LOAD_S + time_s, 1e9 + frozen + learnt, counts.total * 2 + learnt)
+        learnt = _adapter(counts, config.rank)
+        memory = 1e9 + counts.total * each + 16 * learnt
+        return Cost(LOAD_S + time_s, memory, disk + _resume_bytes(learnt, 4))
     # Weights, gradients and two moments, each of the same precision.
-    each = 4 * _bytes(config.weights)
-    return Cost(LOAD_S + time_s, 1e9 + counts.total * each, counts.total * (2 + each))
+    memory = 1e9 + 4 * counts.total * each
+    return Cost(LOAD_S + time_s, memory, disk + _resume_bytes(counts.total, each))
 
 
 def _merge(of: Estimator, step: "Step") -> Cost:

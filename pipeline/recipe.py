@@ -87,6 +87,10 @@ class Recipe(Config):
             faults.append("importance ranks layers that no prune section removes (prune: {} does)")
         if self.prune is not None and self.importance is None and self.prune.layers is None:
             faults.append("prune needs layers, or an importance section that finds them")
+        if self.importance is not None and self.prune is not None and self.prune.layers is not None:
+            faults.append(
+                "prune.layers settles what goes: leave it, or the importance section, out"
+            )
         if self.merge is not None and self.tune is None:
             faults.append("merge needs a tune section")
         if self.tune is not None and self.tune.logit_weight and not self._has_logits():

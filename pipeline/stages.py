@@ -10,6 +10,7 @@ from export.config import MergeConfig
 from halve import artefact
 from halve.errors import HalveError, InputError
 from halve.families import family_for
+from halve.importers.base import CorpusConfig
 from halve.models import read_config, resolve_model
 from halve.progress import Progress
 from pipeline import steps
@@ -79,7 +80,9 @@ def _model(text: str) -> Model:
 def corpus(run: Run) -> Iterator[Step]:
     """Imports the speech and its translations."""
     section = run.recipe.corpus
-    yield steps.corpus(section, section.source, run.corpus)
+    # Not the path that the recipe came by: the same files by another spelling are the same corpus.
+    config = CorpusConfig.model_validate(section.model_dump(exclude={"source"}))
+    yield steps.corpus(config, section.source, run.corpus)
 
 
 def teach(run: Run) -> Iterator[Step]:
@@ -210,8 +213,10 @@ def steps_between(run: Run, first: str | None, last: str | None) -> list[Step]:
     return chosen
 
 
-def check_inputs(run: Run) -> None:
+def check_inputs(run: Run, chosen: list[Step]) -> None:
     """Refuses a run whose model or corpus is not there, or whose layers cannot go, before anything is done.
+
+    What none of the chosen steps reads may be gone.
 
     Raises:
         InputError: the source of the corpus is missing, or what a bench is given to score with, or layers
@@ -220,17 +225,19 @@ def check_inputs(run: Run) -> None:
         FamilyError: an architecture that halve does not know.
     """
     section = run.recipe.corpus
-    if section.format != "hf" and not Path(section.source).exists():
+    stages = {step.stage for step in chosen}
+    if "corpus" in stages and section.format != "hf" and not Path(section.source).exists():
         raise InputError(
             f"The corpus source {section.source} does not exist",
             mend="correct `source` in the recipe (paths are relative to the recipe)",
         )
-    if run.recipe.bench.quality is not None:
+    if run.recipe.bench.quality is not None and "bench" in stages:
         from benchmarks.quality import check_config
 
         check_config(run.recipe.bench.quality)
-    model = resolve_model(str(run.recipe.teacher or run.recipe.base))
-    _check_layers(run.recipe, read_config(model))
+    model = _model(str(run.recipe.teacher or run.recipe.base))
+    if any(model in step.inputs for step in chosen):
+        _check_layers(run.recipe, read_config(resolve_model(model)))
 
 
 def _check_layers(recipe: Recipe, config: dict[str, Any]) -> None:
@@ -264,15 +271,15 @@ def plan(run: Run, first: str | None, last: str | None) -> tuple[list[Planned], 
 
 def _is_done(step: Step) -> bool:
     try:
-        return steps.up_to_date(step)
-    except HalveError:  # an input that is not there yet, or a model that is not on this machine
+        return steps.up_to_date(step, fetch=False)
+    except HalveError:  # an input that is not there yet
         return False
 
 
 def run_all(run: Run, first: str | None, last: str | None, progress: Progress) -> list[Planned]:
     """Carries out the steps in their order, and says before each what it will cost."""
-    check_inputs(run)
     planned = steps_between(run, first, last)
+    check_inputs(run, planned)
     run.out.mkdir(parents=True, exist_ok=True)
     estimator = Estimator(run)
     ran = []

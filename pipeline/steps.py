@@ -1,8 +1,9 @@
 """One step: a stage applied to its inputs. The command line runs one, a recipe runs all of them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.config import (
     ImportanceBenchConfig,
@@ -22,8 +23,8 @@ from export.config import MergeConfig, PackageConfig
 from halve import artefact
 from halve.artefact import Artefact
 from halve.config import Config
-from halve.importers import CorpusConfig, inputs_of
-from halve.models import resolve_model
+from halve.importers import CorpusConfig, inputs_of, noted_of
+from halve.models import local_model, resolve_model
 from halve.progress import Progress
 
 Model = str | Path
@@ -41,6 +42,10 @@ class Step:
     work: Callable[[Progress], Artefact]
     lacks: Callable[[Path], bool] | None = None
     """Whether something that was asked for is wanting in what was made, and could be had by now."""
+    roles: Mapping[str, Model] = field(default_factory=dict)
+    """Inputs that could change places unseen, by the first word of the names they have on record."""
+    noted: Mapping[str, Any] = field(default_factory=dict)
+    """What the stage puts on record beside its settings, and that must be the same."""
 
     @property
     def name(self) -> str:
@@ -58,7 +63,8 @@ def corpus(config: CorpusConfig, source: str, out: Path) -> Step:
         return run_corpus(config, source, out, progress)
 
     inputs = tuple(inputs_of(config, source).values())
-    return Step("corpus", "corpus", out, config, inputs, work)
+    noted = noted_of(config, source)
+    return Step("corpus", "corpus", out, config, inputs, work, noted=noted)
 
 
 def teach(
@@ -148,7 +154,8 @@ def merge(config: MergeConfig, model: Model, adapter: Path, speech: Path | None,
     # A fully tuned model is cast, not merged: nothing is chosen on the corpus.
     scored = config.onto == "auto" and not (adapter / "config.json").is_file()
     used = (speech,) if speech is not None and scored else ()
-    return Step("merge", "student", out, config, (model, adapter, *used), work)
+    roles = {"model": model, "adapter": adapter}
+    return Step("merge", "student", out, config, (model, adapter, *used), work, roles=roles)
 
 
 def package(config: PackageConfig, model: Model, speech: Path | None, out: Path) -> Step:
@@ -177,7 +184,9 @@ def quality(
 
         return lacks_comet(config, made)
 
-    return Step("bench", "results", out, config, (teacher, *students, speech), work, lacks)
+    inputs = (teacher, *students, speech)
+    roles = {"teacher": teacher}
+    return Step("bench", "results", out, config, inputs, work, lacks, roles)
 
 
 def longform(
@@ -190,7 +199,8 @@ def longform(
 
         return run_longform(config, list(hypotheses), references, out)
 
-    return Step("bench", "results", out, config, (*hypotheses, references), work)
+    roles = {"references": references}
+    return Step("bench", "results", out, config, (*hypotheses, references), work, roles=roles)
 
 
 def latency(config: LatencyConfig, models: Sequence[Model], speech: Path, out: Path) -> Step:
@@ -226,7 +236,7 @@ def serve_bench(
         return run_serve_bench(config, model, teacher, speech, out, progress)
 
     inputs = (model, *([teacher] if teacher else []), speech)
-    return Step("bench", "results", out, config, inputs, work)
+    return Step("bench", "results", out, config, inputs, work, roles={"model": model})
 
 
 def report(results: Sequence[Path], out: Path, speech: Path | None = None) -> Step:
@@ -241,13 +251,16 @@ def report(results: Sequence[Path], out: Path, speech: Path | None = None) -> St
     return Step("report", "report", out, Config(), inputs, work)
 
 
-def up_to_date(step: Step) -> bool:
+def up_to_date(step: Step, fetch: bool = True) -> bool:
     """Whether the step's artefact is there and made of just these inputs, settings and code.
 
     A stage may note more than its settings and names its parents as it likes; inputs are told by
     their hashes.
+
+    Args:
+        fetch: gets a hub's model that is not here, to tell whether it is the one; without, it is not.
     """
-    settings = step.config.model_dump(mode="json")
+    settings = step.config.model_dump(mode="json") | dict(step.noted)
     seed = int(settings.get("seed") or 0)
     # Also finishes a renaming that a kill cut short.
     if artefact.is_current(step.out, step.kind, settings, seed, {}):
@@ -255,17 +268,38 @@ def up_to_date(step: Step) -> bool:
     if not (step.out / artefact.RECORD).is_file():
         return False
     made = artefact.read(step.out)
-    paths = [Path(resolve_model(item)) if isinstance(item, str) else item for item in step.inputs]
-    if made.kind != step.kind or not all(path.exists() for path in paths):
-        return False
-    given = {artefact.identity(path): path for path in paths}
-    if not set(made.parents.values()) <= set(given) or len(set(made.parents.values())) < len(given):
+    parents = _parents(step, made, fetch) if made.kind == step.kind else None
+    if parents is None:
         return False
     if any(made.recipe.get(key) != value for key, value in settings.items() if key in made.recipe):
         return False
-    parents = {name: given[found] for name, found in made.parents.items()}
     is_current = artefact.is_current(step.out, step.kind, made.recipe, made.seed, parents)
     return is_current and not (step.lacks is not None and step.lacks(step.out))
+
+
+def _parents(step: Step, made: Artefact, fetch: bool) -> dict[str, Path] | None:
+    """The step's inputs by the names that the record has for them; None where it was made of others."""
+    places: dict[Model, Path] = {}
+    for item in (*step.inputs, *step.roles.values()):
+        place = _local(item, fetch)
+        if place is None or not place.exists():
+            return None
+        places[item] = place
+    hashes = {item: artefact.identity(place) for item, place in places.items()}
+    if set(made.parents.values()) != set(hashes.values()):
+        return None
+    for role, item in step.roles.items():
+        recorded = {found for name, found in made.parents.items() if name.split()[0] == role}
+        if recorded != {hashes[item]}:
+            return None
+    by_hash = {found: places[item] for item, found in hashes.items()}
+    return {name: by_hash[found] for name, found in made.parents.items()}
+
+
+def _local(item: Model, fetch: bool) -> Path | None:
+    if isinstance(item, Path):
+        return item
+    return resolve_model(item) if fetch else local_model(item)
 
 
 def carry_out(step: Step, progress: Progress) -> tuple[Artefact, bool]:

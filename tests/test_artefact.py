@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,6 +296,26 @@ def test_what_somebody_put_into_an_artefact_is_not_deleted_with_it(tmp_path: Pat
     with pytest.raises(ArtefactError, match=r"notes\.txt, which would be lost"):
         make(out, recipe={"n": 2})
     assert (out / "notes.txt").read_text() == "dear" and (out / "a.txt").is_file()
+    (out / "notes.txt").unlink()
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("dear")
+    with pytest.raises(ArtefactError, match=r"\.git/HEAD, which would be lost"):
+        make(out, recipe={"n": 2})
+    shutil.rmtree(out / ".git")
+    (out / ".DS_Store").write_text("a file browser was here")
+    assert make(out, "again", recipe={"n": 2}).recipe == {"n": 2}
+
+
+def test_one_stage_may_make_another_kind_in_its_place(tmp_path: Path) -> None:
+    out = make(tmp_path / "out", recipe={"method": "lora"}).path
+    with artefact.writing(out, "student", {"method": "full"}, 0, {}) as draft:
+        (draft.path / "b.txt").write_text("student")
+    assert artefact.read(out, "student").files.keys() == {"b.txt"}
+    with (
+        pytest.raises(ArtefactError, match="in the way"),
+        artefact.writing(out, "results", {"other": 1}, 0, {}),
+    ):
+        pass
 
 
 def test_what_came_into_the_way_while_a_stage_ran_stays(tmp_path: Path) -> None:

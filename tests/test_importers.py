@@ -18,10 +18,10 @@ import pytest
 import soundfile
 from pydantic import ValidationError
 
-from halve import artefact
+from halve import artefact, importers
 from halve.corpus import read_corpus
 from halve.errors import CorpusError, MissingExtraError
-from halve.importers import CorpusConfig, run_corpus
+from halve.importers import CorpusConfig, read_source, run_corpus
 from halve.importers.base import Row, Sound, split_of_set
 from halve.importers.hf import import_hf
 from halve.importers.iwslt import import_iwslt
@@ -608,6 +608,32 @@ def test_halve_corpus_again(tmp_path: Path, tiny_corpus: Path) -> None:
     assert {tuple(s.references) for s in after.segments} == {("de",)}
     again = run_corpus(CorpusConfig(format="halve", lang=("de",)), tiny_corpus, tmp_path / "d")
     assert artefact.identity(made.path) == artefact.identity(again.path)
+
+
+def test_a_corpus_of_other_speech_stays_that(tmp_path: Path) -> None:
+    table = tmp_path / "table.tsv"
+    for name in ("a", "b", "c"):
+        sound(tmp_path / f"{name}.wav")
+    lines = ["audio\tcs\ten\tsplit"]
+    splits = {"a": "train", "b": "select", "c": "test"}
+    lines += [f"{name}.wav\tveta {name}\ttext {name}\t{splits[name]}" for name in splits]
+    table.write_text("\n".join(lines) + "\n")
+    first = run_corpus(CorpusConfig(format="tsv", source_lang="cs"), table, tmp_path / "first")
+    again = run_corpus(CorpusConfig(format="halve"), first.path, tmp_path / "again")
+    for segment in read_corpus(again.path).segments:
+        assert (segment.source_lang, set(segment.references)) == ("cs", {"en"})
+
+
+def test_another_data_set_of_the_hub_is_another_corpus(
+    tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read_source(CorpusConfig(format="halve"), tiny_corpus)
+    monkeypatch.setattr(importers, "read_source", lambda config, source: rows)
+    config = CorpusConfig(format="hf", faulty="drop", duplicates="keep")
+    for name, is_made in (("some/speech", False), ("some/speech", True), ("other/speech", False)):
+        step = steps.corpus(config, name, tmp_path / "corpus")
+        assert steps.up_to_date(step) == is_made
+        step.work(SILENT)
 
 
 def test_a_copy_that_a_kill_cut_short_is_made_again(

@@ -85,6 +85,8 @@ class Family(ABC):
     """What the model translates: a text model needs no tower, projector or audio."""
     attends_to_encoder: bool = False
     """Whether decoder layers attend to the encoder's states; else these stand among the decoder's inputs."""
+    hears_whole_window: bool = False
+    """Whether the tower's states cover all of its 30 s, however short the clip is."""
     max_audio_s: float = 0.0
     """The longest audio that the model hears at once; 0 for one that reads."""
     onnx_layouts: frozenset[str] = frozenset()

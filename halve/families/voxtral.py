@@ -55,6 +55,7 @@ class Voxtral(Family):
     name = "voxtral"
     model_types = ("voxtral",)
     auto_class = "AutoModelForMultimodalLM"
+    hears_whole_window = True
     max_audio_s = float(WINDOW_S)
     text_defaults = TEXT_DEFAULTS
     released = RELEASED

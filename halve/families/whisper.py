@@ -29,6 +29,7 @@ class Whisper(Family):
     auto_class = "AutoModelForSpeechSeq2Seq"
     attends_to_encoder = True
     no_onnx = "its decoder layers attend to an encoder, which the graph that halve writes has no place for"
+    hears_whole_window = True
     max_audio_s = 30.0
 
     layers = "model.decoder.layers"

@@ -64,6 +64,11 @@ def inputs_of(config: CorpusConfig, source: str | Path) -> dict[str, Path]:
     return {"source": path, **beside}
 
 
+def noted_of(config: CorpusConfig, source: str | Path) -> dict[str, str]:
+    """What is put on record of a source that has no files here to be told by: its name."""
+    return {} if inputs_of(config, source) else {"source": str(source)}
+
+
 def run_corpus(
     config: CorpusConfig, source: str | Path, out: Path, progress: Progress = SILENT
 ) -> Artefact:
@@ -76,7 +81,7 @@ def run_corpus(
         CorpusError: the source is not of the layout, or segments are faulty; every fault is named.
     """
     parents = inputs_of(config, source)
-    recipe = config.model_dump(mode="json") | ({} if parents else {"source": str(source)})
+    recipe = config.model_dump(mode="json") | noted_of(config, source)
     _max_audio_s(config)  # an unknown family is refused before anything is read
     progress.message(f"Reading {source}")
     with artefact.writing(out, "corpus", recipe, config.seed, parents) as draft:
@@ -140,7 +145,7 @@ def _segment(
         audio="" if path is None else str(path),
         offset_s=0.0 if path is None else row.offset_s,
         duration_s=round(duration_s, 6),
-        source_lang=config.source_lang,
+        source_lang=row.source_lang or config.source_lang,
         source_text=row.source_text,
         references=row.references,
         split=row.split or "train",

@@ -88,6 +88,8 @@ class Row:
     offset_s: float = 0.0
     duration_s: float | None = None
     """None: the whole file."""
+    source_lang: str | None = None
+    """What is spoken, where the source tells it; else the language that the settings name."""
     split: str | None = None
     group: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)

@@ -153,7 +153,9 @@ def _seconds(record: Mapping[str, str], name: str) -> float | None:
 def import_halve(source: str, config: CorpusConfig) -> Rows:
     """A corpus directory that halve (or demo/build_corpus.py) wrote."""
     corpus = read_corpus(Path(source))
-    targets = wanted_languages({lang for s in corpus.segments for lang in s.references}, config)
+    # Its manifest says what is spoken: the setting is for sources that do not.
+    found = {lang for s in corpus.segments for lang in s.references if lang != s.source_lang}
+    targets = wanted_languages(found, config.model_copy(update={"source_lang": ""}))
     manifest = corpus.path / "manifest.jsonl"
     rows = [
         Row(
@@ -166,6 +168,7 @@ def import_halve(source: str, config: CorpusConfig) -> Rows:
             },
             offset_s=segment.offset_s,
             duration_s=segment.duration_s,
+            source_lang=segment.source_lang,
             split=segment.split,
             group=segment.group,
             extra=segment.extra,

@@ -36,6 +36,7 @@ from halve.progress import Advance, Progress
 from halve.translate import TorchTranslator
 from tests import tiny
 from tests.compress import kills
+from tests.families.text_models import make_corpus, make_model
 from tests.families.whisper_models import make_whisper
 
 
@@ -464,10 +465,14 @@ def test_what_an_adapter_does_not_train_is_told(
 
 
 class Told(Progress):
-    """Keeps warnings."""
+    """Keeps what is said."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -524,3 +529,75 @@ def test_rows_of_another_shape_are_named(row: object, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ArtefactError, match=r"rows\.jsonl, line 1: no training row"):
         read_rows(tmp_path / "rows.jsonl", [], ("de",))
+
+
+def test_translations_in_one_language_do_not_tune_another(
+    taught: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    distilled = DistillConfig(langs=("de",), min_score=0, max_length_ratio=1000, limit=4)
+    translations = run_distill(distilled, taught, tiny_corpus, tmp_path / "translations").path
+    config = TuneConfig(langs=("de", "zh"), max_steps=1, select_segments=0, rank=4)
+    with pytest.raises(CorpusError, match="no row for this corpus in zh"):
+        run_tune(config, taught, tiny_corpus, translations, tmp_path / "both")
+    # Of the four that were translated, three: not those of a sample of all that happen to be among them.
+    told = Told()
+    config = TuneConfig(langs=("de",), max_steps=1, select_segments=0, rank=4, train_segments=3)
+    run_tune(config, taught, tiny_corpus, translations, tmp_path / "three", told)
+    assert any(line.startswith("3 segments, ") for line in told.lines)
+    assert not any("0 rows" in line for line in told.lines)
+
+
+@pytest.mark.parametrize("stage", ["teach", "tune"])
+def test_a_model_that_reads_is_not_trained_on_nothing(stage: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "llama", "llama")
+    corpus = make_corpus(tmp_path / "corpus")
+    path = corpus / "manifest.jsonl"
+    lines = [line | {"source_text": ""} for line in read_jsonl(path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(CorpusError, match="has no source text"):
+        if stage == "teach":
+            run_teach(TeachConfig(langs=("de",), max_steps=1), model, corpus, tmp_path / "out")
+        else:
+            config = TuneConfig(langs=("de",), max_steps=1, rank=4)
+            run_tune(config, model, corpus, None, tmp_path / "out")
+
+
+def test_a_model_that_reads_has_nothing_to_transcribe(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "llama", "llama")
+    corpus = make_corpus(tmp_path / "corpus")
+    config = TeachConfig(langs=("de",), max_steps=1, transcribe=True)
+    with pytest.raises(InputError, match="--transcribe"):
+        run_teach(config, model, corpus, tmp_path / "out")
+
+
+def test_a_run_goes_on_where_checkpoints_are_written_more_often(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    made = []
+    for every in (1, 7):
+        config = TuneConfig(
+            langs=("de",), max_steps=2, rank=4, select_segments=0, checkpoint_every=every
+        )
+        made.append(run_tune(config, tiny_model, tiny_corpus, None, tmp_path / "adapter"))
+    assert made[0].fingerprint == made[1].fingerprint
+
+
+def test_a_score_holds_a_batch_at_a_time(
+    tiny_model: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speech = load_model(tiny_model)
+    corpus = read_corpus(tiny_corpus)
+    segments = segments_for(corpus, "train", ["de"], 5)
+    audio, places = LiveStates(speech, corpus, segments), range(5)
+    whole = teach.select_score(speech, segments, audio, places, "de")
+    together = []
+    translate = TorchTranslator.translate_embeddings
+
+    def counted(self: TorchTranslator, embeddings, *given, **named):
+        together.append(len(embeddings))
+        return translate(self, embeddings, *given, **named)
+
+    monkeypatch.setattr(TorchTranslator, "translate_embeddings", counted)
+    monkeypatch.setattr(teach, "SCORE_BATCH", 2)
+    assert teach.select_score(speech, segments, audio, places, "de") == pytest.approx(whole)
+    assert together == [2, 2, 1]

@@ -79,6 +79,11 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
             "lang: de\nteacher: x\nimportance: {remove: 1}\ncorpus: {source: x, format: tsv}\n",
             "prune",
         ),
+        (
+            "lang: de\nteacher: x\nimportance: {remove: 2}\nprune: {layers: [3]}\n"
+            "corpus: {source: x, format: tsv}\n",
+            "prune.layers settles what goes",
+        ),
         ("lang: de\nteacher: x\nprune: {}\ncorpus: {source: x, format: tsv}\n", "needs layers"),
         (
             "lang: de\nteacher: x\npackages: [{target: onnx, precision: nf4}]\n"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from halve import artefact
-from halve.errors import InputError
+from halve.errors import ArtefactError, InputError
 from halve.progress import SILENT
-from pipeline import stages
+from pipeline import stages, steps
 from pipeline.cli import main
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.stages import Run
@@ -64,6 +64,90 @@ def test_only_what_depends_on_a_change_is_planned_again(finished: Run) -> None:
     state = {one.step.stage: one.done for one in planned}
     assert state["corpus"] and state["importance"] and state["prune"] and state["distill"]
     assert not (state["tune"] or state["merge"] or state["package"] or state["report"])
+
+
+def test_another_spelling_of_the_source_is_the_same_corpus(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(finished.recipe.corpus.source)
+    values = finished.recipe.model_dump()
+    monkeypatch.chdir(source.parent)
+    values["corpus"]["source"] = source.name
+    respelt = Run(Recipe.model_validate(values), finished.out)
+    planned, _ = stages.plan(respelt, None, None)
+    assert all(one.done for one in planned)
+
+
+def test_what_no_chosen_stage_reads_may_be_gone(finished: Run, tmp_path: Path) -> None:
+    values = finished.recipe.model_dump()
+    values["corpus"]["source"] = str(tmp_path / "gone")
+    values["teacher"] = str(tmp_path / "gone")
+    without = Run(Recipe.model_validate(values), finished.out)
+    ran = stages.run_all(without, "merge", "package", SILENT)
+    assert [one.step.stage for one in ran if one.done] == ["merge", "package"]
+    with pytest.raises(ArtefactError, match="gone"):
+        stages.run_all(without, "bench", None, SILENT)
+    with pytest.raises(InputError, match="gone"):
+        stages.run_all(without, None, "corpus", SILENT)
+
+
+def test_a_plan_fetches_nothing(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "resolve_model", lambda model: pytest.fail(f"fetches {model}"))
+    monkeypatch.setattr(steps, "local_model", lambda model: None)
+    values = finished.recipe.model_dump()
+    values["teacher"] = "somebody/on-the-hub"
+    planned, _ = stages.plan(Run(Recipe.model_validate(values), finished.out), None, None)
+    state = {one.step.stage: one.done for one in planned}
+    assert state["corpus"] and not state["importance"]
+
+
+def test_teacher_and_student_do_not_change_places(finished: Run) -> None:
+    config = finished.recipe.bench.quality
+    assert config is not None and isinstance(finished.teacher, Path)
+    made = finished.out / "results" / "quality"
+    packages = [finished.student, *finished.packages]
+    step = steps.quality(config, finished.teacher, packages, finished.corpus, made)
+    assert steps.up_to_date(step)
+    others = [finished.teacher, *finished.packages]
+    step = steps.quality(config, finished.student, others, finished.corpus, made)
+    assert not steps.up_to_date(step)
+
+
+def test_disk_counts_what_a_killed_run_goes_on_from(
+    small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most that lies in the run's directory while it tunes, against the estimate."""
+    values = read_recipe(small_recipe).model_dump()
+    values["tune"] |= {"method": "full", "rank": 64, "alpha": 128}
+    run = Run(Recipe.model_validate(values), tmp_path / "run")
+    stages.run_all(run, None, "distill", SILENT)
+    before, most = used(run.out), 0
+    rename = Path.rename
+
+    def looked(self: Path, target: Path) -> Path:
+        nonlocal most
+        most = max(most, used(run.out) - before)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", looked)
+    (one,) = stages.run_all(run, "tune", "tune", SILENT)
+    assert most and 0.9 < (one.cost.disk_bytes or 0) / most < 3
+
+
+def used(folder: Path) -> int:
+    """Bytes of all files under it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_wide_beam_takes_its_time(small_recipe: Path, tmp_path: Path) -> None:
+    costs = []
+    for hypotheses in (1, 8):
+        values = read_recipe(small_recipe).model_dump()
+        values["distill"]["hypotheses"] = hypotheses
+        planned, _ = stages.plan(Run(Recipe.model_validate(values), tmp_path / "run"), None, None)
+        costs.append(next(one.cost for one in planned if one.step.stage == "distill"))
+    assert (costs[1].disk_bytes or 0) > 4 * (costs[0].disk_bytes or 0)
+    assert (costs[1].time_s or 0) > (costs[0].time_s or 0)
 
 
 def test_windows(finished: Run, tmp_path: Path) -> None:

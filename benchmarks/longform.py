@@ -197,7 +197,8 @@ def _names(paths: Sequence[Path]) -> dict[str, Path]:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf8")
+        # Not in text mode, which takes a carriage return inside a line for its end.
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error})", expected="a UTF-8 text file") from None
     if not text.strip():

@@ -318,6 +318,11 @@ def _alone(partial: Path) -> Iterator[bool]:
         yield True
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a directory is what a stage that was stopped left, and not another program's."""
+    return any((path / name).exists() for name in (_CLAIM, RECORD, _WORK))
+
+
 def is_being_written(partial: Path) -> bool:
     """Whether a process is at work in an unfinished artefact's directory; of one that cannot be asked, too."""
     if not (partial / _CLAIM).is_file():

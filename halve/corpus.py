@@ -292,10 +292,10 @@ def _text_faults(
     for lang, text in segment.references.items():
         if not text.strip():
             faults.append(f"the {lang} text is empty")
-    heard = segment.audio or segment.source_text
-    key = (heard, f"{segment.offset_s:.3f}", "\0".join(segment.references.values()))
-    if key in texts:
-        faults.append(f"same {'audio and ' if segment.audio else ''}text as {texts[key]}")
+    key = (segment.audio, f"{segment.offset_s:.3f}", "\0".join(segment.references.values()))
+    # Of texts alone, the same ones twice are for --duplicates to judge.
+    if segment.audio and key in texts:
+        faults.append(f"same audio and text as {texts[key]}")
     texts.setdefault(key, place)
     return faults
 

@@ -372,7 +372,7 @@ def _write_recipe(
     recipe: dict[str, Any] = {
         "lang": code,
         "teacher": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "corpus": {"source": str(Path(corpus).resolve()), "format": "halve"},
+        "corpus": {"source": str(Path(corpus).resolve()), "format": "halve", "duplicates": "keep"},
     }
     if removed:
         recipe |= {"importance": {"remove": removed}, "prune": {}}

@@ -63,9 +63,11 @@ def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
 
 def _why(path: Path) -> str:
     """Why a directory can go; nothing for one that must stay."""
-    if path.name.startswith(".") and path.name.endswith(".partial"):
+    # Other programs use such names too: halve's own hold its records.
+    if path.name.startswith(".") and path.name.endswith(".partial") and artefact.is_partial(path):
         return _UNFINISHED
-    if path.name.startswith(".") and path.name.endswith(".old"):
+    is_old = path.name.startswith(".") and path.name.endswith(".old")
+    if is_old and (_is_whole(path) or not any(path.iterdir())):
         return _REPLACED
     if path.name in _INTERMEDIATE and _is_whole(path) and _is_whole(path.parent / "student"):
         return "made on the way to the student, which is finished; `halve run --from package` goes on without it"

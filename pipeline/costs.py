@@ -74,6 +74,8 @@ class Speech:
     mean_s: float
     stored_bytes: int
     assumed: bool = False
+    why: str = ""
+    """Of what is assumed: why it is not known."""
 
     def count(self, split: str, limit: int | None = None) -> int:
         """Segments of a split that a stage uses."""
@@ -139,13 +141,16 @@ class Estimator:
             pass
         section = self.run.recipe.corpus
         try:
-            if section.format == "hf" or not Path(section.source).exists():
-                raise HalveError("not here")
+            if section.format == "hf" and not Path(section.source).exists():
+                raise HalveError("the corpus is not here")
+            if not Path(section.source).exists():
+                raise HalveError(f"{section.source} does not exist")
             return _in_source(section, section.source)
-        except (HalveError, OSError):
+        except (HalveError, OSError) as error:
             counts = _shared(ASSUMED_SEGMENTS, section)
             stored = round(ASSUMED_SEGMENTS * ASSUMED_SEGMENT_S * 32_000)
-            return Speech(counts, ASSUMED_SEGMENT_S, stored, assumed=True)
+            why = getattr(error, "found", "") or str(error)
+            return Speech(counts, ASSUMED_SEGMENT_S, stored, assumed=True, why=why)
 
     @cached_property
     def flops(self) -> float:
@@ -233,7 +238,9 @@ def _in_source(section: CorpusConfig, source: str) -> Speech:
         counts[row.split or ""] = counts.get(row.split or "", 0) + 1
     if "" in counts or section.split in ("group", "segment", "paper"):
         counts = _shared(len(rows), section)
-    return Speech(counts, mean_s, _stored(rows))
+    return Speech(
+        counts, mean_s, _stored(rows), why="" if lengths else "no durations in the source"
+    )
 
 
 def _stored(rows: list[Row]) -> int:

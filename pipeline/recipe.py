@@ -134,6 +134,17 @@ _PATHS = (
 )
 
 
+_SECTIONS: dict[str, type[Config]] = {
+    "teach": TeachConfig,
+    "importance": ImportanceConfig,
+    "prune": PruneConfig,
+    "distill": DistillConfig,
+    "tune": TuneConfig,
+    "merge": MergeConfig,
+    "corpus": CorpusSection,
+}
+
+
 def read_recipe(path: str | Path) -> Recipe:
     """Reads a recipe; its paths become relative to where it lies.
 
@@ -158,7 +169,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path} holds no settings", expected="a mapping, see recipes/")
     lines, faults = _lines(node)
     raw, unknown = _with_codes(raw, lines)
-    faults += unknown
+    faults += [*unknown, *_empty(raw, lines)]
     try:
         recipe = Recipe.model_validate(_with_defaults(raw))
     except pydantic.ValidationError as error:
@@ -211,6 +222,20 @@ def _lines(root: yaml.Node) -> tuple[dict[Place, int], list[str]]:
 
     walk(root, ())
     return lines, faults
+
+
+def _empty(raw: dict[str, Any], lines: dict[Place, int]) -> list[str]:
+    """Sections that are named and hold nothing: left out or with their defaults, both could be meant."""
+    bench = raw.get("bench")
+    inside = (
+        {("bench", name): value for name, value in bench.items()} if isinstance(bench, dict) else {}
+    )
+    sections = {(name,): value for name, value in raw.items() if name in _SECTIONS} | inside
+    return [
+        f"line {lines[place]}, {_dotted(place)}: is empty; write {{}} for its defaults, or leave it out"
+        for place, value in sections.items()
+        if value is None
+    ]
 
 
 def _dotted(place: Place) -> str:
@@ -266,16 +291,7 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     langs = raw.get("lang")
     langs = [langs] if isinstance(langs, str) else langs
     filled = dict(raw)
-    kinds: dict[str, type[Config]] = {
-        "teach": TeachConfig,
-        "importance": ImportanceConfig,
-        "prune": PruneConfig,
-        "distill": DistillConfig,
-        "tune": TuneConfig,
-        "merge": MergeConfig,
-        "corpus": CorpusSection,
-    }
-    for name, kind in kinds.items():
+    for name, kind in _SECTIONS.items():
         filled[name] = _section(raw.get(name), kind, langs, raw.get("seed"))
     if isinstance(raw.get("packages"), list):
         filled["packages"] = [

@@ -56,7 +56,9 @@ def _speech(estimator: Estimator) -> str:
     speech = estimator.speech
     counts = ", ".join(f"{count} {split}" for split, count in sorted(speech.segments.items()))
     known = (
-        "assumed, the corpus is not here" if speech.assumed else f"{speech.mean_s:.1f} s on average"
+        f"assumed: {speech.why}"
+        if speech.assumed
+        else f"{speech.mean_s:.1f} s on average{', assumed' if speech.why else ''}"
     )
     return f"Corpus: {counts} segments ({known}). Times are estimates for this machine."
 

@@ -90,7 +90,7 @@ def lines_of_files(files: Sequence[Path], source_lang: str) -> list[tuple[str, S
     found: list[tuple[str, SourceText]] = []
     for file in files or [Path("-")]:
         if str(file) == "-":
-            lines = split_lines(sys.stdin.read())
+            lines = _lines_of_stdin()
         elif file.is_file():
             lines = read_lines(file)
         else:
@@ -102,6 +102,16 @@ def lines_of_files(files: Sequence[Path], source_lang: str) -> list[tuple[str, S
     if not found:
         raise InputError("Nothing to translate", mend="name text files, or give lines on stdin")
     return found
+
+
+def _lines_of_stdin() -> list[str]:
+    """As `read_lines`: text mode would take a carriage return inside a line for its end."""
+    try:
+        return split_lines(sys.stdin.buffer.read().decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise CorpusError(
+            "-: not UTF-8", mend="convert the lines, for example with iconv"
+        ) from None
 
 
 def translate_lines(

@@ -25,8 +25,9 @@ def translate(lang_pair: str, batch_size: int, input_file: Path, output_file: Pa
     """
     source, _, target = lang_pair.partition("-")
     source, target = language(source).code, language(target).code
-    # A line feed ends a line; what else Unicode calls a line's end stands inside.
-    lines = input_file.read_text(encoding="utf-8").split("\n")
+    # A line feed ends a line; what else Unicode calls a line's end, a carriage return too, stands inside.
+    text = input_file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    lines = text.split("\n")
     lines = lines[:-1] if lines[-1] == "" else lines
     translator = open_translator(HERE)
     written: list[str] = []

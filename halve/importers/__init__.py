@@ -20,7 +20,7 @@ from halve.importers.base import CorpusConfig, Importer, Row, Rows, Sound
 from halve.importers.hf import import_hf
 from halve.importers.iwslt import import_iwslt, read_beside
 from halve.importers.parallel import import_text
-from halve.importers.splits import divide, own_group
+from halve.importers.splits import divide, own_groups
 from halve.importers.tables import import_halve, import_tsv
 from halve.json_files import write_json
 from halve.progress import SILENT, Progress
@@ -107,7 +107,19 @@ def run_corpus(
             progress.warn(
                 "Talks straddle the splits: scores on test are higher than on unheard talks."
             )
+        _warn_of_empty(final, config, progress)
     return artefact.read(out, "corpus")
+
+
+def _warn_of_empty(segments: Sequence[Segment], config: CorpusConfig, progress: Progress) -> None:
+    """Says which splits the source left empty: the stages that need them fail much later."""
+    present = {segment.split for segment in segments}
+    lacking = [name for name in ("train", "select", "test") if name not in present]
+    if lacking and config.split in (None, "given"):
+        progress.warn(
+            f"No segment is in {' or '.join(lacking)}, as the source names the splits. `--split group` deals out all "
+            "anew; `importance`, `tune` and `package` need select, `bench quality` test."
+        )
 
 
 def _max_audio_s(config: CorpusConfig) -> float:
@@ -175,8 +187,8 @@ def _straddling(rows: Sequence[Row], config: CorpusConfig) -> Iterator[tuple[int
     if not given or config.faulty == "drop":
         return
     first: dict[str, dict[str, str]] = {}
-    for index, row in enumerate(rows):
-        group, split = row.group or own_group(row), str(row.split)
+    for index, (row, own) in enumerate(zip(rows, own_groups(rows), strict=True)):
+        group, split = row.group or own, str(row.split)
         places = first.setdefault(group, {})
         if places and split not in places:
             other, where = next(iter(places.items()))

@@ -2,10 +2,11 @@
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -15,6 +16,7 @@ from halve.families import DEFAULT_FAMILY
 from halve.languages import LANGUAGES, language
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Named = TypeVar("Named")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 
 
@@ -151,10 +153,36 @@ def below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iter
             yield from below(Path(entry.path), above | {here})
 
 
+_REGION = re.compile(r"[a-z]{2}|\d{3}|hans|hant|latn|cyrl|arab")
+
+
 def known_language(code: str) -> str | None:
-    """The two-letter code that a file or column name stands for; None where it is no language."""
-    key = code.strip().lower().replace("_", "-").split("-")[0]
-    return key if key in LANGUAGES else None
+    """The two-letter code that a file or column name stands for (de, de-AT, zh_Hans); None where it is no language."""
+    key, *more = code.strip().lower().replace("_", "-").split("-")
+    return key if key in LANGUAGES and all(map(_REGION.fullmatch, more)) else None
+
+
+def by_language(named: Iterable[tuple[str, Named]], where: object) -> dict[str, Named]:
+    """One thing a language, of those named by a code: the bare code goes before one with a region.
+
+    Raises:
+        CorpusError: two of one language, neither of them by its bare code.
+    """
+    several: dict[str, list[tuple[str, Named]]] = defaultdict(list)
+    for written, thing in named:
+        if code := known_language(written):
+            several[code].append((written, thing))
+    found = {}
+    for code, things in several.items():
+        bare = [thing for written, thing in things if written.strip().lower() == code]
+        if not bare and len(things) > 1:
+            raise CorpusError(
+                f"{where} has {' and '.join(str(thing) for _, thing in things[:3])}, all of them {language(code).name}",
+                expected="one text a language",
+                mend=f"name the one that is meant {code}, or move the others elsewhere",
+            )
+        found[code] = (bare or [thing for _, thing in things])[0]
+    return found
 
 
 def wanted_languages(found: Iterable[str], config: CorpusConfig) -> list[str]:
@@ -211,6 +239,11 @@ _SPLIT_NAMES = {
     "tst": "test",
     "eval": "test",
     "evaluation": "test",
+    "newsdev": "select",
+    "newstest": "test",
+    "generaltest": "test",
+    "wmttest": "test",
+    "devtest": "test",
 }
 
 

@@ -15,7 +15,7 @@ from halve.importers.base import (
     Row,
     Rows,
     Sound,
-    known_language,
+    by_language,
     split_of_set,
     wanted_languages,
 )
@@ -36,7 +36,10 @@ def import_hf(source: str, config: CorpusConfig) -> Rows:
     except ImportError:
         raise MissingExtraError("datasets", "train") from None
     found = Rows()
-    for part, table in _load(datasets, source, config).items():
+    parts = _load(datasets, source, config)
+    for part, table in parts.items():
+        # A table alone is called train by whoever loads it, and no split is meant.
+        split = None if set(parts) == {"train"} else split_of_set(part)
         columns = _checked_columns(source, list(table.column_names), config)
         undecoded = _undecoded(datasets, source, table, config)
         for index, record in enumerate(undecoded):
@@ -44,7 +47,7 @@ def import_hf(source: str, config: CorpusConfig) -> Rows:
             try:
                 fetch = partial(_bytes_of, undecoded, index, config.audio_column)
                 audio = _sound(record[config.audio_column], ident, Path(source), fetch)
-                found.rows.append(_row(where, ident, part, record, audio, columns, config))
+                found.rows.append(_row(where, ident, split, record, audio, columns, config))
             except ValueError as error:
                 found.faults.append(f"{where}: {error}")
     return found
@@ -84,13 +87,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _checked_columns(source: str, having: list[str], config: CorpusConfig) -> dict[str, str]:
     before, _, after = config.text_column.partition("{lang}")
-    columns = {
-        code: name
+    if "{lang}" not in config.text_column:
+        raise CorpusError(
+            f"--text-column {config.text_column} names one column",
+            expected="a pattern that gives each language's, such as text_{lang} or {lang}",
+            mend="put {lang} where the columns have the language's code",
+        )
+    named = [
+        (name[len(before) : len(name) - len(after) or None], name)
         for name in having
-        if name.startswith(before)
-        and name.endswith(after)
-        and (code := known_language(name[len(before) : len(name) - len(after) or None]))
-    }
+        if name.startswith(before) and name.endswith(after)
+    ]
+    columns = by_language(named, source)
     if config.audio_column not in having or not set(columns) - {config.source_lang}:
         raise CorpusError(
             f"{source} has the columns {', '.join(having)}",
@@ -130,7 +138,7 @@ def _undecoded(datasets: Any, source: str, table: Any, config: CorpusConfig) -> 
 def _row(
     where: str,
     ident: str,
-    part: str,
+    split: str | None,
     record: Mapping[str, Any],
     audio: Path | Sound,
     columns: dict[str, str],
@@ -149,7 +157,7 @@ def _row(
         audio=audio,
         source_text=texts.pop(config.source_lang, ""),
         references=texts,
-        split=split_of_set(part),
+        split=split,
         # Not known who speaks: a group of its own, as in a data set that names none.
         group=ident if group is None or str(group).strip() == "" else str(group),
     )

@@ -6,6 +6,7 @@ directory holds a FILE_ORDER, its YAMLs are one set, one YAML a talk, joined in 
 must then name the files of FILE_ORDER in that order.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from halve.importers.base import (
     Row,
     Rows,
     below,
+    by_language,
     known_language,
     read_lines,
     source_dir,
@@ -285,10 +287,11 @@ def import_iwslt(source: str, config: CorpusConfig) -> Rows:
         )
     index = AudioIndex(*folders)
     sets = _with_text(every, config, found)
+    targets = wanted_languages({lang for _, texts in sets for lang in texts}, config)
     for one, texts in sets:
-        _import_set(
-            one, [item for path in one.yamls for item in read[path]], texts, index, config, found
-        )
+        items = [item for path in one.yamls for item in read[path]]
+        here = [lang for lang in targets if lang in texts]
+        _import_set(one, items, texts, here, index, config, found)
     return found
 
 
@@ -300,18 +303,24 @@ def _with_text(
         text_files(one.yamls[0].parent, one.name, config, alone=len(sets) == 1) for one in sets
     ]
     pairs = list(zip(sets, texts, strict=True))
-    if not any(texts):
+    asked = {language(code).code for code in config.lang}
+    known = {lang for files in texts for lang in files} - {config.source_lang}
+    # Of a set that others have translations for and it has not, nothing can be learnt.
+    wanted = asked & known or known
+    if not wanted:
         return pairs
     for one, files in pairs:
-        if not files:
-            found.warnings.append(f"{one.yamls[0]} is left aside: no text beside it.")
-    return [(one, files) for one, files in pairs if files]
+        if not wanted & set(files):
+            lacking = f"into {', '.join(sorted(wanted))} " if files else ""
+            found.warnings.append(f"{one.yamls[0]} is left aside: no text {lacking}beside it.")
+    return [(one, files) for one, files in pairs if wanted & set(files)]
 
 
 def _import_set(
     one: _Set,
     items: _Items,
     texts: dict[str, Path],
+    targets: list[str],
     index: AudioIndex,
     config: CorpusConfig,
     found: Rows,
@@ -330,7 +339,6 @@ def _import_set(
         entries = list(ordered)
     else:
         found.faults += faults
-    targets = wanted_languages(texts, config)
     lines: dict[str, list[str]] = {}
     for lang in [config.source_lang, *targets]:
         if lang not in texts:
@@ -367,21 +375,44 @@ def _row(
         offset_s=entry.offset_s,
         duration_s=entry.duration_s,
         split=split_of_set(one.name),
-        group=_stem(entry.wav),
+        group=str(Path(entry.wav).with_name(_stem(entry.wav))),
         extra=extra,
     )
 
 
 def text_files(near: Path, name: str, config: CorpusConfig, alone: bool) -> dict[str, Path]:
-    """The text files of a set by language: NAME.de or NAME.de.txt, or, of a lone set, any *.de."""
-    found: dict[str, Path] = {}
+    """The text files of a set by language: NAME.de or NAME.de.txt, else, of a lone set, the only *.de.
+
+    Raises:
+        CorpusError: several that could be meant.
+    """
+    named: dict[str, Path] = {}
+    others: list[tuple[str, Path]] = []
+    taken = {path.stem for path in near.iterdir() if _is_yaml(path)} - {name}
     for folder in (near, near / "txt", near.parent / "txt", near / "text"):
         if not folder.is_dir():
             continue
-        for path in sorted(folder.iterdir()):
+        exact = []
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
             parts = path.name.removesuffix(".txt").rsplit(".", 1)
             stem, lang = (parts[0], parts[1]) if len(parts) == 2 else ("", parts[0])
-            code = known_language(lang)
-            if code and path.is_file() and (stem == name or alone):
-                found.setdefault(code, path)
-    return found
+            if stem == name:
+                exact.append((lang, path))
+            elif alone and stem not in taken and known_language(lang):
+                others.append((lang, path))
+        named = by_language(exact, folder) | named
+    return named or _lone_texts(others, near)
+
+
+def _lone_texts(others: list[tuple[str, Path]], near: Path) -> dict[str, Path]:
+    """Texts that do not bear the set's name: taken where nothing else could be meant."""
+    counted = Counter(known_language(lang) for lang, _ in others)
+    twice = sorted(code for code, count in counted.items() if code and count > 1)
+    if twice:
+        paths = [str(path) for lang, path in others if known_language(lang) == twice[0]]
+        raise CorpusError(
+            f"{near} has {len(paths)} texts in {twice[0]}: {', '.join(paths[:3])}",
+            expected="the text of NAME.yaml in NAME.LANG",
+            mend="name it after the YAML",
+        )
+    return by_language(others, near)

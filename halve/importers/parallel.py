@@ -8,7 +8,7 @@ from halve.importers.base import (
     CorpusConfig,
     Row,
     Rows,
-    known_language,
+    by_language,
     read_lines,
     source_dir,
     split_of_set,
@@ -44,12 +44,12 @@ def import_text(source: str, config: CorpusConfig) -> Rows:
 
 def _files(folder: Path) -> dict[str, dict[str, Path]]:
     """The files by name, then language."""
-    found: dict[str, dict[str, Path]] = defaultdict(dict)
+    named: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for path in sorted(folder.iterdir()):
-        code = known_language(path.suffix.removeprefix("."))
-        if path.is_file() and code:
-            found[path.stem][code] = path
-    return found
+        if path.is_file():
+            named[path.stem].append((path.suffix.removeprefix("."), path))
+    found = {name: by_language(paths, folder) for name, paths in named.items()}
+    return {name: files for name, files in found.items() if files}
 
 
 def _read(
@@ -78,6 +78,7 @@ def _read(
                 source_text=text.strip(),
                 references={lang: texts[number - 1].strip() for lang, texts in lines.items()},
                 split=split,
-                group=name if split else ident,
+                # Dealt out anew, a whole file would go one way.
+                group=name if split and config.split != "group" else ident,
             )
         )

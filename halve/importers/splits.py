@@ -4,6 +4,8 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from os.path import commonpath
+from pathlib import Path
 
 import numpy as np
 
@@ -20,8 +22,10 @@ def divide(rows: Sequence[Row], config: CorpusConfig) -> list[Row]:
     Raises:
         CorpusError: they cannot be split as asked.
     """
-    rows = [replace(row, group=row.group or own_group(row)) for row in rows]
-    method = config.split or ("given" if all(row.split for row in rows) else "group")
+    groups = own_groups(rows)
+    rows = [replace(row, group=row.group or own) for row, own in zip(rows, groups, strict=True)]
+    # Where some say it and others do not, none is dealt out anew: what the source holds back for test stays that.
+    method = config.split or ("given" if any(row.split for row in rows) else "group")
     if method == "given":
         return _given(rows)
     if method == "paper":
@@ -31,13 +35,23 @@ def divide(rows: Sequence[Row], config: CorpusConfig) -> list[Row]:
     return _by_group(rows, config)
 
 
-def own_group(row: Row) -> str:
-    """The group of a row that names none: segments of one recording belong together, others stand alone."""
-    return (
-        row.id
-        if row.audio is None or row.duration_s is None
-        else str(getattr(row.audio, "name", row.audio))
-    )
+def own_groups(rows: Sequence[Row]) -> list[str]:
+    """Groups of rows that name none: segments of one recording belong together, others stand alone.
+
+    A recording is told by its path from the folder that holds all: speakers' folders may use the same names.
+    """
+    files = {
+        index: row.audio.absolute() for index, row in enumerate(rows) if isinstance(row.audio, Path)
+    }
+    root = commonpath({path.parent for path in files.values()}) if files else ""
+    return [
+        files[index].relative_to(root).as_posix() if index in files else _own_group(row)
+        for index, row in enumerate(rows)
+    ]
+
+
+def _own_group(row: Row) -> str:
+    return row.id if row.duration_s is None else str(getattr(row.audio, "name", row.id))
 
 
 def _alone(row: Row) -> Row:
@@ -50,7 +64,7 @@ def _given(rows: list[Row]) -> list[Row]:
         raise CorpusError(
             f"{len(faults)} segments without a split",
             expected="a split for every segment with --split given",
-            mend="name them in the source, or use --split group",
+            mend="name them in the source, or use --split group, which deals out all anew",
             faults=faults,
         )
     return rows
@@ -77,7 +91,13 @@ def _by_group(rows: list[Row], config: CorpusConfig) -> list[Row]:
     for place, (name, share) in enumerate(shares):
         taken = 0
         while drawn[:-1] and (taken == 0 or taken < share * len(rows)):
-            group = drawn.pop(0)
+            # One speaker may be most of the corpus: what is twice its share or more goes to train.
+            room = 2 * share * len(rows) - taken
+            fitting = [name for name in drawn if members[name] <= room]
+            if taken and not fitting:
+                break
+            group = fitting[0] if fitting else min(drawn, key=lambda name: members[name])
+            drawn.remove(group)
             split[group] = name
             taken += members[group]
             if len(drawn) == len(shares) - place:  # one for each that is still to come

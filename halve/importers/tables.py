@@ -10,7 +10,7 @@ from halve.importers.base import (
     CorpusConfig,
     Row,
     Rows,
-    known_language,
+    by_language,
     read_lines,
     split_name,
     wanted_languages,
@@ -97,14 +97,14 @@ def _table(path: Path) -> Path:
 
 
 def _language_columns(header: list[str], config: CorpusConfig) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in header:
-        for prefix in ("", "text_", "translation_", "reference_"):
-            rest = name.removeprefix(prefix)
-            code = known_language(rest) if name.startswith(prefix) and rest.isalpha() else None
-            # `id` is a language code too, of one that halve does not know; `text` is no language.
-            if code:
-                found.setdefault(code, name)
+    # `id` is a language code too, of one that halve does not know; `text` is no language.
+    named = [
+        (name.removeprefix(prefix), name)
+        for name in header
+        for prefix in ("", "text_", "translation_", "reference_")
+        if name.startswith(prefix)
+    ]
+    found = by_language(named, "The header")
     targets = wanted_languages(found, config) if set(found) - {config.source_lang} else []
     columns = {lang: found[lang] for lang in targets}
     source = found.get(config.source_lang) or next((c for c in _TEXT_COLUMNS if c in header), None)

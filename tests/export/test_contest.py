@@ -21,7 +21,7 @@ from halve.families import SourceText
 from tests.families.text_models import make_corpus as make_text_corpus
 from tests.families.text_models import make_model as make_text_model
 
-LINES = ["open the file", "", "close the window and the door", "a"]
+LINES = ["open the file", "", "close the window\rand the door", "a"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_wmt_package_runs_in_an_empty_environment(wmt: Path, tmp_path: Path) -> 
     """As the organisers do: copied elsewhere, nothing of ours on the path, setup.sh, then run.sh."""
     place = tmp_path / "somewhere else"
     subprocess.run(["cp", "-r", wmt, place], check=True)
-    (tmp_path / "input.txt").write_text("\n".join(LINES) + "\n", encoding="utf8")
+    (tmp_path / "input.txt").write_bytes(("\ufeff" + "\n".join(LINES) + "\n").encode())
     # What leads to a package index here, and the interpreter that the tests were asked to run on.
     ways = ("PIP_", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HTTP", "http", "NO_PROXY", "no_proxy")
     kept = {key: value for key, value in os.environ.items() if key.startswith(ways)}

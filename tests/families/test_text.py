@@ -315,11 +315,11 @@ def test_importance_quality_and_translate(
     assert set(result["teacher"]["controls"]) == {"shuffled_text"}
     assert result["students"][0]["decoder_layers"] == 5
     lines = tmp_path / "lines.txt"
-    lines.write_text("open the file.\n\nclose the menu\n", encoding="utf8")
+    lines.write_text("open the file.\n\nclose\rthe menu\n", encoding="utf8", newline="")
     arguments = ["translate", "--model", str(llama), "--lang", "de"]
     said = []
     for given in ([str(lines)], ["-"], []):
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines.read_text(encoding="utf8")))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.read_bytes())))
         with pytest.raises(SystemExit) as end:
             main([*arguments, *given])
         assert end.value.code == 0

@@ -124,6 +124,7 @@ def test_clean_and_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_clean_takes_leftovers_within_leftovers_and_follows_no_links(tmp_path: Path) -> None:
     outer = tmp_path / "run" / ".importance.partial"
+    (outer / "work").mkdir(parents=True)
     (outer / ".inner.partial" / "work").mkdir(parents=True)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -133,6 +134,14 @@ def test_clean_takes_leftovers_within_leftovers_and_follows_no_links(tmp_path: P
     assert stop.value.code == 0
     assert not outer.exists()
     assert elsewhere.exists()
+
+
+def test_clean_leaves_what_other_programs_named_so(tmp_path: Path) -> None:
+    for name in (".venv.old", ".data.partial"):
+        (tmp_path / name / "lib").mkdir(parents=True)
+        (tmp_path / name / "lib" / "dear").touch()
+    (tmp_path / ".student.old").mkdir()  # a kill came between its files and itself
+    assert [one.path.name for one in find(tmp_path)] == [".student.old"]
 
 
 def test_clean_leaves_a_run_that_is_under_way(tmp_path: Path) -> None:

@@ -143,7 +143,9 @@ def test_a_budget_and_a_dry_run_fetch_the_config_alone(
     assert done.returncode == 0, done.stderr
     assert "tokenizer.json" in hub.given
     assert "model.safetensors" not in hub.given
-    assert "teacher: some/open" in (tmp_path / "mine.yaml").read_text()
+    written = (tmp_path / "mine.yaml").read_text()
+    assert "teacher: some/open" in written
+    assert "duplicates: keep" in written, "what the corpus was imported with need not be known"
 
 
 def test_a_model_of_the_hub_is_pruned(

@@ -80,6 +80,10 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
             "prune",
         ),
         (
+            "lang: de\nteacher: x\ndistill:\nbench:\n  quality:\ncorpus: {source: x, format: tsv}\n",
+            r"(?s)line 3, distill: is empty; write \{\}.*line 5, bench.quality: is empty",
+        ),
+        (
             "lang: de\nteacher: x\nimportance: {remove: 2}\nprune: {layers: [3]}\n"
             "corpus: {source: x, format: tsv}\n",
             "prune.layers settles what goes",
@@ -158,3 +162,14 @@ def test_languages_are_known_by_their_codes(lang: str, tmp_path: Path) -> None:
 def test_faults_inside_of_sections(changes: dict[str, str], fault: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=fault):
         read_recipe(whole(tmp_path / "r.yaml", **changes))
+
+
+def test_one_is_a_list_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "lang: de\nteacher: x\ncorpus: {source: x, format: tsv, lang: de}\n"
+        "distill: {splits: train}\ntune: {langs: de}\n"
+    )
+    recipe = read_recipe(path)
+    assert recipe.corpus.lang == recipe.tune.langs == ("de",)
+    assert recipe.distill.splits == ("train",)

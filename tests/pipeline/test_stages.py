@@ -333,6 +333,26 @@ def test_dry_run_without_a_config_says_why(
     assert "the model's config is not known" in said
 
 
+def test_dry_run_says_why_speech_is_assumed(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.tsv"
+    table.write_text("path\tdeutsch\nx.wav\thallo\n")
+    recipe = tmp_path / "recipe.yaml"
+    said = []
+    for source in ("table.tsv", "nowhere.tsv"):
+        recipe.write_text(
+            f"lang: de\nteacher: {tiny_model}\ncorpus: {{source: {source}, format: tsv}}\n"
+            "prune: {layers: [1]}\n"
+        )
+        with pytest.raises(SystemExit) as stop:
+            main(["run", str(recipe), "--dry-run"])
+        assert stop.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert "table.tsv:1: the header is path, deutsch" in said[0]
+    assert "nowhere.tsv does not exist" in said[1]
+
+
 NEEDS = re.compile(r"#   (\w[\w -]*?) {2,}[\d.]+ +([\d.]+) GB +([\d.]+) GB")
 """A stage's line in a recipe's own table of costs: memory and disk."""
 

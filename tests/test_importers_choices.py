@@ -1,0 +1,179 @@
+"""Which of several files, columns and groups an importer takes: what is ambiguous is said, not guessed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halve.corpus import read_corpus
+from halve.errors import CorpusError
+from halve.importers import CorpusConfig, read_source, run_corpus
+from halve.importers.base import Row, known_language
+from halve.importers.hf import import_hf
+from halve.importers.splits import divide
+from tests.test_importers import Heard, faults_of, sound, text
+
+IWSLT = CorpusConfig(format="iwslt")
+
+
+def flat_set(folder: Path, name: str, *langs: str) -> None:
+    """A segments YAML of two segments with its texts beside it."""
+    sound(folder / f"{name}.wav", 3.0)
+    entries = [{"wav": f"{name}.wav", "offset": i, "duration": 1.0} for i in range(2)]
+    text(folder / f"{name}.yaml", json.dumps(entries))
+    for lang in langs:
+        text(folder / f"{name}.{lang}", *(f"{name} {lang} {i}" for i in range(2)))
+
+
+def test_a_set_takes_the_text_of_its_own_name(tmp_path: Path) -> None:
+    for name in ("dev", "train"):
+        flat_set(tmp_path, name, "en", "de")
+    rows = read_source(IWSLT, tmp_path / "train.yaml").rows
+    assert [row.references["de"] for row in rows] == ["train de 0", "train de 1"]
+    assert rows[0].source_text == "train en 0"
+    # Also where other forms of it come first in the alphabet.
+    lone = tmp_path / "lone"
+    flat_set(lone, "train", "de", "asr.en", "bpe.de", "en")
+    rows = read_source(IWSLT, lone).rows
+    assert (rows[0].source_text, rows[0].references["de"]) == ("train en 0", "train de 0")
+
+
+def test_a_text_of_another_name_is_taken_where_it_is_the_only_one(tmp_path: Path) -> None:
+    flat_set(tmp_path, "segments")
+    text(tmp_path / "talk.de", "eins", "zwei")
+    rows = read_source(IWSLT, tmp_path / "segments.yaml").rows
+    assert [row.references["de"] for row in rows] == ["eins", "zwei"]
+    text(tmp_path / "talk.bpe.de", "ei@@ ns", "zwei")
+    with pytest.raises(CorpusError, match=r"has 2 texts in de: .*talk\.bpe\.de, .*talk\.de"):
+        read_source(IWSLT, tmp_path / "segments.yaml")
+    # Another set's text is not this one's.
+    (tmp_path / "talk.bpe.de").unlink()
+    (tmp_path / "talk.de").unlink()
+    flat_set(tmp_path, "dev", "de")
+    with pytest.raises(CorpusError, match="No translations"):
+        read_source(IWSLT, tmp_path / "segments.yaml")
+
+
+def test_a_set_without_the_translations_of_others_is_left_aside(tmp_path: Path) -> None:
+    flat_set(tmp_path / "a", "tst2022", "en", "de")
+    flat_set(tmp_path / "b", "tst2023", "en")
+    flat_set(tmp_path / "c", "train", "en", "zh")
+    found = read_source(CorpusConfig(format="iwslt", lang=("de",)), tmp_path)
+    assert {row.id for row in found.rows} == {"tst2022-00001", "tst2022-00002"}
+    assert len([line for line in found.warnings if "no text into de beside it" in line]) == 2
+    both = read_source(CorpusConfig(format="iwslt", lang=("de", "zh")), tmp_path).rows
+    assert {tuple(row.references) for row in both} == {("de",), ("zh",)}
+
+
+def test_splits_of_some_segments_are_not_dealt_out_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "wmt"
+    for name, count in (("train", 30), ("podcast", 5)):
+        for lang in ("en", "de"):
+            text(folder / f"{name}.{lang}", *(f"{lang} {name} {i}" for i in range(count)))
+    config = CorpusConfig(format="text")
+    assert "5 segments without a split" in faults_of(config, folder, tmp_path / "c")
+    # Dealt out anew on request: by line, not a whole file one way.
+    made = run_corpus(CorpusConfig(format="text", split="group"), folder, tmp_path / "d")
+    counts = made.extra["segments"]
+    assert counts["train"] > counts["select"] > 1 < counts["test"]
+
+
+def test_the_tests_of_wmt_are_tests(tmp_path: Path) -> None:
+    folder = tmp_path / "wmt"
+    for name in ("train", "newsdev2019", "newstest2020"):
+        for lang in ("en", "de"):
+            text(folder / f"{name}.{lang}", *(f"{lang} {name} {i}" for i in range(3)))
+    found = read_source(CorpusConfig(format="text"), folder).rows
+    splits = {row.id.split("-")[0]: row.split for row in found}
+    assert splits == {"train": "train", "newsdev2019": "select", "newstest2020": "test"}
+
+
+@pytest.mark.parametrize(
+    ("written", "code"),
+    [("de", "de"), ("de-AT", "de"), ("zh_Hans", "zh"), ("de_asr", None), ("de_tok", None)],
+)
+def test_a_region_is_no_other_language(written: str, code: str | None) -> None:
+    assert known_language(written) == code
+
+
+def test_two_texts_of_one_language(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    for lang in ("en", "de", "de-AT"):
+        text(folder / f"train.{lang}", f"{lang} text")
+    rows = read_source(CorpusConfig(format="text"), folder).rows
+    assert rows[0].references == {"de": "de text"}
+    for lang in ("zh-CN", "zh-TW"):
+        text(folder / f"train.{lang}", f"{lang} text")
+    with pytest.raises(CorpusError, match="all of them Chinese"):
+        read_source(CorpusConfig(format="text"), folder)
+
+
+def test_a_table_s_columns_may_name_a_region(tmp_path: Path) -> None:
+    sound(tmp_path / "a.wav")
+    table = text(tmp_path / "t.tsv", "audio\ttext\tde-DE\tzh-CN", "a.wav\thi\thallo\t你好")
+    rows = read_source(CorpusConfig(format="tsv"), table).rows
+    assert rows[0].references == {"de": "hallo", "zh": "你好"}
+
+
+def test_a_data_set_alone_names_no_split(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    records = [
+        {
+            "audio": str(sound(tmp_path / f"{i}.wav")),
+            "text_de": f"wort {i}",
+            "text_de_asr": "falsch",
+        }
+        for i in range(12)
+    ]
+    datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "set"))
+    config = CorpusConfig(format="hf")
+    found = import_hf(str(tmp_path / "set"), config)
+    assert {row.split for row in found.rows} == {None}
+    assert found.rows[0].references == {"de": "wort 0"}
+    made = run_corpus(config, tmp_path / "set", tmp_path / "c")
+    assert set(made.extra["segments"]) == {"train", "select", "test"}
+    one = CorpusConfig(format="hf", text_column="text_de")
+    with pytest.raises(CorpusError, match="names one column"):
+        import_hf(str(tmp_path / "set"), one)
+
+
+def test_a_large_group_is_left_to_train() -> None:
+    sizes = {"anna": 90, "ben": 5, "cara": 5}
+    for seed in range(8):
+        rows = [
+            Row("x", f"{name}{i}", None, "t", {"de": "t"}, group=name)
+            for name, count in sizes.items()
+            for i in range(count)
+        ]
+        config = CorpusConfig(format="tsv", split="group", seed=seed)
+        assert {row.split for row in divide(rows, config) if row.group == "anna"} == {"train"}
+
+
+def test_a_recording_is_told_by_its_path(tmp_path: Path) -> None:
+    lines = ["audio\tde\tsplit"]
+    for name, split in (("anna", "train"), ("ben", "select"), ("cara", "test")):
+        sound(tmp_path / name / "audio.wav")
+        lines += [f"{name}/audio.wav\t{name} sagt\t{split}"]
+    table = text(tmp_path / "t.tsv", *lines)
+    made = run_corpus(CorpusConfig(format="tsv"), table, tmp_path / "c")
+    groups = {segment.group for segment in read_corpus(made.path).segments}
+    assert groups == {"anna/audio.wav", "ben/audio.wav", "cara/audio.wav"}
+
+
+def test_sentences_said_twice_are_kept_if_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    for name in ("train", "dev", "test"):
+        text(folder / f"{name}.en", "Thank you.", "Thank you.")
+        text(folder / f"{name}.de", "Danke.", "Danke.")
+    made = run_corpus(CorpusConfig(format="text", duplicates="keep"), folder, tmp_path / "c")
+    assert made.extra["segments"] == {"train": 2, "select": 2, "test": 2}
+    assert "same text as" in faults_of(CorpusConfig(format="text"), folder, tmp_path / "d")
+
+
+def test_an_empty_split_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    for lang in ("en", "de"):
+        text(folder / f"train.{lang}", *(f"{lang} {i}" for i in range(3)))
+    heard = Heard()
+    run_corpus(CorpusConfig(format="text"), folder, tmp_path / "c", heard)
+    assert any("No segment is in select or test" in line for line in heard.warnings)

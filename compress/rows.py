@@ -4,10 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from compress.collate import Branch, TrainingSequence
 from halve.corpus import Corpus, Segment
 from halve.errors import ArtefactError, CorpusError, FamilyError
 from halve.families import SourceText
+from halve.families.text import written_chat
 from halve.json_files import read_jsonl
 from halve.languages import language
 from halve.models import SpeechModel
@@ -135,10 +138,31 @@ def build_sequences(
 
 
 def end_token(speech: SpeechModel) -> int:
-    """The token that a translation is taught to end with: the tokenizer's own, if generation stops there."""
+    """The token that a translation is taught to end with.
+
+    The one that ends a turn in the model's chat template (Gemma's is not its tokenizer's own); without a
+    template the tokenizer's own, if generation stops there.
+    """
     ends = speech.family.end_ids(speech.model)
-    own = speech.processor.tokenizer.eos_token_id
-    return own if own in ends else ends[0]
+    tokenizer = speech.processor.tokenizer
+    own = tokenizer.eos_token_id
+    return _end_of_turn(tokenizer, ends) or (own if own in ends else ends[0])
+
+
+_ANSWER = "translation"
+
+
+def _end_of_turn(tokenizer: Any, ends: Sequence[int]) -> int | None:
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        written = written_chat(tokenizer, chat, add_generation_prompt=False)
+    except TemplateError:  # one that takes no plain text
+        return None
+    _, _, after = written.rpartition(_ANSWER)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in ends), None)
 
 
 def _prompt(

@@ -1,11 +1,12 @@
 """Settings of merging and packaging."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from halve.config import Config, Positive, Seed
-from halve.errors import InputError
+from halve.errors import FamilyError, InputError
 from halve.families import Family
 
 PRECISIONS = {
@@ -119,12 +120,22 @@ def check_possible(config: PackageConfig) -> None:
         )
 
 
-def check_family(config: PackageConfig, family: Family) -> None:
-    """Refuses settings that no student of a family can be packaged with.
+def check_family(config: PackageConfig, family: Family, model: Mapping[str, Any]) -> None:
+    """Refuses settings that no student of a family, or of a model, can be packaged with.
+
+    Args:
+        model: the config of the student, or of the teacher that it is made of.
 
     Raises:
         InputError: a trimmed vocabulary of a model that reads.
+        FamilyError: an ONNX package of a decoder that has none.
     """
+    if config.target == "onnx" and (found := family.unlike_onnx(model)):
+        raise FamilyError(
+            f"A model with {found} cannot be written as ONNX yet",
+            expected=f"a decoder of type {', '.join(sorted(family.onnx_layouts)) or 'llama'} as it first came out",
+            mend="package it with --target checkpoint",
+        )
     if config.trim_vocab and family.reads == "text":
         raise InputError(
             f"A model of family {family.name} cannot have a trimmed vocabulary: it reads with the same tokens "

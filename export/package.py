@@ -66,8 +66,9 @@ def run_package(
     """
     check_possible(config)
     model = resolve_model(model)
-    family = family_for(read_config(model))
-    check_family(config, family)
+    settings = read_config(model)
+    family = family_for(settings)
+    check_family(config, family, settings)
     check_contest(config, family)
     sets = (
         open_select_sets(corpus, config.langs, config.parity_segments, family.reads)

@@ -69,8 +69,9 @@ class TensorReader:
         return values
 
     def suffixes(self, prefix: str) -> set[str]:
-        """What follows `prefix` in the keys that begin with it."""
-        return {key.removeprefix(prefix) for key in self._index if key.startswith(prefix)}
+        """What follows `prefix` in the keys that begin with it; rotary frequencies, which code computes, are left out."""
+        keys = (key for key in self._index if not key.endswith("rotary_emb.inv_freq"))
+        return {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
 
 
 def write_onnx(

@@ -218,7 +218,12 @@ def stored_bytes(counts: Counts, form: Form) -> float:
     """Stored bytes of a student's weights, and of the graphs where there are some."""
     tables = counts.embeddings + counts.head
     rest = counts.total - counts.decoder - tables - counts.audio_tower
-    graphs = GRAPH_BYTES if form.package.startswith("onnx") else 0
+    is_onnx = form.package.startswith("onnx")
+    graphs = GRAPH_BYTES if is_onnx else 0
+    if (
+        is_onnx and not counts.head
+    ):  # a tied table is looked up in one file and multiplied in another
+        tables += counts.embeddings
     return (
         counts.decoder * form.decoder_bytes
         + tables * form.tables_bytes

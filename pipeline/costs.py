@@ -380,7 +380,8 @@ def _package(of: Estimator, step: "Step") -> Cost:
     if config.precision == "nf4":
         stored = counts.decoder * NF4_BYTES + (counts.total - counts.decoder) * 2
     else:
-        stored = counts.total * PACKAGE_BYTES.get(config.precision, 2.0)
+        twice = counts.embeddings if config.target == "onnx" and not counts.head else 0
+        stored = (counts.total + twice) * PACKAGE_BYTES.get(config.precision, 2.0)
     checked = of.speech.count("select", config.parity_segments)
     parity = 2 * of.translating(counts, checked, config.batch_size) * max(1, len(config.langs))
     writing = 25.0 if config.target == "onnx" else LOAD_S

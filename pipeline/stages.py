@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.config import MergeConfig
+from export.config import MergeConfig, check_family
 from halve import artefact
 from halve.errors import HalveError, InputError
 from halve.families import family_for
@@ -250,6 +250,8 @@ def _check_layers(recipe: Recipe, config: dict[str, Any]) -> None:
         check_config(recipe.importance, num_layers, family.must_stay(config))
     if recipe.prune is not None and recipe.prune.layers is not None:
         plan_of_layers(recipe.prune.layers, family, num_layers)
+    for package in recipe.packages:
+        check_family(package, family, config)
 
 
 def plan(run: Run, first: str | None, last: str | None) -> tuple[list[Planned], Estimator]:

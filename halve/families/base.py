@@ -1,5 +1,6 @@
 """What halve must know of a model family. Everything that names an architecture is in this folder."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from halve.audio import FloatArray
 from halve.errors import FamilyError
 from halve.families.masks import layer_masks
+from halve.families.onnx_layout import unlike_onnx
 from halve.languages import ENGLISH, Language
 
 if TYPE_CHECKING:
@@ -166,7 +168,11 @@ class Family(ABC):
 
     def has_onnx(self, config: Mapping[str, Any]) -> bool:
         """Whether a model of this config can become an ONNX package, as far as a config says."""
-        return self.text_config(config).get("model_type") in self.onnx_layouts
+        return not self.unlike_onnx(config)
+
+    def unlike_onnx(self, config: Mapping[str, Any]) -> str:
+        """What of a config ONNX packages do not know, in words; nothing where they know it all."""
+        return unlike_onnx(self.text_config(config), self.onnx_layouts)
 
     def must_stay(self, config: Mapping[str, Any]) -> Mapping[int, str]:
         """The layers that cannot be removed, and why."""
@@ -196,8 +202,11 @@ class Family(ABC):
         layer.self_attn.layer_idx = index
 
     def is_surplus(self, config: Mapping[str, Any], key: str) -> bool:
-        """Whether stock code ignores this on-disk tensor: pruning leaves it behind."""
-        return False
+        """Whether stock code ignores this on-disk tensor: pruning leaves it behind.
+
+        Here: rotary frequencies, which Llama 2's time stored and code computes.
+        """
+        return key.endswith("rotary_emb.inv_freq")
 
     def stacked_axis(self, key: str) -> int | None:
         """The dimension along which an on-disk tensor holds something of every decoder layer, side by side."""
@@ -316,9 +325,17 @@ class Family(ABC):
     def suppressed(self, model: Any) -> tuple[Sequence[int], Sequence[int]]:
         """Tokens that stock `generate` never says, and those that it does not begin with."""
         settings = model.generation_config
+        # Where a package is made, its settings stand for the model.
+        config = getattr(model, "config", None)
+        vocabulary = config.get_text_config(decoder=True).vocab_size if config else math.inf
+        always, at_first = (
+            getattr(settings, name, None) or ()
+            for name in ("suppress_tokens", "begin_suppress_tokens")
+        )
+        # As in stock code, an id beyond the vocabulary (or -1) forbids nothing.
         return (
-            tuple(getattr(settings, "suppress_tokens", None) or ()),
-            tuple(getattr(settings, "begin_suppress_tokens", None) or ()),
+            tuple(token for token in always if 0 <= token < vocabulary),
+            tuple(token for token in at_first if 0 <= token < vocabulary),
         )
 
     def rotary(self, decoder: Any, hidden: "torch.Tensor", places: "torch.Tensor") -> Any:

@@ -120,7 +120,7 @@ class Gemma4(Family):
     def is_surplus(self, config: Mapping[str, Any], key: str) -> bool:
         """Keys and values stored for a layer that reads another's: stock code never loads them."""
         if not key.startswith(self.disk_layers):
-            return False
+            return super().is_surplus(config, key)
         number, _, rest = key[len(self.disk_layers) :].partition(".")
         text = self.text_config(config)
         shares = int(number) >= text["num_hidden_layers"] - text["num_kv_shared_layers"]

@@ -4,6 +4,7 @@ Their checkpoints are laid out alike, in memory and on disk. What differs is dat
 """
 
 import copy
+import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,12 @@ SOURCE = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands for the source text in a prompt, while a chat template is rendered and in what is shown of it."""
 
 
+PROMPT_DATE = datetime.date(2024, 7, 26)
+"""What Llama 3.2's template writes of itself where it cannot ask for the date."""
+_DATED = "{% macro strftime_now(form) %}{{ form"
+_DATED += "".join(f"|replace('%{form}', '{PROMPT_DATE:%{form}}')" for form in "aAbBdHIjMmpSyY")
+_DATED += " }}{% endmacro %}"
+"""Takes the place of the clock that stock code lends to templates."""
 MAX_WINDOW_LAYERS = 28
 """What the Qwen classes take for a max_window_layers that a config leaves out."""
 
@@ -85,6 +92,21 @@ class TextProcessor:
         self.tokenizer.save_pretrained(path)
 
 
+def written_chat(tokenizer: Any, chat: Sequence[Mapping[str, str]], **how: bool) -> str:
+    """A conversation as the tokenizer's chat template writes it.
+
+    Without reasoning first, where the template offers that (Qwen3); where it puts in today's date (Llama 3.2,
+    Mistral Small), with that of PROMPT_DATE: what a model is asked must not change at midnight.
+    """
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _DATED + template
+    text: str = tokenizer.apply_chat_template(
+        chat, chat_template=template, tokenize=False, enable_thinking=False, **how
+    )
+    return text
+
+
 class Text(Family):
     """Language models of the Llama family tree (transformers: AutoModelForCausalLM)."""
 
@@ -123,7 +145,11 @@ class Text(Family):
         """The tokenizer of a model directory."""
         from transformers import AutoTokenizer
 
-        return TextProcessor(AutoTokenizer.from_pretrained(str(path), local_files_only=True))
+        # Mistral's own code, where it is installed, has another interface, and shows no chat template.
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, mistral_format=False
+        )
+        return TextProcessor(tokenizer)
 
     def kept_config(self, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
         """The config after pruning: layer count, and each layer's kind of attention spelt out.
@@ -156,7 +182,8 @@ class Text(Family):
 
     def is_surplus(self, config: Mapping[str, Any], key: str) -> bool:
         """A tied head that is stored beside the embeddings all the same, as Qwen3 0.6B's is."""
-        return key == f"{self.disk_head}weight" and self.is_tied(config)
+        is_head = key == f"{self.disk_head}weight" and self.is_tied(config)
+        return is_head or super().is_surplus(config, key)
 
     def encode(self, model: Any, processor: Any, audio: Any) -> "torch.Tensor":
         """There is nothing to encode: the text stands in the prompt."""
@@ -176,9 +203,7 @@ class Text(Family):
         tokenizer = processor.tokenizer
         if getattr(tokenizer, "chat_template", None):
             chat = [{"role": "user", "content": content}]
-            content = tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=False
-            )
+            content = written_chat(tokenizer, chat, add_generation_prompt=True)
         before, _, after = content.partition(SOURCE)
         return before, after
 

@@ -12,9 +12,11 @@ import pytest
 from benchmarks import size, speed
 from benchmarks.config import LatencyConfig
 from benchmarks.latency import percentiles, pinned_environment, run_latency
-from halve.errors import ArtefactError
+from halve.errors import ArtefactError, InputError
+from halve.families import FAMILIES
 from serve.registry import find_models
 from serve.settings import ServeSettings
+from tests.families import text_models
 
 
 def test_every_key_and_positive_numbers(
@@ -70,6 +72,24 @@ def test_a_model_that_says_nothing_has_no_ratio() -> None:
 def test_a_path_without_a_model_is_refused(tiny_corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError):
         run_latency(LatencyConfig(lang="de"), [tmp_path / "nothing"], tiny_corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_reads_is_refused_at_once(tmp_path: Path) -> None:
+    model = text_models.make_model(tmp_path / "llama", "llama")
+    corpus = text_models.make_corpus(tmp_path / "corpus")
+    with pytest.raises(InputError, match="llama reads text, and the latency bench times audio"):
+        run_latency(LatencyConfig(lang="de"), [model], corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_clip_that_no_model_hears_to_its_end_is_refused(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(FAMILIES["qwen2_audio"]), "max_audio_s", 2.0)
+    config = LatencyConfig(lang="de", short_s=1.0, long_s=4.0)
+    with pytest.raises(InputError, match=r"long clip is [34]\.\d s, and .*tiny hears 2 s at once"):
+        run_latency(config, [tiny_model], tiny_corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -84,8 +84,8 @@ def _files(path: Path) -> list[str]:
     )
 
 
-def _is_hidden(name: str) -> bool:
-    """Whether a file, or a folder that it lies in, is hidden; `name` as `_files` gives it."""
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder that it lies in, is hidden; `name` from the artefact's directory on."""
     return "/." in f"/{name}"
 
 
@@ -180,7 +180,7 @@ def identity(path: str | Path) -> str:
         raise ArtefactError(f"{path} does not exist")
     digest = hashlib.sha256()
     # What a downloader keeps in hidden folders (.cache, .git) changes and is not the model.
-    names = [name for name in _files(path) if not _is_hidden(name)]
+    names = [name for name in _files(path) if not is_hidden(name)]
     for name, found in zip(names, sha256_of(path / name for name in names), strict=True):
         digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()
@@ -375,7 +375,7 @@ def _check_place(out: Path, kind: str) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if (out / RECORD).is_file() and (old := read(out)).kind == kind:
-        others = [name for name in _files(out) if name not in old.files and not _is_hidden(name)]
+        others = [name for name in _files(out) if name not in old.files and not is_hidden(name)]
         if others:
             raise ArtefactError(
                 f"{out} also holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}, which would be lost",

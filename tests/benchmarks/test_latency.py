@@ -141,6 +141,9 @@ def test_weights_of_a_release_count_once(tiny_model: Path, tmp_path: Path) -> No
     header = b'{"w": {"dtype": "F64", "shape": [1000000], "data_offsets": [0, 8000000]}}'
     wide = len(header).to_bytes(8, "little") + header + bytes(8_000_000)
     (model / "model.fp64.safetensors").write_bytes(wide)
+    for name in ("original/consolidated.00.pth", ".cache/huggingface/download/x", ".git/objects/y"):
+        (model / name).parent.mkdir(parents=True)
+        (model / name).write_bytes(bytes(10_000_000))
     after = size.measure(model)
     assert (after.stored_bytes, after.precision) == (before.stored_bytes, before.precision)
     (found,) = find_models(ServeSettings(models=(str(model),))).values()

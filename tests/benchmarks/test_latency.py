@@ -4,16 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import size, speed
+from benchmarks import latency_worker, size, speed
 from benchmarks.config import LatencyConfig
 from benchmarks.latency import percentiles, pinned_environment, run_latency
 from halve.errors import ArtefactError, InputError
 from halve.families import FAMILIES
+from halve.translate import Translation
 from serve.registry import find_models
 from serve.settings import ServeSettings
 from tests.families import text_models
@@ -39,11 +43,26 @@ def test_every_key_and_positive_numbers(
     # Stock transformers hears 30 s of padding: another road to the same tokens.
     short = [entry["clips"]["short"] for entry in (result["baseline"], result["models"][0])]
     assert short[0]["text"] == short[1]["text"]
+    assert short[0]["tokens"] == short[1]["tokens"]
     assert set(result["models"][0]["times_faster_than_baseline"]["short"]) == {
         "ttft_ms",
         "tpot_ms",
         "rtf",
     }
+
+
+@pytest.mark.parametrize(("stopped", "tokens"), [("end", 3), ("limit", 2), ("loop", 2)])
+def test_the_token_that_ends_a_text_counts(stopped: str, tokens: int) -> None:
+    """Its step is in the whole time, and stock `generate` hands it over as well."""
+
+    def stream(*_: object, limit: int) -> Generator[str, None, Translation]:
+        yield "Die"
+        yield " Datei"
+        return Translation("Die Datei", [7, 8], stopped)
+
+    timing = latency_worker._stream_run(SimpleNamespace(stream=stream), "de")(np.zeros(9), 5)
+    assert timing.tokens == tokens
+    assert timing.token_s == (timing.total_s - timing.first_s) / (tokens - 1)
 
 
 def _timed(tpot_ms: float, **facts: object) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """COMET in an environment of its own: JSON lines in on stdin, JSON lines out on stdout.
 
 unbabel-comet needs older versions of transformers, numpy and protobuf than halve does, so this file
-is run as a script by another Python and imports nothing of halve.
+is run as a script by another Python, 3.8 or newer, and imports nothing of halve.
 
 In:  {"checkpoint": PATH, "batch_size": N}, then one {"system", "id", "src", "mt", "ref"} a segment.
 Out: one {"system", "id", "score"} a segment in the same order, then
@@ -56,7 +56,9 @@ def main() -> None:
     request, rows = lines[0], lines[1:]
     checkpoint = checkpoint_file(request["checkpoint"])
     scores = predict(checkpoint, rows, int(request["batch_size"]))
-    for row, score in zip(rows, scores, strict=True):
+    if len(scores) != len(rows):
+        raise SystemExit(f"COMET gave {len(scores)} scores for {len(rows)} segments")
+    for row, score in zip(rows, scores):  # noqa: B905  Python 3.8's zip has no `strict`
         answers.write(json.dumps({"system": row["system"], "id": row["id"], "score": score}) + "\n")
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     summary = {

@@ -29,7 +29,7 @@ class QualityConfig(Config):
     seed: Seed = 0
     """Seed of the bootstrap."""
     controls: bool = True
-    """Translate another segment's audio and silence with the teacher as well: does it listen?"""
+    """Give the teacher another segment's audio and silence, or its text, as well: does it listen, or read?"""
     noise_db: float | None = None
     """Translate with pink noise of this signal-to-noise ratio in dB as well, with every model."""
     comet_checkpoint: str | None = None

@@ -22,8 +22,9 @@ from halve import environment
 from halve.artefact import Artefact, read, writing
 from halve.corpus import read_corpus
 from halve.errors import HalveError, InputError
+from halve.families import Family
 from halve.json_files import append_jsonl, read_jsonl, write_json
-from halve.models import resolve_model
+from halve.models import family_of, resolve_model
 from halve.progress import SILENT, Progress
 
 RESULT = "latency.json"
@@ -63,12 +64,16 @@ def run_latency(
 
     Raises:
         ArtefactError: a path is no model.
-        InputError: peers without a number of tokens or an unquantised model.
+        InputError: a model that reads text or hears less than a clip, or peers without a number of tokens
+            or an unquantised model.
         HalveError: a model's process failed.
     """
+    for model in models:
+        check_listens(family_of(resolve_model(model, weights=False)), model)
     given = {str(path): _local(path) for path in models}
     sizes = {name: size.measure(path, name) for name, path in given.items()}
     clips = _clips(config, corpus)
+    _check_heard_whole(clips, given)
     stock = _stock_model(given) if config.baseline or config.peers else None
     if config.peers and (stock is None or config.new_tokens is None):
         raise InputError(
@@ -92,6 +97,35 @@ def run_latency(
         draft.extra.update(bench="latency", lang=config.lang)
         write_json(draft.path / RESULT, result)
     return read(out)
+
+
+def check_listens(family: Family, model: str | Path) -> None:
+    """Refuses a model that there is nothing to time of.
+
+    Raises:
+        InputError: it reads text.
+    """
+    if family.reads == "text":
+        raise InputError(
+            f"{model} reads text, and the latency bench times audio",
+            expected="models that listen",
+            mend="leave it out; `halve bench quality` measures text models",
+        )
+
+
+def _check_heard_whole(clips: Sequence[Clip], given: Mapping[str, Path]) -> None:
+    """Refuses clips that a front end would cut: the table would say more seconds than were heard."""
+    name, heard_s = min(
+        ((name, family_of(path).max_audio_s) for name, path in given.items()),
+        key=lambda each: each[1],
+    )
+    longest = max(clips, key=lambda clip: clip.duration_s)
+    if longest.duration_s > heard_s:
+        raise InputError(
+            f"The {longest.name} clip is {longest.duration_s:.1f} s, and {name} hears {heard_s:g} s at once",
+            expected=f"clips of at most {heard_s:g} s",
+            mend="lower --short-s or --long-s",
+        )
 
 
 def _jobs(

@@ -13,8 +13,8 @@ OUT=${OUT:-runs/latency-peers}
 PEERS=${PEERS:-transformers-fp32 transformers-fp32-cut transformers-bf16 transformers-nf4 torch-onnx-fp32 torch-onnx-int8
     torch-onnx-int4 genai-int4 genai-int4-block128 optimum-fp32 optimum-int8 ctranslate2-int8 llama.cpp-f16 llama.cpp-q8_0 llama.cpp-q4_0}
 
-package() { # MODEL NAME PRECISION BLOCK [TARGET]
-    test -d "$IN/$2" || "$HALVE" package --model "$1" --target "${5:-onnx}" --precision "$3" --block-size "$4" --lang de --out "$IN/$2"
+package() { # MODEL NAME PRECISION [OPTION…]
+    test -d "$IN/$2" || "$HALVE" package --model "$1" --precision "$3" --lang de --out "$IN/$2" "${@:4}"
 }
 
 gguf() { # SHAPE: its GGUF package, where there is one
@@ -27,12 +27,12 @@ prepare() {
     for SHAPE in teacher wide; do
         MODEL=$IN/wide
         if [ $SHAPE = teacher ]; then MODEL=demo/teacher; fi
-        package $MODEL $SHAPE-int4 int4 128
-        package $MODEL $SHAPE-int4-block32 int4 32
-        package $MODEL $SHAPE-fp32 fp32 32
-        if "${HALVE%halve}python" -c "import llama_cpp" 2> /dev/null; then package $MODEL $SHAPE-gguf-int4 int4 32 gguf; fi
+        package $MODEL $SHAPE-int4 int4 --block-size 128
+        package $MODEL $SHAPE-int4-block32 int4 --block-size 32
+        package $MODEL $SHAPE-fp32 fp32
+        if "${HALVE%halve}python" -c "import llama_cpp" 2> /dev/null; then package $MODEL $SHAPE-gguf-int4 int4 --target gguf; fi
     done
-    package "$IN/nine" nine-int4 int4 128
+    package "$IN/nine" nine-int4 int4 --block-size 128
 }
 
 bench() { # NAME MODELS…

@@ -27,6 +27,7 @@ class Timing:
     total_s: float
     first_s: float
     tokens: int
+    """With the one that ended them, which took a step as the others did."""
     text: str
 
     @property
@@ -101,7 +102,7 @@ def _stream_run(translator: Any, lang: str) -> Run:
             try:
                 pieces.append(next(stream))
             except StopIteration as end:
-                tokens = len(end.value.tokens)
+                tokens = len(end.value.tokens) + (end.value.stopped == "end")
                 break
             first_s = first_s or time.perf_counter() - started
         total_s = time.perf_counter() - started

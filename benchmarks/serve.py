@@ -22,13 +22,14 @@ from halve import environment
 from halve.artefact import Artefact, read, writing
 from halve.audio import read_audio
 from halve.corpus import read_corpus
-from halve.errors import HalveError
+from halve.errors import HalveError, InputError
 from halve.json_files import write_json
 from halve.models import resolve_model
 from halve.progress import SILENT, Progress
 from halve.translate import Translation
 
 RESULT = "serve.json"
+_STOCK_WEIGHTS = {".safetensors", ".bin"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def run_serve_bench(
     answer is compared with the offline translation of the same file.
 
     Raises:
+        InputError: stock code has nothing to load of what would be the baseline.
         HalveError: a server did not start, or answered nothing.
     """
     # No client may be refused: a refusal is no answer to time.
@@ -92,6 +94,7 @@ def run_serve_bench(
     sides = [_Side("model", _local(model), "auto", batched)]
     sides.append(_Side("one_at_a_time", _local(model), "auto", ("--batch-size", "1", *room)))
     sides.append(_Side("baseline", _local(teacher or model), "plain", room))
+    _check_baseline(sides[-1].path)
     parents = {"corpus": corpus, "model": sides[0].path, "baseline": sides[-1].path}
     with writing(out, "results", config.model_dump(), config.seed, parents) as draft:
         with tempfile.TemporaryDirectory() as folder:
@@ -119,6 +122,17 @@ def run_serve_bench(
 
 def _local(path: str | Path) -> Path:
     return Path(path) if Path(path).exists() else Path(resolve_model(path))
+
+
+def _check_baseline(path: Path) -> None:
+    """Refuses a package before the servers that are measured before it."""
+    files = {entry.suffix for entry in path.iterdir()}
+    if not (path / "config.json").is_file() or not files & _STOCK_WEIGHTS:
+        raise InputError(
+            f"{path} cannot be the baseline: stock transformers finds no config or weights there",
+            expected="a checkpoint for the plain engine, beside the model",
+            mend="name --teacher",
+        )
 
 
 def _ratios(result: Mapping[str, Any], config: ServeBenchConfig) -> dict[str, float]:

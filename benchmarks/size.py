@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halve.artefact import TIMINGS
+from halve.artefact import TIMINGS, is_hidden
 from halve.errors import ArtefactError
 from halve.families import family_for
 from halve.shards import spare_weights
@@ -52,15 +52,19 @@ class Size:
 def stored_bytes(directory: Path) -> int:
     """Bytes of the whole directory as it ships, tokenizer and all.
 
-    Left out are the log of times, which changes from run to run and which no model needs, and weights that
-    a release has a second time for other software: nobody would ship both.
+    Left out are the log of times, which changes from run to run and which no model needs, weights that
+    a release has a second time for other software: nobody would ship both, and what a downloader keeps
+    hidden (.git, .cache).
     Links (as in a hub cache) count as the files they lead to.
     """
     spare = {directory / name for name in spare_weights(directory)}
     return sum(
         entry.stat().st_size
         for entry in directory.rglob("*")
-        if entry.is_file() and entry.name != TIMINGS and entry not in spare
+        if entry.is_file()
+        and entry.name != TIMINGS
+        and entry not in spare
+        and not is_hidden(entry.relative_to(directory).as_posix())
     )
 
 

@@ -22,6 +22,19 @@ METRIC_TITLES = {
 _OF_ONE = ("comet", "embedding_similarity")
 """Metrics whose scores are about 1, not about 100."""
 
+_CONTROLS_OF_AUDIO = (
+    "Does the teacher listen?",
+    "heard",
+    "the segment's own audio",
+    "Shuffled audio: each segment gets the audio of another one of like duration.",
+)
+_CONTROLS_OF_TEXT = (
+    "Does the teacher read?",
+    "read",
+    "the segment's own text",
+    "Shuffled text: each segment gets the source text of another one of like length.",
+)
+"""Title, head of the first column, its first row, and the note."""
 
 _SPEEDS = ("ttft_ms", "tpot_ms", "rtf")
 
@@ -135,23 +148,18 @@ def _p_values(retention: Mapping[str, float]) -> str:
 
 
 def controls_table(result: Mapping[str, Any]) -> Table | None:
-    """The teacher's scores when it hears something else: a model that listens loses nearly all."""
+    """The teacher's scores when it is given something else: a model that listens, or reads, loses nearly all."""
     controls = result["teacher"].get("controls") or {}
     if not controls:
         return None
+    text = "shuffled_text" in controls
+    title, given, own, note = _CONTROLS_OF_TEXT if text else _CONTROLS_OF_AUDIO
     metrics = list(METRICS)
-    heard = [
-        ("the segment's own audio", {m: result["teacher"]["scores"][m]["score"] for m in metrics})
-    ]
-    titles = {"shuffled_audio": "shuffled audio", "silence": "silence"}
-    heard += [(titles.get(name, name), scores) for name, scores in controls.items()]
-    rows = [[name, *(f"{scores[metric]:.2f}" for metric in metrics)] for name, scores in heard]
-    return Table(
-        "Does the teacher listen?",
-        ["heard", *(METRIC_TITLES[metric] for metric in metrics)],
-        rows,
-        note="Shuffled audio: each segment gets the audio of another one of like duration.",
-    )
+    rows_of = [(own, {m: result["teacher"]["scores"][m]["score"] for m in metrics})]
+    rows_of += [(name.replace("_", " "), scores) for name, scores in controls.items()]
+    rows = [[name, *(f"{scores[metric]:.2f}" for metric in metrics)] for name, scores in rows_of]
+    header = [given, *(METRIC_TITLES[metric] for metric in metrics)]
+    return Table(title, header, rows, note=note)
 
 
 def behaviour_table(result: Mapping[str, Any]) -> Table:

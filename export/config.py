@@ -18,6 +18,8 @@ PRECISIONS = {
 
 GGUF_BLOCK = 32
 """Weights that share a scale in llama.cpp's types."""
+_ROUNDING = ("block_size", "head_bits", "embedding_bits", "encoder_bits", "quantise")
+"""Settings of how weights become integers."""
 
 
 class MergeConfig(Config):
@@ -94,7 +96,7 @@ def check_possible(config: PackageConfig) -> None:
     """Refuses settings that no student can be packaged with.
 
     Raises:
-        InputError: a precision or a way that the target has not.
+        InputError: a precision or a way that the target has not, or one that the precision does not use.
     """
     if config.trim_vocab and config.target == "checkpoint":
         raise InputError(
@@ -117,6 +119,18 @@ def check_possible(config: PackageConfig) -> None:
         raise InputError(
             f"Target {config.target} has no precision {config.precision}",
             expected=f"one of {', '.join(known)}",
+        )
+    _check_rounding(config)
+
+
+def _check_rounding(config: PackageConfig) -> None:
+    """Refuses settings of halve's own rounding for what is not rounded so: NF4 is bitsandbytes' own."""
+    given = [name for name in _ROUNDING if getattr(config, name) not in (None, "auto")]
+    if given and (config.target == "checkpoint" or config.precision in ("fp32", "fp16")):
+        raise InputError(
+            f"{' and '.join(given)} cannot be chosen for target {config.target} in {config.precision}",
+            expected="target onnx or gguf in int8 or int4",
+            mend=f"leave {' and '.join(given)} out",
         )
 
 

@@ -128,19 +128,39 @@ class LlamaBatch(RowBatch):
         self._allocate(capacity)
 
     def _allocate(self, capacity: int) -> None:
-        self._capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
-        self._context = self._decoder.new_context(self._streams, self._capacity)
+        capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        # It may refuse: nothing of the batch changes before it is there.
+        self._context = self._decoder.new_context(self._streams, capacity)
+        self._capacity = capacity
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._freed = weakref.finalize(self, llama_cpp.llama_free, self._context)
 
     def _make_room(self, positions: int) -> None:
         if positions <= self._capacity:
             return
-        states = [self._state(slot) for slot in range(len(self.rows))]
+        if self.rows and self._context is None:
+            raise _lost()
+        states, before = [self._state(slot) for slot in range(len(self.rows))], self._capacity
+        # Both may not fit into memory side by side.
+        self._free()
+        try:
+            self._allocate(positions)
+        except HalveError:
+            if before:
+                self._allocate(before)
+                self._fill(states)
+            raise
+        self._fill(states)
+
+    def _free(self) -> None:
+        """Leaves a batch whose rows cannot go on; once they are removed it can take others."""
         self._freed()
-        self._allocate(positions)
+        self._context, self._memory, self._capacity = None, None, 0
+
+    def _fill(self, states: Sequence[Any]) -> None:
         for slot, state in enumerate(states):
             if not llama_cpp.llama_state_seq_set_data(self._context, state, len(state), slot):
+                self._free()
                 raise HalveError("llama.cpp cannot move a row to a larger cache")
 
     def _state(self, slot: int) -> Any:
@@ -174,6 +194,8 @@ class LlamaBatch(RowBatch):
         wanted: NDArray[np.bool_],
     ) -> None:
         """Reads embeddings (n, hidden) at positions (n,) of slots (n,); logits come where wanted (n,)."""
+        if self._context is None:
+            raise _lost()
         batch = self._arrays.filled(embeddings, positions, slots, wanted)
         _said.clear()
         answer = llama_cpp.llama_decode(self._context, batch)
@@ -188,6 +210,8 @@ class LlamaBatch(RowBatch):
 
     def _copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         """A target that is a source too is only overwritten once it has been read."""
+        if self._context is None:
+            return
         pending = {
             target: source
             for target, source in zip(targets, sources, strict=True)
@@ -206,6 +230,13 @@ class LlamaBatch(RowBatch):
     def _copy(self, source: int, target: int) -> None:
         llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+
+def _lost() -> HalveError:
+    return HalveError(
+        "The cache of the rows under way was lost when there was no memory for a larger one",
+        mend="translate fewer at once",
+    )
 
 
 class _BatchArrays:

@@ -90,8 +90,8 @@ def _is_left_behind(name: str) -> bool:
     return any(part in _LEFT_BEHIND or part.startswith(".nfs") for part in name.split("/"))
 
 
-def _is_hidden(name: str) -> bool:
-    """Whether a file, or a folder that it lies in, is hidden; `name` as `_files` gives it."""
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder that it lies in, is hidden; `name` from the artefact's directory on."""
     return "/." in f"/{name}"
 
 
@@ -186,7 +186,7 @@ def identity(path: str | Path) -> str:
         raise ArtefactError(f"{path} does not exist")
     digest = hashlib.sha256()
     # What a downloader keeps in hidden folders (.cache, .git) changes and is not the model.
-    names = [name for name in _files(path) if not _is_hidden(name)]
+    names = [name for name in _files(path) if not is_hidden(name)]
     for name, found in zip(names, sha256_of(path / name for name in names), strict=True):
         digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()

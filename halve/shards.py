@@ -152,13 +152,16 @@ def read_index(model: Path) -> dict[str, str]:
 def spare_weights(model: Path) -> frozenset[str]:
     """Files of weights that loading leaves alone: other forms of those that lie in safetensors.
 
+    By name, those of sub-folders (`original/consolidated.00.pth`) with their folder.
+
     Raises:
         ArtefactError: a shard missing or damaged.
     """
     if not ((model / INDEX).is_file() or (model / SINGLE).is_file()):
         return frozenset()
     used = set(read_index(model).values())
-    weights = {entry.name for entry in model.iterdir() if entry.suffix in WEIGHTS}
+    found = (entry for entry in model.rglob("*") if entry.suffix in WEIGHTS)
+    weights = {entry.relative_to(model).as_posix() for entry in found}
     return frozenset(weights - used)
 
 

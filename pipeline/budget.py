@@ -316,7 +316,8 @@ def plan(
     text = f"{title}\n{_listed(found, whole, measured)}"
     if write is not None:
         chosen = _chosen(found, choice)
-        _write_recipe(write, model, corpus, code, chosen, whole.decoder_layers)
+        listens = family_for(config).reads == "audio"
+        _write_recipe(write, model, corpus, code, chosen, whole.decoder_layers, listens)
         data["recipe"] = str(write)
         text += f"\n{write}: {chosen.layers} layers, {chosen.package}; halve run {write} --dry-run says what it takes"
     return Result(text, data)
@@ -367,7 +368,13 @@ def _kept_tokens(model: Path, corpus: Path, code: str | None) -> int:
 
 
 def _write_recipe(
-    path: Path, model: str, corpus: Path | None, code: str | None, chosen: Choice, layers: int
+    path: Path,
+    model: str,
+    corpus: Path | None,
+    code: str | None,
+    chosen: Choice,
+    layers: int,
+    listens: bool,
 ) -> None:
     if corpus is None or code is None:
         raise InputError("A recipe needs a corpus and a language", mend="name --corpus and --lang")
@@ -386,7 +393,8 @@ def _write_recipe(
         "tune": {"method": "qlora"},
         "merge": {"onto": "auto"},
         "packages": [chosen.settings],
-        "bench": {"quality": {"split": "test"}, "latency": {}},
+        # The latency bench times audio.
+        "bench": {"quality": {"split": "test"}} | ({"latency": {}} if listens else {}),
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     title = f"# {chosen.layers} of {layers} layers, {chosen.package}: about {size(chosen.stored_bytes)}."

@@ -8,7 +8,7 @@ from typing import Any
 
 from export.config import MergeConfig, check_family
 from halve import artefact
-from halve.errors import HalveError, InputError
+from halve.errors import HalveError, InputError, RecipeError
 from halve.families import family_for
 from halve.importers.base import CorpusConfig
 from halve.models import read_config, resolve_model
@@ -220,7 +220,7 @@ def check_inputs(run: Run, chosen: list[Step]) -> None:
 
     Raises:
         InputError: the source of the corpus is missing, or what a bench is given to score with, or layers
-            that the model cannot do without.
+            that the model cannot do without, or a latency bench of a model that reads text.
         ArtefactError: the model is missing.
         FamilyError: an architecture that halve does not know.
     """
@@ -237,7 +237,20 @@ def check_inputs(run: Run, chosen: list[Step]) -> None:
         check_config(run.recipe.bench.quality)
     model = _model(str(run.recipe.teacher or run.recipe.base))
     if any(model in step.inputs for step in chosen):
-        _check_layers(run.recipe, read_config(resolve_model(model)))
+        _check_fits(run.recipe, read_config(resolve_model(model)))
+
+
+def _check_fits(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Refuses what the recipe asks of its model and cannot have."""
+    family = family_for(config)
+    _check_layers(recipe, config)
+    for package in recipe.packages:
+        check_family(package, family, config)
+    if recipe.bench.latency is not None and family.reads == "text":
+        raise RecipeError(
+            f"{recipe.teacher or recipe.base} reads text, and the latency bench times audio",
+            mend="take `latency` out of the recipe's `bench`",
+        )
 
 
 def _check_layers(recipe: Recipe, config: dict[str, Any]) -> None:
@@ -250,19 +263,17 @@ def _check_layers(recipe: Recipe, config: dict[str, Any]) -> None:
         check_config(recipe.importance, num_layers, family.must_stay(config))
     if recipe.prune is not None and recipe.prune.layers is not None:
         plan_of_layers(recipe.prune.layers, family, num_layers)
-    for package in recipe.packages:
-        check_family(package, family, config)
 
 
 def plan(run: Run, first: str | None, last: str | None) -> tuple[list[Planned], Estimator]:
     """The steps with their costs, without running anything.
 
     Raises:
-        InputError: no such stages, or layers that the model cannot do without.
+        InputError: no such stages, or something that the recipe's model cannot do.
     """
     estimator = Estimator(run)
     if estimator.config is not None:
-        _check_layers(run.recipe, estimator.config)
+        _check_fits(run.recipe, estimator.config)
     planned: list[Planned] = []
     for step in steps_between(run, first, last):
         # What follows a step that must run is only known to be current once that has run.

@@ -98,6 +98,11 @@ class _Part:
     def tell(self) -> int:
         return self._position
 
+    @property
+    def is_read(self) -> bool:
+        """Whether nothing is left to read."""
+        return self._position >= self._size
+
     def read(self, count: int) -> bytes:
         try:
             self._check()
@@ -180,9 +185,10 @@ class Recording:
             parts = ogg.links(descriptor, self.max_audio_s, self.check)
         try:
             for start, end in parts:
-                with _Forward(_Part(descriptor, start, end, self.check)) as sound:
+                part = _Part(descriptor, start, end, self.check)
+                with _Forward(part) as sound:
                     self._check_header(sound, found_share)
-                    yield from self._mono_blocks(sound)
+                    yield from self._mono_blocks(sound, part)
         except (soundfile.SoundFileError, RuntimeError, ValueError, MemoryError):
             self.check()
             after = f" after {self.decoded_s:.1f} s" if self.decoded_s else ""
@@ -202,7 +208,7 @@ class Recording:
             raise too_long(self.max_audio_s)
         self.claimed_s += found_s / found_share if found_share else 0.0
 
-    def _mono_blocks(self, sound: soundfile.SoundFile) -> Iterator[FloatArray]:
+    def _mono_blocks(self, sound: soundfile.SoundFile, part: _Part) -> Iterator[FloatArray]:
         rate = sound.samplerate
         frames = max(1, min(int(rate * BLOCK_S), BLOCK_VALUES // sound.channels))
         resampler = None
@@ -211,7 +217,7 @@ class Recording:
             resampler = soxr.ResampleStream(rate, SAMPLE_RATE_HZ, 1, dtype="float32")
         while True:
             self.check()
-            data = sound.read(frames, dtype="float32", always_2d=True)
+            data = self._read(sound, part, frames)
             last = len(data) < frames
             mono = data.mean(axis=1, dtype=np.float32) if data.shape[1] > 1 else data[:, 0]
             block = resampler.resample_chunk(mono, last=last) if resampler else mono
@@ -219,6 +225,20 @@ class Recording:
                 yield np.ascontiguousarray(block, dtype=np.float32)
             if last:
                 return
+
+    def _read(self, sound: soundfile.SoundFile, part: _Part, frames: int) -> FloatArray:
+        """A block, (frames, channels); an empty one where a FLAC file was cut off: others end so, too.
+
+        Its header must say how long it was: only then does the coverage tell what is missing.
+        """
+        try:
+            return np.asarray(sound.read(frames, dtype="float32", always_2d=True))
+        except soundfile.SoundFileError:
+            self.check()
+            cut_off = part.is_read and 0 < self.decoded_s < self.claimed_s
+            if sound.format != "FLAC" or not cut_off:
+                raise
+            return np.zeros((0, sound.channels), np.float32)
 
 
 def too_long(max_audio_s: float) -> ApiError:

@@ -62,11 +62,18 @@ class Model:
     loading: "asyncio.Task[None] | None" = None
     users: int = 0
     """Requests that hold it now: it is not evicted under them."""
+    arriving: int = 0
+    """Requests that wait for its return while it makes room for another model."""
     is_leaving: bool = False
     """Takes no new requests until it has made room for another model."""
     used_s: float = 0.0
     retry_s: float = 0.0
     """After a load that failed: when it may be tried again, on the monotonic clock."""
+
+    @property
+    def taken_on(self) -> int:
+        """Requests that it has or will have."""
+        return self.users + self.arriving
 
     @property
     def can_work(self) -> bool:
@@ -291,8 +298,12 @@ class Registry:
             ApiError: unknown (404), or it cannot be loaded (503).
         """
         model = self.find(model_id)
-        while model.is_leaving:
-            await self._change(PATIENCE_S)
+        model.arriving += 1
+        try:
+            while model.is_leaving:
+                await self._change(PATIENCE_S)
+        finally:
+            model.arriving -= 1
         model.users += 1
         try:
             if model.engine is None:

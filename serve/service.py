@@ -123,8 +123,10 @@ class Service:
             ApiError: unknown model (404), no place (429), not loadable (503).
         """
         model = self.registry.find(model_id)
-        if model.users >= self.settings.max_queue:
-            raise busy(f"The model {model.id} has {model.users} requests waiting; try again later.")
+        if model.taken_on >= self.settings.max_queue:
+            raise busy(
+                f"The model {model.id} has {model.taken_on} requests waiting; try again later."
+            )
         async with self.registry.borrow(model_id) as lent:
             yield lent
 

@@ -55,6 +55,12 @@ async function loadModels() {
   showLanguages();
 }
 
+/** Some models know their languages only once they are loaded, as a request does, even one that fails. */
+async function updateModels(signal) {
+  models = await fetchModels(signal);
+  showLanguages();
+}
+
 function use(file) {
   audio = file;
   byId("chosen").textContent = `${file.name} (${Math.max(1, Math.round(file.size / 1024))} KB)`;
@@ -79,6 +85,9 @@ async function choose(file) {
 
 async function toggleRecording() {
   const button = byId("record");
+  const hadFocus = document.activeElement === button;
+  // A second click before the microphone is there would ask for another, which nothing would close.
+  button.disabled = true;
   try {
     if (stopRecording) {
       const stop = stopRecording;
@@ -91,6 +100,8 @@ async function toggleRecording() {
   } catch {
     say("No recording: the browser gave no microphone.", true);
   }
+  button.disabled = false;
+  if (hadFocus && document.activeElement === document.body) button.focus();
   button.setAttribute("aria-pressed", String(Boolean(stopRecording)));
   button.textContent = stopRecording ? "Stop recording" : "Record";
 }
@@ -240,7 +251,8 @@ async function translate(submit) {
     const cold = [];
     for (const model of chosen) {
       say(`Translating with ${model}…`);
-      const known = (await fetchModels(running.signal)).find((m) => m.id === model);
+      await updateModels(running.signal);
+      const known = models.find((m) => m.id === model);
       if (known?.loaded === false) cold.push(model);
       totals.push(await translateWith(model, running.signal));
     }
@@ -252,6 +264,7 @@ async function translate(submit) {
   running = null;
   byId("translate").disabled = false;
   byId("stop").hidden = true;
+  updateModels().catch(() => {}); // what went wrong has been said
 }
 
 function start() {

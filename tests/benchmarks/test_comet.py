@@ -94,6 +94,25 @@ def test_half_an_answer_is_no_score(text: str, checkpoint: str, tmp_path: Path) 
     assert "answer" in found.reason
 
 
+@pytest.mark.parametrize(("count", "text"), [(4, "measured"), (3, "3 scores for 4 segments")])
+def test_the_real_worker_runs_on_older_pythons(
+    count: int, text: str, checkpoint: str, tmp_path: Path
+) -> None:
+    """Whose zip takes no `strict`; a model's scores are made up here."""
+    worker = f"""
+import sys
+sys.path.insert(0, {str(comet.WORKER.parent)!r})
+import comet_worker
+comet_worker.zip = lambda *given: zip(*given)
+comet_worker.predict = lambda checkpoint, rows, batch_size: [0.5] * {count}
+comet_worker.comet_version = lambda: "2.2.7"
+comet_worker.main()
+"""
+    found = _measure(checkpoint, sys.executable, _script(tmp_path, worker))
+    assert found.measured == (count == 4), found.reason
+    assert text in found.record()["text"]
+
+
 def test_retention_of_means() -> None:
     kept = scoring.mean_retention([0.8, 0.9, 0.7, 0.8], [0.8, 0.9, 0.6, 0.7], resamples=500, seed=0)
     assert kept["percent"] == pytest.approx(93.75)

@@ -4,17 +4,23 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import size, speed
+from benchmarks import latency_worker, size, speed
 from benchmarks.config import LatencyConfig
 from benchmarks.latency import percentiles, pinned_environment, run_latency
-from halve.errors import ArtefactError
+from halve.errors import ArtefactError, InputError
+from halve.families import FAMILIES
+from halve.translate import Translation
 from serve.registry import find_models
 from serve.settings import ServeSettings
+from tests.families import text_models
 
 
 def test_every_key_and_positive_numbers(
@@ -37,11 +43,26 @@ def test_every_key_and_positive_numbers(
     # Stock transformers hears 30 s of padding: another road to the same tokens.
     short = [entry["clips"]["short"] for entry in (result["baseline"], result["models"][0])]
     assert short[0]["text"] == short[1]["text"]
+    assert short[0]["tokens"] == short[1]["tokens"]
     assert set(result["models"][0]["times_faster_than_baseline"]["short"]) == {
         "ttft_ms",
         "tpot_ms",
         "rtf",
     }
+
+
+@pytest.mark.parametrize(("stopped", "tokens"), [("end", 3), ("limit", 2), ("loop", 2)])
+def test_the_token_that_ends_a_text_counts(stopped: str, tokens: int) -> None:
+    """Its step is in the whole time, and stock `generate` hands it over as well."""
+
+    def stream(*_: object, limit: int) -> Generator[str, None, Translation]:
+        yield "Die"
+        yield " Datei"
+        return Translation("Die Datei", [7, 8], stopped)
+
+    timing = latency_worker._stream_run(SimpleNamespace(stream=stream), "de")(np.zeros(9), 5)
+    assert timing.tokens == tokens
+    assert timing.token_s == (timing.total_s - timing.first_s) / (tokens - 1)
 
 
 def _timed(tpot_ms: float, **facts: object) -> dict[str, Any]:
@@ -70,6 +91,24 @@ def test_a_model_that_says_nothing_has_no_ratio() -> None:
 def test_a_path_without_a_model_is_refused(tiny_corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError):
         run_latency(LatencyConfig(lang="de"), [tmp_path / "nothing"], tiny_corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_reads_is_refused_at_once(tmp_path: Path) -> None:
+    model = text_models.make_model(tmp_path / "llama", "llama")
+    corpus = text_models.make_corpus(tmp_path / "corpus")
+    with pytest.raises(InputError, match="llama reads text, and the latency bench times audio"):
+        run_latency(LatencyConfig(lang="de"), [model], corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_clip_that_no_model_hears_to_its_end_is_refused(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(FAMILIES["qwen2_audio"]), "max_audio_s", 2.0)
+    config = LatencyConfig(lang="de", short_s=1.0, long_s=4.0)
+    with pytest.raises(InputError, match=r"long clip is [34]\.\d s, and .*tiny hears 2 s at once"):
+        run_latency(config, [tiny_model], tiny_corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -121,6 +160,9 @@ def test_weights_of_a_release_count_once(tiny_model: Path, tmp_path: Path) -> No
     header = b'{"w": {"dtype": "F64", "shape": [1000000], "data_offsets": [0, 8000000]}}'
     wide = len(header).to_bytes(8, "little") + header + bytes(8_000_000)
     (model / "model.fp64.safetensors").write_bytes(wide)
+    for name in ("original/consolidated.00.pth", ".cache/huggingface/download/x", ".git/objects/y"):
+        (model / name).parent.mkdir(parents=True)
+        (model / name).write_bytes(bytes(10_000_000))
     after = size.measure(model)
     assert (after.stored_bytes, after.precision) == (before.stored_bytes, before.precision)
     (found,) = find_models(ServeSettings(models=(str(model),))).values()

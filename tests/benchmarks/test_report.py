@@ -115,6 +115,23 @@ def report(
     return out
 
 
+def test_controls_say_what_the_teacher_was_given(quality_result: Path) -> None:
+    result = json.loads((quality_result / "quality.json").read_text())
+    heard = tables.controls_table(result)
+    assert heard is not None
+    assert heard.title == "Does the teacher listen?"
+    firsts = ["the segment's own audio", "shuffled audio", "silence"]
+    assert [row[0] for row in heard.rows] == firsts
+    controls = result["teacher"]["controls"]
+    result["teacher"]["controls"] = {"shuffled_text": controls["silence"]}
+    read = tables.controls_table(result)
+    assert read is not None
+    assert (read.title, read.header[0]) == ("Does the teacher read?", "read")
+    assert [row[0] for row in read.rows] == ["the segment's own text", "shuffled text"]
+    assert read.rows[1][1:] == heard.rows[2][1:]
+    assert "audio" not in read.note
+
+
 def test_numbers_and_subsets_are_in_both_pages(report: Path, quality_result: Path) -> None:
     page = _page(report)
     result = json.loads((quality_result / "quality.json").read_text())

@@ -15,7 +15,7 @@ from benchmarks.ties import differs_at_tie, shared_tokens
 from export.runtime import open_translator
 from halve.audio import read_audio
 from halve.corpus import read_corpus
-from halve.errors import HalveError
+from halve.errors import HalveError, InputError
 
 
 def test_every_key_and_equal_texts(
@@ -83,6 +83,25 @@ def test_a_server_that_does_not_start_is_one_clear_error(
     with pytest.raises(HalveError, match="no such engine"):
         run_serve_bench(config, tiny_model, None, tiny_corpus, tmp_path / "out", command=command)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_package_is_no_baseline_and_no_server_starts(tiny_corpus: Path, tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    for name in ("package.json", "decoder.onnx", "tokenizer.json"):
+        (package / name).write_text("{}")
+    started = tmp_path / "started"
+    command = (sys.executable, "-c", f"open({str(started)!r}, 'w')")
+    with pytest.raises(InputError, match=r"package cannot be the baseline.*name --teacher"):
+        run_serve_bench(
+            ServeBenchConfig(lang="de"),
+            package,
+            None,
+            tiny_corpus,
+            tmp_path / "out",
+            command=command,
+        )
+    assert not started.exists()
 
 
 def test_shared_tokens() -> None:

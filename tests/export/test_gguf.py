@@ -4,6 +4,8 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,11 @@ from safetensors.torch import load_file
 from export.config import PackageConfig
 from export.gguf_file import GGUF, GgufTable
 from export.package import run_package
+from export.rows import Row
 from export.runtime import open_translator
 from export.vocabulary import Vocabulary
 from halve import artefact
-from halve.errors import ArtefactError, FamilyError, InputError, MissingExtraError
+from halve.errors import ArtefactError, FamilyError, HalveError, InputError, MissingExtraError
 from halve.models import load_model
 from halve.translate import TorchTranslator
 from tests import tiny
@@ -146,6 +149,80 @@ def test_refuses_rows_that_blocks_cannot_hold(tmp_path: Path) -> None:
     config = PackageConfig(target="gguf", precision="int8", langs=("de",))
     with pytest.raises(FamilyError, match=r"ffn_down.weight has rows of 80 .* multiple of 32"):
         run_package(config, model, None, tmp_path / "p")
+
+
+class _Memory:
+    """In place of llama.cpp: contexts that hold a byte a row, as long as `most` positions allow."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.live: dict[int, dict[int, int]] = {}
+
+    def new_context(self, streams: int, capacity: int) -> int:
+        if capacity > self.most:
+            raise InputError(f"no room for {capacity} positions")
+        self.live[capacity] = {}
+        return capacity
+
+    def get_data(self, context: int, state: Any, size: int, slot: int) -> None:
+        state[0] = self.live[context][slot]
+
+    def set_data(self, context: int, state: Any, size: int, slot: int) -> bool:
+        self.live[context][slot] = state[0]
+        return True
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> _Memory:
+    """A stand-in for llama.cpp, for as long as a test."""
+    memory = _Memory(most=512)
+    fake = SimpleNamespace(
+        llama_log_callback=lambda note: note,
+        llama_batch=object,
+        llama_get_memory=lambda context: context,
+        llama_free=memory.live.pop,
+        llama_state_seq_get_size=lambda context, slot: 1,
+        llama_state_seq_get_data=memory.get_data,
+        llama_state_seq_set_data=memory.set_data,
+    )
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    monkeypatch.setitem(sys.modules, "export.gguf_decoding", fake)  # undone after the test
+    del sys.modules["export.gguf_decoding"]
+    return memory
+
+
+def test_rows_outlive_a_cache_that_cannot_grow(memory: _Memory) -> None:
+    from export.gguf_decoding import LlamaBatch
+
+    batch = LlamaBatch(memory, 2, 200)
+    batch.rows = [Row(9, [1]), Row(9, [2])]
+    memory.live[256] = {0: 7, 1: 8}
+    for _ in range(2):
+        with pytest.raises(InputError, match="no room for 768 positions"):
+            batch.reserve(600)
+        assert memory.live == {256: {0: 7, 1: 8}}
+    batch.reserve(300)
+    assert memory.live == {512: {0: 7, 1: 8}}
+
+
+def test_a_cache_that_is_lost_is_never_used(memory: _Memory) -> None:
+    from export.gguf_decoding import LlamaBatch
+
+    memory.embed = lambda tokens: np.zeros((len(tokens), 4), np.float32)
+    batch = LlamaBatch(memory, 2, 200)
+    batch.rows = [Row(9, [1]), Row(9, [2])]
+    memory.live[256] = {0: 7, 1: 8}
+    memory.most = 0
+    with pytest.raises(InputError, match="no room for 256 positions"):
+        batch.reserve(300)
+    for use in (batch.step, lambda: batch.reserve(300)):
+        with pytest.raises(HalveError, match="rows under way was lost"):
+            use()
+    batch.remove(batch.rows[0])
+    batch.remove(batch.rows[0])
+    memory.most = 512
+    batch.reserve(300)
+    assert memory.live == {512: {}}
 
 
 needs_llama = pytest.mark.slow  # llama-cpp-python is compiled where it is installed

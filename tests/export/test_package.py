@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from export.config import PackageConfig
+from export.config import PackageConfig, check_possible
 from export.package import run_package
 from export.parity import check_parity, top_two_gap
 from export.runtime import open_translator
@@ -145,6 +146,28 @@ def test_refuses_what_it_cannot_make(
     config = PackageConfig(target=target, precision=precision, langs=("de",))
     with pytest.raises(error):
         run_package(config, student, None, tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"), [("checkpoint", "nf4"), ("onnx", "fp32"), ("gguf", "fp16")]
+)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"head_bits": 8},
+        {"embedding_bits": 4, "quantise": "rtn"},
+        {"encoder_bits": 8},
+        {"block_size": 32},
+    ],
+)
+def test_refuses_ways_to_round_what_is_not_rounded_so(
+    student: Path, tmp_path: Path, target: str, precision: str, given: dict[str, Any]
+) -> None:
+    config = PackageConfig(target=target, precision=precision, langs=("de",), **given)
+    said = f"{' and '.join(given)} cannot be chosen for target {target} in {precision}"
+    with pytest.raises(InputError, match=said):
+        run_package(config, student, None, tmp_path / "p")
+    check_possible(PackageConfig(target=target, precision=precision))
 
 
 def test_refuses_a_decoder_of_another_layout(tmp_path: Path) -> None:

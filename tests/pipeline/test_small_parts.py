@@ -13,13 +13,15 @@ from compress.config import ImportanceConfig
 from compress.importance import run_importance
 from export.config import PackageConfig
 from export.package import run_package
-from halve.errors import ArtefactError, CorpusError, InputError
+from halve.errors import ArtefactError, CorpusError, InputError, RecipeError
 from halve.models import family_of, read_config
 from pipeline import budget, console, shell
 from pipeline.inspect_artefact import inspect
 from pipeline.recipe import read_recipe
+from pipeline.stages import Run, check_inputs, plan
 from pipeline.translate import Piece, _checked, audible
 from tests import tiny
+from tests.families import text_models
 
 
 def test_a_budget_takes_the_most_layers_that_fit(tiny_model: Path) -> None:
@@ -50,8 +52,9 @@ def test_what_a_search_measured_ranks_the_choices(tiny_model: Path) -> None:
 def test_sizes_are_those_of_real_packages(precision: str, target: str, tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "model", hidden_size=256, intermediate_size=768)
     config = json.loads((model / "config.json").read_text())
+    way = {"quantise": "rtn"} if precision == "int4" else {}
     settings = PackageConfig.model_validate(
-        {"target": target, "precision": precision, "langs": ["de"], "quantise": "rtn"}
+        {"target": target, "precision": precision, "langs": ["de"], **way}
     )
     run_package(settings, model, None, tmp_path / "package")
     real = sum(p.stat().st_size for p in (tmp_path / "package").rglob("*") if p.is_file())
@@ -71,10 +74,27 @@ def test_a_choice_becomes_a_recipe(tiny_model: Path, tiny_corpus: Path, tmp_path
     assert read.packages[0].target == chosen["settings"]["target"]
     removed = read.importance.remove if read.importance else 0
     assert removed == 6 - chosen["layers"]
+    assert read.bench.latency is not None
     with pytest.raises(InputError, match="is there already"):
         budget.plan(*given, write=recipe)
     with pytest.raises(InputError, match="no choice 99"):
         budget.plan(*given, choice=99, write=tmp_path / "other.yaml")
+
+
+def test_a_recipe_times_no_model_that_reads(tmp_path: Path) -> None:
+    model = text_models.make_model(tmp_path / "model", "llama")
+    corpus = text_models.make_corpus(tmp_path / "corpus")
+    recipe = tmp_path / "mine.yaml"
+    budget.plan(str(model), "1.2MB", "de", None, corpus, write=recipe)
+    read = read_recipe(recipe)
+    assert read.bench.quality is not None
+    assert read.bench.latency is None
+    timed = recipe.read_text().replace("bench:\n", "bench:\n  latency: {}\n")
+    recipe.write_text(timed)
+    run = Run(read_recipe(recipe), tmp_path / "out")
+    for check in (lambda: check_inputs(run), lambda: plan(run, None, None)):
+        with pytest.raises(RecipeError, match="model reads text, and the latency bench"):
+            check()
 
 
 @pytest.mark.parametrize(

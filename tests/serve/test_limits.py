@@ -126,6 +126,25 @@ def test_full_queue_and_full_server(serve_fake, fake: FakeTranslator) -> None:
         eventually(server.nothing_left)
 
 
+def test_the_queue_is_full_while_a_model_makes_room(
+    serve_fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.registry.PATIENCE_S", 0.05)
+    with serve_fake(max_queue=2) as server, ThreadPoolExecutor(4) as pool:
+        model = server.service.registry.models["fake"]
+        model.is_leaving = True
+        try:
+            answers = [pool.submit(server.post, wav(0.5)) for _ in range(2)]
+            eventually(lambda: model.taken_on == 2)
+            refused(server.post(wav(0.5)), 429, "queue_full")
+            assert model.users == 0
+        finally:
+            model.is_leaving = False
+        assert all(answer.result().status_code == 200 for answer in answers)
+        eventually(server.nothing_left)
+        assert model.taken_on == 0
+
+
 def test_too_slow(serve_fake, fake: FakeTranslator) -> None:
     fake.gate.clear()
     with serve_fake(request_timeout_s=0.5) as server:

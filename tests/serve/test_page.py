@@ -155,6 +155,52 @@ def test_what_the_microphone_hears_is_sent(serve_fake, tmp_path: Path) -> None:
 
 
 @in_a_browser
+def test_the_microphone_is_asked_for_once(serve_fake, tmp_path: Path) -> None:
+    with serve_fake() as server, browser.Page(server.url, tmp_path) as page:
+        eventually(lambda: value(page, "model-a") == "fake")
+        page.run(
+            "var asked = 0; var refuse; var button = document.getElementById('record');"
+            "navigator.mediaDevices.getUserMedia = () =>"
+            " { asked += 1; return new Promise((_, no) => { refuse = no; }); }"
+        )
+        page.run("button.focus(); button.click(); button.click()")
+        assert page.run("asked") == 1
+        assert value(page, "record", "disabled")
+        page.run("refuse()")
+        eventually(lambda: not value(page, "record", "disabled"))
+        assert "no microphone" in value(page, "status", "textContent")
+        assert page.run("document.activeElement.id") == "record"
+        page.run("button.click()")
+        assert page.run("asked") == 2
+
+
+@in_a_browser
+def test_languages_that_loading_tells_can_be_chosen(serve_fake, tmp_path: Path) -> None:
+    """The first request does not say which, and is refused; it has loaded the model."""
+    (tmp_path / "fake" / "package.json").write_text("{}")
+    audio = tmp_path / "clip.wav"
+    audio.write_bytes(wav(1.0))
+    languages = "[...document.getElementById('language').options].map(o => o.value).join()"
+    other = tmp_path / "other"
+    other.mkdir()
+    with (
+        serve_fake(models=(str(tmp_path / "fake"), str(other))) as server,
+        browser.Page(server.url, tmp_path) as page,
+    ):
+        eventually(lambda: value(page, "model-a") == "fake")
+        page.run("document.getElementById('model-a').value = 'other'; showLanguages()")
+        assert page.run(languages) == ""
+        page.choose_file("#file", audio)
+        eventually(lambda: not value(page, "translate", "disabled"))
+        page.run("document.getElementById('form').requestSubmit()")
+        eventually(lambda: page.run(languages) == "de,zh")
+        assert "Say which language" in value(page, "status", "textContent")
+        page.run("document.getElementById('form').requestSubmit()")
+        eventually(lambda: value(page, "status", "textContent") == "Done.")
+        assert texts(page) == ["de 1.00"]
+
+
+@in_a_browser
 def test_faults_are_told(serve_fake, tmp_path: Path) -> None:
     nonsense = tmp_path / "nonsense.wav"
     nonsense.write_bytes(b"this is no audio")

@@ -18,7 +18,7 @@ from halve.models import family_of, read_config
 from pipeline import budget, console, shell
 from pipeline.inspect_artefact import inspect
 from pipeline.recipe import read_recipe
-from pipeline.stages import Run, check_inputs, plan
+from pipeline.stages import Run, check_inputs, plan, steps_between
 from pipeline.translate import Piece, _checked, audible
 from tests import tiny
 from tests.families import text_models
@@ -92,7 +92,10 @@ def test_a_recipe_times_no_model_that_reads(tmp_path: Path) -> None:
     timed = recipe.read_text().replace("bench:\n", "bench:\n  latency: {}\n")
     recipe.write_text(timed)
     run = Run(read_recipe(recipe), tmp_path / "out")
-    for check in (lambda: check_inputs(run), lambda: plan(run, None, None)):
+    for check in (
+        lambda: check_inputs(run, steps_between(run, None, None)),
+        lambda: plan(run, None, None),
+    ):
         with pytest.raises(RecipeError, match="model reads text, and the latency bench"):
             check()
 

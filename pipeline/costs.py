@@ -370,7 +370,8 @@ def _merge(of: Estimator, step: "Step") -> Cost:
     return Cost(LOAD_S + 2 * stored / 200e6, 1.5e9 + 2 * stored, stored)
 
 
-PACKAGE_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "int8": 1.06, "int4": 0.63}
+PACKAGE_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 2.0, "int8": 1.06, "int4": 0.63}
+"""Of a weight. A student's are bfloat16, which a float32 package stores as such and widens when it is opened."""
 
 
 def _package(of: Estimator, step: "Step") -> Cost:

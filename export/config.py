@@ -144,10 +144,15 @@ def check_family(config: PackageConfig, family: Family, model: Mapping[str, Any]
         InputError: a trimmed vocabulary of a model that reads.
         FamilyError: an ONNX package of a decoder that has none.
     """
+    if config.target in ("onnx", "gguf") and family.no_onnx:
+        raise FamilyError(
+            f"{family.name} models cannot be written as {config.target.upper()}: {family.no_onnx}",
+            mend="package it with --target checkpoint",
+        )
     if config.target == "onnx" and (found := family.unlike_onnx(model)):
         raise FamilyError(
             f"A model with {found} cannot be written as ONNX yet",
-            expected=f"a decoder of type {', '.join(sorted(family.onnx_layouts)) or 'llama'} as it first came out",
+            expected=f"a decoder of type {', '.join(sorted(family.onnx_layouts))} in its plain form",
             mend="package it with --target checkpoint",
         )
     if config.trim_vocab and family.reads == "text":

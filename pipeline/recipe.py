@@ -232,7 +232,7 @@ def _empty(raw: dict[str, Any], lines: dict[Place, int]) -> list[str]:
     )
     sections = {(name,): value for name, value in raw.items() if name in _SECTIONS} | inside
     return [
-        f"line {lines[place]}, {_dotted(place)}: is empty; write {{}} for its defaults, or leave it out"
+        f"line {lines.get(place) or lines[place[:1]]}, {_dotted(place)}: is empty; write {{}} for its defaults, or leave it out"
         for place, value in sections.items()
         if value is None
     ]

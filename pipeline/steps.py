@@ -290,7 +290,8 @@ def _parents(step: Step, made: Artefact, fetch: bool) -> dict[str, Path] | None:
         return None
     for role, item in step.roles.items():
         recorded = {found for name, found in made.parents.items() if name.split()[0] == role}
-        if recorded != {hashes[item]}:
+        # Results of earlier versions name none.
+        if recorded and recorded != {hashes[item]}:
             return None
     by_hash = {found: places[item] for item, found in hashes.items()}
     return {name: by_hash[found] for name, found in made.parents.items()}

@@ -38,6 +38,14 @@ def test_a_set_takes_the_text_of_its_own_name(tmp_path: Path) -> None:
     assert (rows[0].source_text, rows[0].references["de"]) == ("train en 0", "train de 0")
 
 
+def test_a_lone_set_in_a_folder_of_texts(tmp_path: Path) -> None:
+    flat_set(tmp_path / "txt", "segments", "en")
+    text(tmp_path / "txt" / "talk.de", "eins", "zwei")
+    for source in (tmp_path, tmp_path / "txt" / "segments.yaml"):
+        rows = read_source(IWSLT, source).rows
+        assert (rows[1].source_text, rows[1].references["de"]) == ("segments en 1", "zwei")
+
+
 def test_a_text_of_another_name_is_taken_where_it_is_the_only_one(tmp_path: Path) -> None:
     flat_set(tmp_path, "segments")
     text(tmp_path / "talk.de", "eins", "zwei")
@@ -106,6 +114,8 @@ def test_two_texts_of_one_language(tmp_path: Path) -> None:
         text(folder / f"train.{lang}", f"{lang} text")
     with pytest.raises(CorpusError, match="all of them Chinese"):
         read_source(CorpusConfig(format="text"), folder)
+    rows = read_source(CorpusConfig(format="text", lang=("de",)), folder).rows
+    assert rows[0].references == {"de": "de text"}, "nobody asked for Chinese"
 
 
 def test_a_table_s_columns_may_name_a_region(tmp_path: Path) -> None:
@@ -177,3 +187,7 @@ def test_an_empty_split_is_told(tmp_path: Path) -> None:
     heard = Heard()
     run_corpus(CorpusConfig(format="text"), folder, tmp_path / "c", heard)
     assert any("No segment is in select or test" in line for line in heard.warnings)
+    heard = Heard()
+    config = CorpusConfig(format="text", split="segment", select_share=0)
+    run_corpus(config, folder, tmp_path / "d", heard)
+    assert not [line for line in heard.warnings if "No segment" in line], "it was asked for"

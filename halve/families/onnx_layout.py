@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+MAX_WINDOW_LAYERS = 28
+"""What the Qwen classes take for a max_window_layers that a config leaves out."""
 MISTRAL_WINDOW = 4096
 """What the Mistral class takes for a window that its config leaves out; null is none."""
 
@@ -38,6 +40,9 @@ def _window(kind: str, text: Mapping[str, Any]) -> str:
     if kind == "mistral" and text.get("sliding_window", MISTRAL_WINDOW) is not None:
         return f"an attention window of {text.get('sliding_window', MISTRAL_WINDOW)}"
     # Those of Qwen have one where they say so, from one of their layers on.
-    if text.get("use_sliding_window") and text.get("sliding_window", kind) is not None:
+    is_windowed = text.get("use_sliding_window") and text.get("sliding_window", kind) is not None
+    above = text.get("max_window_layers")
+    first = MAX_WINDOW_LAYERS if above is None else int(above)
+    if is_windowed and first < int(text["num_hidden_layers"]):
         return "an attention window in some layers"
     return ""

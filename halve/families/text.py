@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from halve.families.base import Counts, Family, GgufLayout, SourceText, resolve
+from halve.families.onnx_layout import MAX_WINDOW_LAYERS
 from halve.languages import ENGLISH, Language
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ _DATED = "{% macro strftime_now(form) %}{{ form"
 _DATED += "".join(f"|replace('%{form}', '{PROMPT_DATE:%{form}}')" for form in "aAbBdHIjMmpSyY")
 _DATED += " }}{% endmacro %}"
 """Takes the place of the clock that stock code lends to templates."""
-MAX_WINDOW_LAYERS = 28
-"""What the Qwen classes take for a max_window_layers that a config leaves out."""
 
 
 @dataclass(frozen=True)

@@ -107,15 +107,16 @@ def run_corpus(
             progress.warn(
                 "Talks straddle the splits: scores on test are higher than on unheard talks."
             )
-        _warn_of_empty(final, config, progress)
+        named = config.split in (None, "given") and any(row.split for row in found.rows)
+        _warn_of_empty(final, named, progress)
     return artefact.read(out, "corpus")
 
 
-def _warn_of_empty(segments: Sequence[Segment], config: CorpusConfig, progress: Progress) -> None:
+def _warn_of_empty(segments: Sequence[Segment], named: bool, progress: Progress) -> None:
     """Says which splits the source left empty: the stages that need them fail much later."""
     present = {segment.split for segment in segments}
     lacking = [name for name in ("train", "select", "test") if name not in present]
-    if lacking and config.split in (None, "given"):
+    if lacking and named:
         progress.warn(
             f"No segment is in {' or '.join(lacking)}, as the source names the splits. `--split group` deals out all "
             "anew; `importance`, `tune` and `package` need select, `bench quality` test."

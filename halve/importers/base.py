@@ -27,8 +27,8 @@ class CorpusConfig(Config):
     """Layout of the source: see docs/own-data.md."""
     split: Literal["given", "group", "segment", "paper"] | None = None
     """given: as the source says; group: by talk, page or speaker; segment: by segment, each its own
-    group; paper: the 784/100 of Moslem 2025 (ACL 60/60 only). Without it: given, where every segment has a split,
-    else group."""
+    group; paper: the 784/100 of Moslem 2025 (ACL 60/60 only). Without it: given, where any segment has a split
+    (all must then), else group."""
     lang: tuple[str, ...] = ()
     """Only these target languages; all that the source has where none is named."""
     source_lang: str = "en"
@@ -162,12 +162,15 @@ def known_language(code: str) -> str | None:
     return key if key in LANGUAGES and all(map(_REGION.fullmatch, more)) else None
 
 
-def by_language(named: Iterable[tuple[str, Named]], where: object) -> dict[str, Named]:
+def by_language(
+    named: Iterable[tuple[str, Named]], where: object, config: CorpusConfig
+) -> dict[str, Named]:
     """One thing a language, of those named by a code: the bare code goes before one with a region.
 
     Raises:
-        CorpusError: two of one language, neither of them by its bare code.
+        CorpusError: two of a language that is wanted, neither of them by its bare code.
     """
+    wanted = {config.source_lang, *(language(code).code for code in config.lang)}
     several: dict[str, list[tuple[str, Named]]] = defaultdict(list)
     for written, thing in named:
         if code := known_language(written):
@@ -176,6 +179,8 @@ def by_language(named: Iterable[tuple[str, Named]], where: object) -> dict[str, 
     for code, things in several.items():
         bare = [thing for written, thing in things if written.strip().lower() == code]
         if not bare and len(things) > 1:
+            if config.lang and code not in wanted:
+                continue
             raise CorpusError(
                 f"{where} has {' and '.join(str(thing) for _, thing in things[:3])}, all of them {language(code).name}",
                 expected="one text a language",

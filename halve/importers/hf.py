@@ -98,7 +98,7 @@ def _checked_columns(source: str, having: list[str], config: CorpusConfig) -> di
         for name in having
         if name.startswith(before) and name.endswith(after)
     ]
-    columns = by_language(named, source)
+    columns = by_language(named, source, config)
     if config.audio_column not in having or not set(columns) - {config.source_lang}:
         raise CorpusError(
             f"{source} has the columns {', '.join(having)}",

@@ -375,7 +375,7 @@ def _row(
         offset_s=entry.offset_s,
         duration_s=entry.duration_s,
         split=split_of_set(one.name),
-        group=str(Path(entry.wav).with_name(_stem(entry.wav))),
+        group=str(Path(entry.wav).parent / _stem(entry.wav)),
         extra=extra,
     )
 
@@ -389,7 +389,8 @@ def text_files(near: Path, name: str, config: CorpusConfig, alone: bool) -> dict
     named: dict[str, Path] = {}
     others: list[tuple[str, Path]] = []
     taken = {path.stem for path in near.iterdir() if _is_yaml(path)} - {name}
-    for folder in (near, near / "txt", near.parent / "txt", near / "text"):
+    # Some of them may be one and the same.
+    for folder in dict.fromkeys((near, near / "txt", near.parent / "txt", near / "text")):
         if not folder.is_dir():
             continue
         exact = []
@@ -400,11 +401,16 @@ def text_files(near: Path, name: str, config: CorpusConfig, alone: bool) -> dict
                 exact.append((lang, path))
             elif alone and stem not in taken and known_language(lang):
                 others.append((lang, path))
-        named = by_language(exact, folder) | named
-    return named or _lone_texts(others, near)
+        named = by_language(exact, folder, config) | named
+    if set(named) - {config.source_lang}:
+        return named
+    lacking = [(lang, path) for lang, path in others if known_language(lang) not in named]
+    return _lone_texts(lacking, near, config) | named
 
 
-def _lone_texts(others: list[tuple[str, Path]], near: Path) -> dict[str, Path]:
+def _lone_texts(
+    others: list[tuple[str, Path]], near: Path, config: CorpusConfig
+) -> dict[str, Path]:
     """Texts that do not bear the set's name: taken where nothing else could be meant."""
     counted = Counter(known_language(lang) for lang, _ in others)
     twice = sorted(code for code, count in counted.items() if code and count > 1)
@@ -415,4 +421,4 @@ def _lone_texts(others: list[tuple[str, Path]], near: Path) -> dict[str, Path]:
             expected="the text of NAME.yaml in NAME.LANG",
             mend="name it after the YAML",
         )
-    return by_language(others, near)
+    return by_language(others, near, config)

@@ -26,7 +26,7 @@ def import_text(source: str, config: CorpusConfig) -> Rows:
         CorpusError: no file of the source language, or none of a target language.
     """
     folder = source_dir(source, "text")
-    texts = _files(folder)
+    texts = _files(folder, config)
     languages = {lang for files in texts.values() for lang in files}
     if config.source_lang not in languages:
         raise CorpusError(
@@ -42,13 +42,13 @@ def import_text(source: str, config: CorpusConfig) -> Rows:
     return found
 
 
-def _files(folder: Path) -> dict[str, dict[str, Path]]:
+def _files(folder: Path, config: CorpusConfig) -> dict[str, dict[str, Path]]:
     """The files by name, then language."""
     named: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if path.is_file():
             named[path.stem].append((path.suffix.removeprefix("."), path))
-    found = {name: by_language(paths, folder) for name, paths in named.items()}
+    found = {name: by_language(paths, folder, config) for name, paths in named.items()}
     return {name: files for name, files in found.items() if files}
 
 

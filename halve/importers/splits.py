@@ -93,10 +93,10 @@ def _by_group(rows: list[Row], config: CorpusConfig) -> list[Row]:
         while drawn[:-1] and (taken == 0 or taken < share * len(rows)):
             # One speaker may be most of the corpus: what is twice its share or more goes to train.
             room = 2 * share * len(rows) - taken
-            fitting = [name for name in drawn if members[name] <= room]
-            if taken and not fitting:
+            group = next((name for name in drawn if members[name] <= room), None)
+            if group is None and taken:
                 break
-            group = fitting[0] if fitting else min(drawn, key=lambda name: members[name])
+            group = group or min(drawn, key=lambda name: members[name])
             drawn.remove(group)
             split[group] = name
             taken += members[group]

@@ -104,7 +104,7 @@ def _language_columns(header: list[str], config: CorpusConfig) -> dict[str, str]
         for prefix in ("", "text_", "translation_", "reference_")
         if name.startswith(prefix)
     ]
-    found = by_language(named, "The header")
+    found = by_language(named, "The header", config)
     targets = wanted_languages(found, config) if set(found) - {config.source_lang} else []
     columns = {lang: found[lang] for lang in targets}
     source = found.get(config.source_lang) or next((c for c in _TEXT_COLUMNS if c in header), None)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from compress.config import PruneConfig
 from compress.prune import run_prune
 from compress.rows import end_token
-from export.config import PackageConfig
+from export.config import PackageConfig, check_family
 from export.package import run_package
 from halve.errors import FamilyError
-from halve.families import family_for
+from halve.families import FAMILIES, family_for
 from halve.models import load_model, load_processor, read_config
 from halve.progress import SILENT
 from pipeline import stages
@@ -123,6 +123,20 @@ def test_a_plan_offers_no_package_that_would_be_refused(
     with pytest.raises(FamilyError, match=said):
         stages.run_all(run, None, None, SILENT)
     assert not run.out.exists()
+
+
+def test_layers_below_the_window_s_are_plain(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "qwen2", max_window_layers=6)
+    config = read_config(model) | {"layer_types": None}
+    assert family_for(config).has_onnx(config)
+
+
+def test_why_a_family_has_no_onnx_is_told() -> None:
+    family = FAMILIES["whisper"]
+    for target in ("onnx", "gguf"):
+        wanted = PackageConfig(target=target, precision="int4", langs=("de",))
+        with pytest.raises(FamilyError, match="attend to an encoder"):
+            check_family(wanted, family, {})
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.drafts import Ending
+from compress.footprint import Footprint
 from compress.task import SearchTask
 from halve.models import SpeechModel
 from halve.sources import asked
@@ -27,6 +28,8 @@ COMPACT_BELOW = 0.5
 """Rows are moved together once fewer of them than this are still decoding: each carries a large cache."""
 WINDOW_COPIES = 2
 """How often keys and values of the encoder's states may stand in memory: for the chunk, for rows decoding."""
+TEXT_COPIES = 4
+"""Those of prompts and translations: the parent's, the candidate's, and rows decoding, whose steps follow the drafts."""
 
 
 @dataclass
@@ -80,15 +83,19 @@ class CrossTranslator:
     def __exit__(self, *error: object) -> None:
         self._mode.__exit__(None, None, None)
 
-    def row_bytes(self) -> list[int]:
-        """The most that each segment takes: keys and values of the encoder's states, and of its own tokens."""
+    def footprint(self) -> Footprint:
+        """The most that the segments take: keys and values of the encoder's states, and of their tokens.
+
+        The latter are padded to the longest row's.
+        """
         width = self._table.weight.shape[1]
         item = self._table.weight.element_size()
         of_token = 2 * width * len(self.layers) * item
-        return [
-            of_token * (WINDOW_COPIES * len(heard) + 3 * (len(self._prompt) + limit))
-            for heard, limit in zip(self._heard, self.task.limits, strict=True)
-        ]
+        return Footprint(
+            rows=tuple(WINDOW_COPIES * of_token * len(heard) for heard in self._heard),
+            positions=tuple(len(self._prompt) + limit for limit in self.task.limits),
+            position_bytes=TEXT_COPIES * of_token,
+        )
 
     def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
         """Each by itself, in the order of the walk; the whole model last."""

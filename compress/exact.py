@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from compress.drafts import Ending
+from compress.footprint import Footprint
 from compress.lanes import Lane, LanePool
 from compress.layers import LayerRunner, Rotary, open_layers
 from compress.packing import PackedRows, RowAttention, Tail, packed_attention
@@ -116,19 +117,29 @@ class ExactTranslator:
 
     # Memory
 
-    def row_bytes(self, copies: int = DECODED_TOGETHER + 2) -> list[int]:
-        """The most that each segment takes: its own and its parent's keys and values, and states.
+    def footprint(self, *, decodes: bool = True) -> Footprint:
+        """The most that the segments take: states, and the parent's keys and values.
 
         Args:
-            copies: of all layers' keys and values: the parent's, those of the candidate that is checked, and the
-                slots of a group.
+            decodes: those of the candidate that is checked and the slots of a group, too.
         """
-        of_token = self._family.cache_width(self._model)
         item = self._table.weight.element_size()
-        return [
-            (len(prompt) + limit) * (copies * of_token + 2 * prompt.shape[1]) * item
-            for prompt, limit in zip(self._prompts, self.task.limits, strict=True)
-        ]
+        of_token = self._family.cache_width(self._model) * item
+        of_states = 2 * self._prompts[0].shape[1] * item
+        positions = tuple(map(self._positions, range(len(self._prompts))))
+        if not decodes:
+            return Footprint(tuple(count * (of_token + of_states) for count in positions))
+        return Footprint(
+            rows=tuple(count * (2 * of_token + of_states) for count in positions),
+            positions=positions,
+            position_bytes=DECODED_TOGETHER * of_token,
+            lanes=self._pool.size,
+            bins=self._pool.bins,
+        )
+
+    def _positions(self, row: int) -> int:
+        """The most that a segment grows to."""
+        return len(self._prompts[row]) + self.task.limits[row]
 
     # Packing
 
@@ -332,7 +343,7 @@ class ExactTranslator:
         self, rows: Sequence[int], groups: Sequence[Sequence[int | None]]
     ) -> dict[int, Lane]:
         """Each row's lane, one a thread."""
-        positions = {row: len(self._prompts[row]) + self.task.limits[row] for row in rows}
+        positions = {row: self._positions(row) for row in rows}
         return self._pool.lanes(positions, max(map(len, groups), default=0))
 
     def _decode(

@@ -19,6 +19,8 @@ class Footprint:
 
     rows: tuple[int, ...]
     """Of each segment while it is worked on, at its own length."""
+    held: int = 0
+    """Of all segments as they were encoded, as long as the search lasts."""
     positions: tuple[int, ...] = ()
     """Positions that each segment may take in a buffer."""
     position_bytes: int = 0
@@ -30,7 +32,7 @@ class Footprint:
     def most(self, chunks: Sequence[Sequence[int]]) -> int:
         """The most taken at once; a chunk may find the buffers of another one, and uses them."""
         rows = max(sum(self.rows[row] for row in chunk) for chunk in chunks)
-        return rows + max(map(self._buffers, chunks))
+        return self.held + rows + max(map(self._buffers, chunks))
 
     def _buffers(self, chunk: Sequence[int]) -> int:
         if not self.position_bytes:
@@ -57,14 +59,15 @@ class Room:
         Raises:
             InputError: there is one.
         """
-        alone = [self.footprint.most([[row]]) for row in range(len(ids))]
-        largest = max(range(len(ids)), key=alone.__getitem__)
-        if alone[largest] > self.budget:
+        most, held = [self.footprint.most([[row]]) for row in range(len(ids))], self.footprint.held
+        largest = max(range(len(ids)), key=most.__getitem__)
+        if most[largest] > self.budget:
+            beside = f" beside {held / 1e9:.3f} GB of encoded segments" if held else ""
             raise InputError(
-                f"Segment {ids[largest]} alone takes {alone[largest] / 1e9:.3f} GB, "
+                f"Segment {ids[largest]} alone takes {(most[largest] - held) / 1e9:.3f} GB{beside}, "
                 f"and {self.budget / 1e9:.3f} GB are allowed",
-                expected="room for the longest segment, in each worker",
-                mend="raise --memory-gb, or use fewer --workers",
+                expected="room for all encoded segments and for work on the longest, in each worker",
+                mend="raise --memory-gb, or use fewer --segments or --workers",
             )
 
 

@@ -1,5 +1,6 @@
 """What the search plans to take in memory is what it takes."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,16 @@ import pytest
 import torch
 
 from compress import lanes
+from compress.config import ImportanceConfig
 from compress.exact import DECODED_TOGETHER, ExactTranslator, Pack
 from compress.footprint import Footprint, Room, checked
+from compress.importance import run_importance
 from compress.lanes import LanePool
 from compress.packing import PackedRows
 from compress.racing import stratify
 from compress.search import plan_chunks
 from halve.errors import InputError
+from halve.families import Family
 from tests.compress.search_models import opened
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -90,7 +94,7 @@ def test_racing_takes_no_more_than_the_budget(
     monkeypatch.setattr(translator, "branch", branching)
 
     def most(chunks: Sequence[Sequence[int]]) -> int:
-        """What there is after each group of each chunk, at most."""
+        """What there is after each group of each chunk, at most, the encoded segments aside."""
         found = 0
         with translator:
             for rows in chunks:
@@ -105,7 +109,7 @@ def test_racing_takes_no_more_than_the_budget(
 
     together = most([range(6)])
     lengths = [len(audio) for audio in task.audio]
-    needs = translator.footprint()
+    needs = replace(translator.footprint(), held=0)
     assert together <= needs.most([range(6)])
     budget = together - 1
     alone = [needs.most([[row]]) for row in range(6)]
@@ -123,3 +127,65 @@ def test_chunks_fit_into_every_worker() -> None:
     assert plan_chunks(checked(rooms, "abc"), [2, 3, 4], 99) == [[2, 1], [0]]
     with pytest.raises(InputError, match="Segment c alone takes"):
         checked([*rooms, Room(Footprint((2, 3, 4)), 3)], "abc")
+
+
+def test_encoded_segments_are_of_the_budget(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    speech, task = opened(tmp_path, tiny_corpus, segments=6)
+    translator = ExactTranslator(speech, task)
+    needs = translator.footprint()
+    assert needs.held == sum(prompt.nbytes for prompt in translator._prompts) > 0
+    assert translator.footprint(decodes=False).held == needs.held
+    lengths, alone = [len(audio) for audio in task.audio], replace(needs, held=0)
+    budget = alone.most([range(6)])
+    assert len(plan_chunks(Room(alone, budget).fits, lengths, 99)) == 1
+    assert len(plan_chunks(Room(needs, budget).fits, lengths, 99)) > 1
+    assert len(plan_chunks(Room(needs, budget + needs.held).fits, lengths, 99)) == 1
+    with pytest.raises(InputError, match="of encoded segments"):
+        Room(needs, max(alone.most([[row]]) for row in range(6))).check(task.ids)
+    for method in ("exact", "loss"):
+        config = ImportanceConfig(remove=1, lang="de", method=method, memory_gb=needs.held / 1e9)
+        with pytest.raises(InputError, match=r"takes .* beside 0\.\d+ GB of encoded segments, and"):
+            run_importance(config, tiny_model, tiny_corpus, tmp_path / "out")
+
+
+def test_what_a_prompt_is_made_of_goes_with_it(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speech, task = opened(tmp_path, tiny_corpus, segments=6)
+    taken: list[Any] = []
+    left: list[int] = []
+    take_in, embed_prompt = Family.take_in, Family.embed_prompt
+
+    def noted(*arguments: Any) -> Any:
+        states = take_in(*arguments)
+        taken.append(weakref.ref(states))
+        return states
+
+    def counted(*arguments: Any) -> Any:
+        left.append(sum(reference() is not None for reference in taken))
+        return embed_prompt(*arguments)
+
+    monkeypatch.setattr(Family, "take_in", noted)
+    monkeypatch.setattr(Family, "embed_prompt", counted)
+    ExactTranslator(speech, task)
+    assert left == [6, 5, 4, 3, 2, 1]
+
+
+def test_a_gpu_holds_what_is_worked_on_alone(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speech, task = opened(tmp_path, tiny_corpus, segments=2)
+    width = next(speech.part(speech.family.projector).parameters()).shape[1]
+    # The meta device stands in for a GPU; it has no numbers to copy.
+    speech.model.to("meta")
+    monkeypatch.setattr(
+        type(speech.family), "encode", lambda *_: torch.empty(20, width, device="meta")
+    )
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda states: torch.zeros(states.shape))
+    translator = ExactTranslator(speech, task)
+    assert {prompt.device.type for prompt in translator._prompts} == {"cpu"}
+    assert translator.footprint().held == 0
+    (pack,) = translator.pack([0, 1], [[7, 8, 9], [5, 6]])
+    assert pack.hidden.device.type == "meta"

@@ -83,7 +83,8 @@ def test_memory_that_no_segment_fits_in_is_refused(
     tiny_model: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        InputError, match=r"Segment s\d+ alone takes .* GB, and 0.000 GB are allowed"
+        InputError,
+        match=r"Segment s\d+ alone takes .* GB beside .* GB of encoded segments, and 0.000 GB are allowed",
     ):
         ranked("exact", tiny_model, tiny_corpus, tmp_path / "out", memory_gb=1e-6)
 

@@ -162,8 +162,13 @@ def test_memory_is_planned_for_text_as_long_as_the_longest_row(
 ) -> None:
     speech, task = opened
     needs = CrossTranslator(speech, replace(task, limits=(4, 4, 80, 4))).footprint()
-    assert needs.most([range(4)]) == 4 * needs.most([[2]])
-    assert needs.most([[0], [2]]) == needs.most([[2]]) > needs.most([[0]])
+    states = 4 * 64 * 1500
+    assert needs.held == 4 * states
+    held, alone = needs.held, needs.most([[2]]) - needs.held
+    assert needs.most([range(4)]) == held + 4 * alone
+    assert needs.most([[0], [2]]) == held + alone > needs.most([[0]])
+    # For the chunk and for rows decoding: the states, and keys and values of them in six layers.
+    assert needs.rows[2] == 2 * (1 + 2 * 6) * states
 
 
 def test_spaced_layers_are_those_of_distil_whisper() -> None:

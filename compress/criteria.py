@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.exact import ExactTranslator, Pack
+from compress.footprint import Footprint
 from compress.rows import end_token
 from compress.search import Candidate, Ledger, Ranking, plan_chunks, removable
 from compress.task import SearchTask
@@ -22,8 +23,8 @@ from halve.progress import Advance, Progress
 
 LOWER = {"better": "lower"}
 
-Cut = Callable[[Sequence[int], Sequence[int]], list[list[int]]]
-"""Cuts rows into chunks, by the bytes that each takes and by their lengths."""
+Cut = Callable[[Footprint, Sequence[int]], list[list[int]]]
+"""Cuts rows into chunks, by what they take and by their lengths."""
 
 
 def blind(
@@ -208,9 +209,9 @@ def reference_tokens(speech: SpeechModel, task: SearchTask) -> list[list[int]]:
     ]
 
 
-def in_128s(row_bytes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+def in_128s(footprint: Footprint, lengths: Sequence[int]) -> list[list[int]]:
     """Chunks of 128 rows, whatever they take."""
-    return plan_chunks(row_bytes, lengths, 128, sum(row_bytes))
+    return plan_chunks(lambda chunks: True, lengths, 128)
 
 
 def by_loss(
@@ -235,7 +236,7 @@ def by_loss(
     inner = len(removable(kept, num_layers, stay))
     tried = sum(inner - done for done in range(remove))
     with ExactTranslator(speech, task) as walker:
-        chunks = ledger.chunks(lambda: cut(walker.row_bytes(copies=1), lengths))
+        chunks = ledger.chunks(lambda: cut(walker.footprint(decodes=False), lengths))
         with progress.task("loss", len(chunks) * tried, done=ledger.pieces()) as advance:
             for number in range(1, remove + 1):
                 layers = removable(kept, num_layers, stay)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from compress.drafts import Ending
+from compress.encoded import held_bytes, take_in
+from compress.footprint import Footprint
 from compress.task import SearchTask
 from halve.models import SpeechModel
 from halve.sources import asked
@@ -26,7 +28,9 @@ from halve.sources import asked
 COMPACT_BELOW = 0.5
 """Rows are moved together once fewer of them than this are still decoding: each carries a large cache."""
 WINDOW_COPIES = 2
-"""How often keys and values of the encoder's states may stand in memory: for the chunk, for rows decoding."""
+"""How often the encoder's states, their keys and values may stand in memory: for the chunk, for rows decoding."""
+TEXT_COPIES = 4
+"""Those of prompts and translations: the parent's, the candidate's, and rows decoding, whose steps follow the drafts."""
 
 
 @dataclass
@@ -68,9 +72,7 @@ class CrossTranslator:
         before, after = family.prompt_ids(speech.processor, instruction)
         self._prompt = [*before, *after]
         with torch.inference_mode():
-            self._heard: list[Any] = [
-                family.take_in(speech.model, speech.processor, source) for source in task.audio
-            ]
+            self._heard: list[Tensor] = [take_in(speech, source) for source in task.audio]
 
     def __enter__(self) -> "CrossTranslator":
         self._mode = torch.inference_mode()
@@ -80,15 +82,21 @@ class CrossTranslator:
     def __exit__(self, *error: object) -> None:
         self._mode.__exit__(None, None, None)
 
-    def row_bytes(self) -> list[int]:
-        """The most that each segment takes: keys and values of the encoder's states, and of its own tokens."""
+    def footprint(self) -> Footprint:
+        """The most that the segments take: the encoder's states, their keys and values, and those of tokens.
+
+        The last are padded to the longest row's.
+        """
         width = self._table.weight.shape[1]
         item = self._table.weight.element_size()
         of_token = 2 * width * len(self.layers) * item
-        return [
-            of_token * (WINDOW_COPIES * len(heard) + 3 * (len(self._prompt) + limit))
-            for heard, limit in zip(self._heard, self.task.limits, strict=True)
-        ]
+        of_heard = WINDOW_COPIES * (of_token + width * item)
+        return Footprint(
+            rows=tuple(of_heard * len(heard) for heard in self._heard),
+            held=held_bytes(self._heard, self._device),
+            positions=tuple(len(self._prompt) + limit for limit in self.task.limits),
+            position_bytes=TEXT_COPIES * of_token,
+        )
 
     def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
         """Each by itself, in the order of the walk; the whole model last."""
@@ -125,7 +133,7 @@ class CrossTranslator:
         end = min(self._ending.ends)
         ids = torch.tensor([row + [end] * (longest - len(row)) for row in fed], device=self._device)
         places = torch.arange(longest, device=self._device).expand_as(ids)
-        heard = torch.stack([self._heard[row] for row in rows])
+        heard = torch.stack([self._heard[row] for row in rows]).to(self._device)
         cross = self._family.new_cache().cross_attention_cache
         for layer in kept:
             attention = self.layers[layer].encoder_attn

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from compress.drafts import Ending
+from compress.encoded import common_start, embed_prompts, held_bytes
+from compress.footprint import Footprint
 from compress.lanes import Lane, LanePool
 from compress.layers import LayerRunner, Rotary, open_layers
 from compress.packing import PackedRows, RowAttention, Tail, packed_attention
 from compress.task import SearchTask
 from halve.crew import Crew
 from halve.models import SpeechModel
-from halve.sources import asked
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 """Tokens packed into one forward pass: small enough for a CPU's caches, large enough to fill a GPU."""
@@ -81,9 +82,9 @@ class ExactTranslator:
         self._crew = Crew(self._device)
         self._layers: list[LayerRunner] = []
         self._pool = LanePool(self._crew.size, self._table.weight.dtype, self._device)
-        self._prompts = self._embed_prompts(speech)
+        self._prompts = embed_prompts(speech, task, self._crew)
         # Where the decoder attends to an encoder, equal inputs do not make equal states.
-        self._stem = 0 if family.attends_to_encoder else _common_start(self._prompts)
+        self._stem = 0 if family.attends_to_encoder else common_start(self._prompts)
 
     def __enter__(self) -> "ExactTranslator":
         opened: list[AbstractContextManager[Any]] = [
@@ -101,34 +102,33 @@ class ExactTranslator:
         self._context.close()
         self._pool.free()
 
-    def _embed_prompts(self, speech: SpeechModel) -> list[Tensor]:
-        """Prompt and audio of every segment as decoder inputs (tokens, hidden): the audio tower's only run."""
-        family, model, processor = speech.family, speech.model, speech.processor
-        prompts = []
-        with torch.inference_mode(), self._crew as crew:
-            heard = crew.map(
-                lambda source: family.take_in(model, processor, source), self.task.audio
-            )
-            for source, taken in zip(self.task.audio, heard, strict=True):
-                instruction = asked(family, self.task.lang, source)
-                prompts.append(family.embed_prompt(model, processor, instruction, taken))
-        return prompts
-
     # Memory
 
-    def row_bytes(self, copies: int = DECODED_TOGETHER + 2) -> list[int]:
-        """The most that each segment takes: its own and its parent's keys and values, and states.
+    def footprint(self, *, decodes: bool = True) -> Footprint:
+        """The most that the segments take: all as they were encoded, states, and the parent's keys and values.
 
         Args:
-            copies: of all layers' keys and values: the parent's, those of the candidate that is checked, and the
-                slots of a group.
+            decodes: those of the candidate that is checked and the slots of a group, too.
         """
-        of_token = self._family.cache_width(self._model)
         item = self._table.weight.element_size()
-        return [
-            (len(prompt) + limit) * (copies * of_token + 2 * prompt.shape[1]) * item
-            for prompt, limit in zip(self._prompts, self.task.limits, strict=True)
-        ]
+        of_token = self._family.cache_width(self._model) * item
+        of_states = 2 * self._prompts[0].shape[1] * item
+        positions = tuple(map(self._positions, range(len(self._prompts))))
+        held = held_bytes(self._prompts, self._device)
+        if not decodes:
+            return Footprint(tuple(count * (of_token + of_states) for count in positions), held)
+        return Footprint(
+            held=held,
+            rows=tuple(count * (2 * of_token + of_states) for count in positions),
+            positions=positions,
+            position_bytes=DECODED_TOGETHER * of_token,
+            lanes=self._pool.size,
+            bins=self._pool.bins,
+        )
+
+    def _positions(self, row: int) -> int:
+        """The most that a segment grows to."""
+        return len(self._prompts[row]) + self.task.limits[row]
 
     # Packing
 
@@ -154,12 +154,12 @@ class ExactTranslator:
         self, chosen: Sequence[int], rows: Sequence[int], drafts: Sequence[Sequence[int]]
     ) -> Pack:
         stem = self._stem
-        parts = [self._prompts[rows[chosen[0]]][:stem]]
+        parts = [self._prompts[rows[chosen[0]]][:stem].to(self._device)]
         places = [torch.arange(stem)]
         choices, counts, lengths = [], [], []
         start = stem
         for index in chosen:
-            prompt, draft = self._prompts[rows[index]][stem:], drafts[index]
+            prompt, draft = self._prompts[rows[index]][stem:].to(self._device), drafts[index]
             parts.append(prompt)
             # The last token of a draft is only ever chosen, never looked back to.
             if len(draft) > 1:
@@ -332,7 +332,7 @@ class ExactTranslator:
         self, rows: Sequence[int], groups: Sequence[Sequence[int | None]]
     ) -> dict[int, Lane]:
         """Each row's lane, one a thread."""
-        positions = {row: len(self._prompts[row]) + self.task.limits[row] for row in rows}
+        positions = {row: self._positions(row) for row in rows}
         return self._pool.lanes(positions, max(map(len, groups), default=0))
 
     def _decode(
@@ -413,12 +413,3 @@ def _passing(left_out: Tensor) -> dict[int, Tensor]:
         for layer in sorted(set(left_out.tolist()))
         if layer >= 0
     }
-
-
-def _common_start(prompts: Sequence[Tensor]) -> int:
-    """How many inputs all prompts (tokens, hidden) begin with; each keeps at least one of its own."""
-    shortest = min(len(prompt) for prompt in prompts)
-    same = torch.ones(shortest, dtype=torch.bool, device=prompts[0].device)
-    for prompt in prompts:
-        same &= (prompt[:shortest] == prompts[0][:shortest]).all(-1)
-    return min(int(same.long().cumprod(0).sum()), shortest - 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.config import ImportanceConfig
+from compress.footprint import Footprint, Room, checked
 from compress.prune import check_teacher
 from halve import artefact, environment, metrics
 from halve.artefact import Artefact, Draft
@@ -200,9 +201,9 @@ def _cheap(
 
     budget = budget_bytes(config.memory_gb, speech.device)
 
-    def cut(row_bytes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        _check_budget(row_bytes, budget, task.ids)
-        return plan_chunks(row_bytes, lengths, config.batch_size, budget)
+    def cut(footprint: Footprint, lengths: Sequence[int]) -> list[list[int]]:
+        fits = checked([Room(footprint, budget)], task.ids)
+        return plan_chunks(fits, lengths, config.batch_size)
 
     if method == "loss":
         return criteria.by_loss(speech, task, remove, ledger, progress, cut)
@@ -253,11 +254,11 @@ def by_translation(
     }
     if not ledger.started:
         progress.message(f"Encoding {len(task.ids)} segments")
-    with _opened(config, speech, task, progress) as (pool, row_bytes, budget):
-        _check_budget(row_bytes, budget, task.ids)
+    with _opened(config, speech, task, progress) as (pool, rooms):
+        fits = checked(rooms, task.ids)
         cut = stratify if config.method in plays else plan_chunks
         lengths = [len(audio) for audio in task.audio]
-        chunks = ledger.chunks(lambda: cut(row_bytes, lengths, config.batch_size, budget))
+        chunks = ledger.chunks(lambda: cut(fits, lengths, config.batch_size))
         num_layers = _num_layers(speech)
         most = config.shortlist or num_layers
         stay = speech.family.must_stay(speech.config)
@@ -278,8 +279,8 @@ def _num_layers(speech: SpeechModel) -> int:
 @contextmanager
 def _opened(
     config: ImportanceConfig, speech: SpeechModel, task: "SearchTask", progress: Progress
-) -> "Iterator[tuple[CandidateTranslator | CandidatePool, list[int], int]]":
-    """What translates, each segment's bytes, and the bytes that may be taken at once."""
+) -> "Iterator[tuple[CandidateTranslator | CandidatePool, list[Room]]]":
+    """What translates, and the rooms that chunks must fit into."""
     if _on_workers(config):
         from compress.workers import RayWorkers
 
@@ -293,24 +294,13 @@ def _opened(
             memory_gb=config.memory_gb,
             progress=progress,
         ) as pool:
-            yield pool, pool.row_bytes(), pool.budget_bytes()
+            yield pool, pool.rooms()
         return
     from compress.search import translator_for
 
     with translator_for(config.method, speech, task) as translator:
-        yield translator, translator.row_bytes(), budget_bytes(config.memory_gb, speech.device)
-
-
-def _check_budget(row_bytes: Sequence[int], budget: int, ids: Sequence[str]) -> None:
-    """Refuses a budget that a single segment would exceed."""
-    largest = max(range(len(row_bytes)), key=row_bytes.__getitem__)
-    if row_bytes[largest] > budget:
-        raise InputError(
-            f"Segment {ids[largest]} alone takes {row_bytes[largest] / 1e9:.3f} GB, "
-            f"and {budget / 1e9:.3f} GB are allowed",
-            expected="room for the longest segment, in each worker",
-            mend="raise --memory-gb, or use fewer --workers",
-        )
+        budget = budget_bytes(config.memory_gb, speech.device)
+        yield translator, [Room(translator.footprint(), budget)]
 
 
 def budget_bytes(memory_gb: float | None, device: str) -> int:

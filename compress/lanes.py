@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from compress.footprint import in_lanes
 from compress.packing import DecodingRows, SlotBin
 
 BINS = {"cpu": 3, "cuda": 2}
@@ -37,7 +38,9 @@ class LanePool:
     """The lanes' buffers, made anew only when larger ones are needed."""
 
     def __init__(self, lanes: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._lanes, self._dtype, self._device = lanes, dtype, device
+        self.size = lanes
+        self.bins = BINS.get(device.type, BINS["cpu"])
+        self._dtype, self._device = dtype, device
         self.free()
 
     def free(self) -> None:
@@ -52,10 +55,7 @@ class LanePool:
             positions: what each row may take in its buffer.
             together: candidates whose rows are decoded at once.
         """
-        order = sorted(positions, key=lambda row: (positions[row], row))
-        shares = [order[lane :: self._lanes] for lane in range(self._lanes)]
-        bins = BINS.get(self._device.type, BINS["cpu"])
-        parts = [_in_bins(share, bins) for share in shares]
+        parts = in_lanes(positions, self.size, self.bins)
         shape = [
             [(len(part) * together, positions[part[-1]]) for part in of_lane] for of_lane in parts
         ]
@@ -71,12 +71,6 @@ class LanePool:
             bin_of = {row: index for index, part in enumerate(of_lane) for row in part}
             found |= dict.fromkeys(bin_of, Lane(slots, bin_of))
         return found
-
-
-def _in_bins(rows: Sequence[int], count: int) -> list[list[int]]:
-    """Rows, in order, in at most so many parts of equal size."""
-    size = max(1, -(-len(rows) // count))
-    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def _fits(need: Sequence[tuple[int, int]], have: Sequence[tuple[int, int]]) -> bool:

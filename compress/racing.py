@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.footprint import Fits
 from compress.search import Candidate, Search, Tokens
 from halve import metrics
 
@@ -21,15 +22,19 @@ RESAMPLES = 400
 """Racing's resamples; more where the confidence asked for is finer than they can tell."""
 
 
-def stratify(
-    row_bytes: Sequence[int], lengths: Sequence[int], most: int, budget: int
-) -> list[list[int]]:
-    """Segments dealt out into parts that are alike in length, each within `most` and `budget` bytes."""
+def stratify(fits: Fits, lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Segments dealt out into as few parts as fit, alike in length, each of at most `most`."""
     count = len(lengths)
-    by_memory = -(-sum(row_bytes) // max(1, budget - max(row_bytes)))
-    parts = max(-(-count // most), by_memory, min(PARTS, count // SMALLEST_PART), 1)
     order = sorted(range(count), key=lambda row: (-lengths[row], row))
-    return [order[part::parts] for part in range(min(parts, count))]
+    parts = max(-(-count // most), min(PARTS, count // SMALLEST_PART), 1)
+    # The first part, with the longest of each rank, tells nearly always.
+    while parts < count and not (fits([order[::parts]]) and fits(_dealt(order, parts))):
+        parts += 1
+    return _dealt(order, parts)
+
+
+def _dealt(order: Sequence[int], parts: int) -> list[list[int]]:
+    return [list(order[part::parts]) for part in range(parts)]
 
 
 def bounded(

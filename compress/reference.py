@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from compress.footprint import Footprint
 from compress.task import SearchTask
 from halve.families import Family, resolve
 from halve.models import SpeechModel
@@ -74,9 +75,9 @@ class StockTranslator:
     def __exit__(self, *error: object) -> None:
         return None
 
-    def row_bytes(self) -> list[int]:
+    def footprint(self) -> Footprint:
         """Nothing is kept between segments."""
-        return [0] * len(self.task.ids)
+        return Footprint((0,) * len(self.task.ids))
 
     def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
         """One candidate after the other."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from compress.footprint import Fits, Footprint
 from compress.task import SearchTask
 from halve.json_files import append_jsonl, read_jsonl
 from halve.models import SpeechModel
@@ -21,8 +22,8 @@ Tokens = list[list[int]]
 class CandidateTranslator(Protocol):
     """Translates segments with a layer left out."""
 
-    def row_bytes(self) -> list[int]:
-        """The most memory that each segment takes while it is worked on."""
+    def footprint(self) -> Footprint:
+        """The most memory that the segments take while they are worked on."""
         ...
 
     def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
@@ -190,19 +191,14 @@ class Ledger:
         return sum(layer is not None for _, layer, _ in self._found)
 
 
-def plan_chunks(
-    row_bytes: Sequence[int], lengths: Sequence[int], most: int, budget: int
-) -> list[list[int]]:
-    """Segments of like length in chunks of at most `most` that take at most `budget` bytes each."""
+def plan_chunks(fits: Fits, lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Segments of like length in chunks of at most `most`, each of which fits."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     chunks: list[list[int]] = []
-    room = 0
     for row in order:
-        if not chunks or len(chunks[-1]) >= most or row_bytes[row] > room:
+        if not chunks or len(chunks[-1]) >= most or not fits([[*chunks[-1], row]]):
             chunks.append([])
-            room = budget
         chunks[-1].append(row)
-        room -= row_bytes[row]
     return chunks
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from compress.footprint import Room
 from compress.search import CandidatePool, Found, Work
 from compress.task import SearchTask
 from halve import artefact, environment
@@ -62,8 +63,7 @@ class Opened:
     pid: int
     node: str
     device: str
-    row_bytes: list[int]
-    budget_bytes: int
+    room: Room
 
 
 class Worker:
@@ -91,7 +91,8 @@ class Worker:
         task = replace(task, audio=tuple(copy.deepcopy(source) for source in task.audio))
         self._translator = translator_for(setup.method, speech, task)
         budget = int(setup.share * budget_bytes(setup.memory_gb, speech.device))
-        return Opened(os.getpid(), node, speech.device, self._translator.row_bytes(), budget)
+        room = Room(self._translator.footprint(), budget)
+        return Opened(os.getpid(), node, speech.device, room)
 
     def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
         """The candidates in groups that are worked on together."""
@@ -293,13 +294,9 @@ class RayWorkers(CandidatePool):
 
     # Working
 
-    def row_bytes(self) -> list[int]:
-        """The most memory that each segment takes while it is worked on."""
-        return self._opened[0].row_bytes
-
-    def budget_bytes(self) -> int:
-        """What one worker's caches may take: the least of all."""
-        return min(one.budget_bytes for one in self._opened)
+    def rooms(self) -> list[Room]:
+        """The workers' rooms: what all of them work on must fit into each."""
+        return list({one.room for one in self._opened})
 
     def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
         """See CandidatePool."""

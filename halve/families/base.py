@@ -276,7 +276,7 @@ class Family(ABC):
             for ids in self.prompt_ids(processor, instruction)
         )
         assert isinstance(taken, torch.Tensor)
-        return torch.cat([before, taken.to(before.dtype), after])
+        return torch.cat([before, taken.to(before.device, before.dtype), after])
 
     def embed(self, model: Any, ids: "torch.Tensor") -> "torch.Tensor":
         """Tokens (...) as decoder inputs (..., width).

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from compress.footprint import Footprint
 from compress.importance import make_task
 from compress.task import SearchTask
 from halve.corpus import read_corpus
@@ -50,9 +51,9 @@ class Scripted:
         self.script = script
         self.asked: list[tuple[int | None, int]] = []
 
-    def row_bytes(self) -> list[int]:
+    def footprint(self) -> Footprint:
         """Takes no memory."""
-        return [1] * len(next(iter(self.script.values())))
+        return Footprint((0,) * len(next(iter(self.script.values()))))
 
     def run(
         self,

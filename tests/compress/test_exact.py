@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.exact import ExactTranslator
+from compress.footprint import Footprint, Room
 from compress.reference import StockTranslator
 from compress.search import Ledger, Search, greedy, plan_chunks
 from compress.task import SearchTask
@@ -107,7 +108,8 @@ def test_same_order_as_the_reference_in_any_chunks(tiny_corpus: Path, tmp_path: 
         ledger = Ledger(tmp_path / f"{name}-{most}.jsonl")
         with maker(speech, task) as translator:
             lengths = [len(audio) for audio in task.audio]
-            chunks = plan_chunks(translator.row_bytes(), lengths, most, 10**9)
+            room = Room(translator.footprint(), 10**9)
+            chunks = plan_chunks(room.fits, lengths, most)
             search = Search(translator, task, ledger, chunks, lambda n=1, note="": None)
             rankings.append(greedy(search, 4, 2))
     assert len(rankings[0].candidates) == 2 + 1
@@ -144,7 +146,7 @@ def test_audio_is_encoded_once_and_the_model_left_as_it_was(
 def test_chunks_hold_each_segment_once_within_the_budget(
     sizes: list[int], most: int, budget: int
 ) -> None:
-    chunks = plan_chunks(sizes, sizes, most, budget)
+    chunks = plan_chunks(Room(Footprint(tuple(sizes)), budget).fits, sizes, most)
     assert sorted(row for chunk in chunks for row in chunk) == list(range(len(sizes)))
     assert all(len(chunk) <= most for chunk in chunks)
     assert all(sum(sizes[row] for row in chunk) <= budget for chunk in chunks)

@@ -220,6 +220,7 @@ def test_lost_groups_are_given_to_another_and_not_for_ever(
     fake.dies = once
     with pool(speech, task, fake) as two:
         assert two.groups([None, 1, 2, 3, 4]) == groups
+        assert len(two.rooms()) == 1, "workers that are alike have one"
         found = {layer: tokens for _, one in two.run_all([work]) for layer, tokens in one.items()}
     assert found == wanted
     assert fake.started == 2 + len(groups), "each death brings a new worker"

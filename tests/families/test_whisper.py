@@ -13,6 +13,7 @@ from compress.config import DistillConfig, ImportanceConfig, PruneConfig, TuneCo
 from compress.criteria import spaced
 from compress.cross import CrossTranslator
 from compress.distill import run_distill
+from compress.footprint import Room
 from compress.importance import make_task, run_importance
 from compress.prune import run_prune
 from compress.reference import StockTranslator
@@ -149,11 +150,25 @@ def test_same_order_as_the_reference(
         with translator_for(method, speech, task) as translator:
             ledger = Ledger(tmp_path / f"{method}-{most}.jsonl")
             lengths = [len(clip) for clip in task.audio]
-            planned = plan_chunks(translator.row_bytes(), lengths, most, 10**9)
+            planned = plan_chunks(Room(translator.footprint(), 10**9).fits, lengths, most)
             chunks = ledger.chunks(planned.copy)
             search = Search(translator, task, ledger, chunks, lambda *_, **__: None)
             rankings.append(greedy(search, 6, 2))
     assert rankings[0] == rankings[1] == rankings[2]
+
+
+def test_memory_is_planned_for_text_as_long_as_the_longest_row(
+    opened: tuple[SpeechModel, SearchTask],
+) -> None:
+    speech, task = opened
+    needs = CrossTranslator(speech, replace(task, limits=(4, 4, 80, 4))).footprint()
+    states = 4 * 64 * 1500
+    assert needs.held == 4 * states
+    held, alone = needs.held, needs.most([[2]]) - needs.held
+    assert needs.most([range(4)]) == held + 4 * alone
+    assert needs.most([[0], [2]]) == held + alone > needs.most([[0]])
+    # For the chunk and for rows decoding: the states, and keys and values of them in six layers.
+    assert needs.rows[2] == 2 * (1 + 2 * 6) * states
 
 
 def test_spaced_layers_are_those_of_distil_whisper() -> None:

@@ -23,6 +23,7 @@ from serve.settings import ServeSettings
 log = logging.getLogger("halve.serve")
 
 KEEP_ALIVE_S = 75
+SIGNAL_POLL_S = 0.2
 CLOSING_S = 2
 """After draining: for connections to take their last bytes."""
 
@@ -150,7 +151,9 @@ class _Server(uvicorn.Server):
             HalveError: it cannot be loaded.
         """
         self._loading = asyncio.create_task(self._service.start())
-        await asyncio.wait([self._loading])
+        # A signal that comes just as the loop goes to sleep is seen when it wakes.
+        while not self._loading.done():
+            await asyncio.wait([self._loading], timeout=SIGNAL_POLL_S)
         if self._loading.cancelled():
             return False
         self._loading.result()

@@ -186,6 +186,23 @@ run_server(settings, open_translator=open_for_ever)
     assert not list(uploads.iterdir())
 
 
+def test_a_signal_that_does_not_wake_the_loop_is_seen(tmp_path: Path) -> None:
+    """As one that comes between the loop's last look and its sleep: here another thread takes it."""
+    (tmp_path / "fake").mkdir()
+    script = f"""
+import signal, threading, time
+from serve.run import run_server
+from serve.settings import ServeSettings
+def open_for_ever(path, settings):
+    time.sleep(0.5)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    time.sleep(600)
+run_server(ServeSettings(models=({str(tmp_path / "fake")!r},), port=0), open_translator=open_for_ever)
+"""
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
 def test_no_place_for_uploads_is_said_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "fake").mkdir()
     (tmp_path / "file").touch()

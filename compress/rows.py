@@ -146,7 +146,10 @@ def end_token(speech: SpeechModel) -> int:
     ends = speech.family.end_ids(speech.model)
     tokenizer = speech.processor.tokenizer
     own = tokenizer.eos_token_id
-    return _end_of_turn(tokenizer, ends) or (own if own in ends else ends[0])
+    found = _end_of_turn(tokenizer, ends)
+    if found is not None:
+        return found
+    return own if own in ends else ends[0]
 
 
 _ANSWER = "translation"

@@ -220,10 +220,8 @@ def stored_bytes(counts: Counts, form: Form) -> float:
     rest = counts.total - counts.decoder - tables - counts.audio_tower
     is_onnx = form.package.startswith("onnx")
     graphs = GRAPH_BYTES if is_onnx else 0
-    if (
-        is_onnx and not counts.head
-    ):  # a tied table is looked up in one file and multiplied in another
-        tables += counts.embeddings
+    if is_onnx and not counts.head:
+        tables += counts.embeddings  # a tied one is looked up in one file and multiplied in another
     return (
         counts.decoder * form.decoder_bytes
         + tables * form.tables_bytes

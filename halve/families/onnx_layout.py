@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-MAX_WINDOW_LAYERS = 28
-"""What the Qwen classes take for a max_window_layers that a config leaves out."""
+from halve.families.windows import windowed_above
+
 MISTRAL_WINDOW = 4096
 """What the Mistral class takes for a window that its config leaves out; null is none."""
 
@@ -32,17 +32,8 @@ def unlike_onnx(text: Mapping[str, Any], layouts: frozenset[str]) -> str:
 
 
 def _window(kind: str, text: Mapping[str, Any]) -> str:
-    kinds = set(text.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        return f"layers of {', '.join(sorted(kinds))}"
-    if text.get("layer_types"):
-        return ""
-    if kind == "mistral" and text.get("sliding_window", MISTRAL_WINDOW) is not None:
-        return f"an attention window of {text.get('sliding_window', MISTRAL_WINDOW)}"
-    # Those of Qwen have one where they say so, from one of their layers on.
-    is_windowed = text.get("use_sliding_window") and text.get("sliding_window", kind) is not None
-    above = text.get("max_window_layers")
-    first = MAX_WINDOW_LAYERS if above is None else int(above)
-    if is_windowed and first < int(text["num_hidden_layers"]):
-        return "an attention window in some layers"
-    return ""
+    if kind == "mistral" and not text.get("layer_types"):
+        window = text.get("sliding_window", MISTRAL_WINDOW)
+        return "" if window is None else f"an attention window of {window}"
+    others = set(windowed_above(text) or ()) - {"full_attention"}
+    return f"layers of {', '.join(sorted(others))}" if others else ""

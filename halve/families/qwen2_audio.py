@@ -9,7 +9,7 @@ import numpy as np
 
 from halve.audio import FloatArray
 from halve.families.base import SYSTEM_PROMPT, Counts, Family, GgufLayout, resolve
-from halve.families.text import windowed_above
+from halve.families.windows import windowed_above
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from halve.families.base import Counts, Family, GgufLayout, SourceText, resolve
-from halve.families.onnx_layout import MAX_WINDOW_LAYERS
+from halve.families.windows import windowed_above
 from halve.languages import ENGLISH, Language
 
 if TYPE_CHECKING:
@@ -291,22 +291,6 @@ def layer_kinds(config: Mapping[str, Any]) -> list[str] | None:
     else:
         return None
     return ["full_attention" if is_full else "sliding_attention" for is_full in full]
-
-
-def windowed_above(config: Mapping[str, Any]) -> list[str] | None:
-    """The kinds of layers of a Qwen decoder, where those from max_window_layers on attend to a window.
-
-    Those that the config lists, else those that stock code derives; None where no window is used.
-    """
-    if config.get("layer_types"):
-        return list(config["layer_types"])
-    # A window that is left out is the class's own; null is none.
-    if not config.get("use_sliding_window") or config.get("sliding_window", "own") is None:
-        return None
-    above = config.get("max_window_layers")
-    full = MAX_WINDOW_LAYERS if above is None else int(above)
-    layers = int(config["num_hidden_layers"])
-    return ["full_attention" if n < full else "sliding_attention" for n in range(layers)]
 
 
 def count_decoder(config: Mapping[str, Any], tied: bool) -> Counts:

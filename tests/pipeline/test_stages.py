@@ -213,6 +213,14 @@ def test_a_missing_checkpoint_stops_a_run_before_it_starts(
     assert not run.out.exists()
 
 
+def dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a recipe's plan says."""
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(recipe), "--dry-run"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
 def test_dry_run_counts_the_papers_parameters(
     tmp_path: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,10 +333,7 @@ def test_dry_run_without_a_config_says_why(
         f"lang: de\nteacher: /nowhere/at/all\ncorpus: {{source: {tiny_corpus}, format: halve}}\n"
         "prune: {layers: [1]}\n"
     )
-    with pytest.raises(SystemExit) as stop:
-        main(["run", str(recipe), "--dry-run"])
-    assert stop.value.code == 0
-    said = capsys.readouterr().out
+    said = dry_run(recipe, capsys)
     assert "/nowhere/at/all is no model directory" in said
     assert "the model's config is not known" in said
 
@@ -345,10 +350,7 @@ def test_dry_run_says_why_speech_is_assumed(
             f"lang: de\nteacher: {tiny_model}\ncorpus: {{source: {source}, format: tsv}}\n"
             "prune: {layers: [1]}\n"
         )
-        with pytest.raises(SystemExit) as stop:
-            main(["run", str(recipe), "--dry-run"])
-        assert stop.value.code == 0
-        said.append(capsys.readouterr().out)
+        said.append(dry_run(recipe, capsys))
     assert "table.tsv:1: the header is path, deutsch" in said[0]
     assert "nowhere.tsv does not exist" in said[1]
 

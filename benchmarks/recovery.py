@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from halve import environment
 from halve.artefact import RECORD, TIMINGS, Artefact, read
 from halve.errors import ArtefactError
 from halve.json_files import read_jsonl, write_json
@@ -45,11 +44,7 @@ def collect(folder: Path) -> dict[str, Any]:
     for run in runs:
         name = run.path.name.rpartition("-")[0]
         ways.setdefault(name, []).append(_facts(run))
-    return {
-        "ways": ways,
-        "machine": environment.machine(),
-        "versions": environment.versions(),
-    }
+    return {"ways": ways}
 
 
 def _facts(run: Artefact) -> dict[str, Any]:
@@ -60,7 +55,16 @@ def _facts(run: Artefact) -> dict[str, Any]:
     }
     timings = read_jsonl(run.path / TIMINGS)
     seconds = [line["seconds"] for line in timings if line["event"] == "training"]
-    return {"seed": run.seed, **facts, "recipe": run.recipe, "training_s": sum(seconds)}
+    where = [line for line in timings if line["event"] == "stage"][-1]
+    return {
+        "seed": run.seed,
+        **facts,
+        "recipe": run.recipe,
+        "training_s": sum(seconds),
+        # Runs may have been made in different places.
+        "machine": {key: where[key] for key in ("cpu", "cores", "gpu", "date") if key in where},
+        "versions": run.versions,
+    }
 
 
 def table(result: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ OUT=${OUT:-runs/recovery}
 # To run some of them: WAYS="teacher random" bash benchmarks/recovery.sh
 WAYS=${WAYS:-references translations forward-0.5 forward-1.0 reverse-0.5 slow qlora qlora-forward-0.5 healed random middle block-influence teacher}
 COMMON=(--corpus "$CORPUS" --lang de --lang zh --states-dir "$STUDENTS/states" --max-steps "$STEPS" --epochs 100
-    --batch-size 48 --schedule linear --warmup 0.03 --spec-mask 0.08 --checkpoint-every 50 --eval-every "$((STEPS / 3))")
+    --batch-size 48 --schedule linear --warmup 0.03 --spec-mask 0.08 --checkpoint-every 50 --eval-every "${EVERY:-$((STEPS / 3))}")
 FULL=(--method full --learning-rate 5e-4 --weight-decay 0.01)
 QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate 3e-4)
 ROWS=(--translations "$STUDENTS/translations")

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
-# Steps: corpus plans translations A B C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone.
+# Steps: corpus plans translations A B B_twice C D baselines select test table
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, twice B_twice.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
 #   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
+#   B_twice  B, merged, and tuned as long again; blocks of 16, for which its bar leaves room
 #   C  half of the layers pruned, trained in full with distillation, bf16
 #   D  C as ONNX in 4 bits
 set -euo pipefail
@@ -63,6 +64,11 @@ translations() {
 }
 A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED" "${ROOM[@]}"; }
 B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED" "${ROOM[@]}"; }
+B_twice() {
+    tune "$OUT/merged/B-$SEED" B-twice "$STEPS_B" "${QLORA[@]}" --learning-rate 2e-4 --seed "$((SEED + 100))" --eval-every 600
+    merge "$OUT/merged/B-$SEED" B-twice
+    package "$OUT/merged/B-twice-$SEED" "B-twice-$SEED" "${ROOM[@]}" --block-size 16
+}
 C() { tune "$OUT/pruned-half" C "$STEPS_C" "${FULL[@]}"; }
 D() { package "$OUT/tuned/C-$SEED" "D-$SEED" --head-bits 8; }
 baselines() {
@@ -81,6 +87,8 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
         case "$GROUP" in
             half) quality "$1" half "$OUT/packages/teacher-int4" "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED" ;;
             quarter) quality "$1" quarter "$OUT/packages/teacher-int4-A" "$OUT/packages/B-$SEED" ;;
+            seeds) quality "$1" seeds "$OUT"/packages/A-[0-2] ;;
+            twice) quality "$1" twice "$OUT/packages/B-twice-$SEED" ;;
             qlora) quality "$1" qlora "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" ;;
         esac
     done

@@ -3,8 +3,10 @@
 A row's cache lies in a slot of buffers that the graph reads and writes in place.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from export.caches import DeviceCaches, HostCaches
 from export.geometry import Geometry, rotary_table
 from export.rows import Decoder, Row, RowBatch
 from export.vocabulary import WHOLE, Vocabulary
+from halve.errors import GpuError
 
 FloatArray = NDArray[np.float32]
 
@@ -36,6 +39,9 @@ def open_session(
         device: cpu or cuda.
         threads: None leaves the choice to onnxruntime.
         spin: whether idle threads wait actively after a run: right for many short runs.
+
+    Raises:
+        GpuError: onnxruntime has a GPU's provider and cannot use it.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
@@ -44,10 +50,23 @@ def open_session(
     options.log_severity_level = 3
     if not spin:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if device == "cuda":
+        # CUDA's libraries as pip installs them, which the loader does not find by itself. What is missing is
+        # printed, and standard output is for translations.
+        with redirect_stdout(sys.stderr):
+            onnxruntime.preload_dlls()
     providers = [CUDA] if device == "cuda" else []
-    return onnxruntime.InferenceSession(
+    session = onnxruntime.InferenceSession(
         str(path), options, providers=[*providers, "CPUExecutionProvider"]
     )
+    if device == "cuda" and CUDA not in session.get_providers():
+        # It goes on with the processor without a word.
+        raise GpuError(
+            f"onnxruntime {onnxruntime.__version__} has no use of a GPU here",
+            expected="an NVIDIA driver and the CUDA and cuDNN libraries that this onnxruntime was built for",
+            mend="pip install 'onnxruntime-gpu[cuda,cudnn]', or name --device cpu",
+        )
+    return session
 
 
 class RowThreads:
@@ -111,11 +130,12 @@ class OnnxDecoder(Decoder):
         """What computes several rows in parts; None computes them together."""
         half = any(each.type == "tensor(float16)" for each in session.get_inputs())
         self._cache_type = np.float16 if half else np.float32
-        self._on_device = CUDA in session.get_providers()
+        self.on_device = CUDA in session.get_providers()
+        """Whether the graph computes on a GPU."""
 
     def new_caches(self, slots: int, capacity: int) -> Any:
         """Caches where the graph computes."""
-        if self._on_device:
+        if self.on_device:
             return DeviceCaches(self.geometry, slots, capacity, self._cache_type, "cuda")
         return HostCaches(self.geometry, slots, capacity, self._cache_type)
 
@@ -178,7 +198,17 @@ class DecodeBatch(RowBatch):
             rows = slice(first, end)
             arrays = (self._embeddings[rows], self._last[rows], self._total, self._logits[rows])
             self._bindings[key] = self._bind(session, rows, *arrays)
-        return self._bindings[key]
+        binding = self._bindings[key]
+        if self._decoder.on_device:
+            # Inputs are copied to a GPU as they are bound, and never again: a step has its own.
+            value = onnxruntime.OrtValue.ortvalue_from_numpy
+            for name, array in (
+                ("inputs_embeds", self._embeddings),
+                ("last_positions", self._last),
+            ):
+                binding.bind_ortvalue_input(name, value(array[first:end]))
+            binding.bind_ortvalue_input("total_positions", value(self._total))
+        return binding
 
     def logits_after(self, inputs: FloatArray) -> FloatArray:
         """See `RowBatch.logits_after`."""

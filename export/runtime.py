@@ -11,7 +11,7 @@ from export.manifest import MANIFEST, Manifest, read_manifest
 from export.packaged import PackagedTranslator, cannot_be_opened
 from export.rows import RowBatch
 from halve import environment
-from halve.errors import InputError, MissingExtraError
+from halve.errors import GpuError, InputError, MissingExtraError
 from halve.shards import half_bytes
 from halve.translate import Translator
 
@@ -56,10 +56,23 @@ class OnnxTranslator(PackagedTranslator):
         super().__init__(manifest)
         try:
             self._open(path, threads, stop_loops, rows_at_once)
+        except GpuError:
+            if device != "auto":
+                raise
+            self.device = "cpu"
+            self._open(path, threads, stop_loops, rows_at_once)
+
+    def _open(
+        self, path: Path, threads: int | None, stop_loops: bool, rows_at_once: int | None
+    ) -> None:
+        try:
+            self._open_parts(path, threads, stop_loops, rows_at_once)
+        except GpuError:
+            raise
         except Exception as error:  # onnxruntime and tokenizers raise kinds of their own
             raise cannot_be_opened(path, error) from None
 
-    def _open(
+    def _open_parts(
         self, path: Path, threads: int | None, stop_loops: bool, rows_at_once: int | None
     ) -> None:
         from export.decoding import OnnxDecoder, RowThreads, open_session, rows_agree

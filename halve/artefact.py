@@ -356,7 +356,7 @@ def _today() -> str:
 
 
 def _where() -> dict[str, Any]:
-    return {"cpu": environment.cpu_model(), "cores": environment.cores()}
+    return {"cpu": environment.cpu_model(), "cores": environment.cores(), **environment.gpu_in_use()}
 
 
 def _real(out: Path) -> Path:

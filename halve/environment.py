@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,14 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name(0)
     return facts
+
+
+def gpu_in_use() -> dict[str, str]:
+    """The GPU that torch has computed on in this process, as {"gpu": name}; nothing where it has not."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {"gpu": str(torch.cuda.get_device_name(0))}
 
 
 def threads() -> int:

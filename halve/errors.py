@@ -3,6 +3,7 @@
     HalveError                  exit 1
     ├── InputError              exit 2   wrong usage or bad input
     │   ├── RecipeError
+    │   ├── GpuError
     │   ├── CorpusError
     │   ├── ArtefactError
     │   └── FamilyError
@@ -48,6 +49,10 @@ class InputError(HalveError):
 
 class RecipeError(InputError):
     """A recipe or a stage's settings cannot be used."""
+
+
+class GpuError(InputError):
+    """A GPU was asked for, and the runtime cannot use one here."""
 
 
 class CorpusError(InputError):

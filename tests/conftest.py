@@ -1,5 +1,6 @@
 """Small real models and corpora on disk, made once a session."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import torch
 from hypothesis import settings
 
 from tests import tiny
+
+# Many tests hand models tensors of their own, look at threads, or fork. They are of the processor, also beside a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 # A machine that others use may stand still for longer than an example is allowed.
 settings.register_profile("halve", parent=settings.default, deadline=None)

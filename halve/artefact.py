@@ -356,7 +356,11 @@ def _today() -> str:
 
 
 def _where() -> dict[str, Any]:
-    return {"cpu": environment.cpu_model(), "cores": environment.cores(), **environment.gpu_in_use()}
+    return {
+        "cpu": environment.cpu_model(),
+        "cores": environment.cores(),
+        **environment.gpu_in_use(),
+    }
 
 
 def _real(out: Path) -> Path:

@@ -34,18 +34,40 @@ def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_both_searches_are_timed_and_find_the_same(tmp_path: Path) -> None:
-    asked = "search --layers 5 --segments 4 --sample 2 --device cpu --out".split()
+    asked = [
+        "search",
+        "--layers",
+        "5",
+        "--segments",
+        "4",
+        "--sample",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+    ]
     assert full_size.main([*asked, str(tmp_path)]) == 0
     found = read_json(tmp_path / "search.json")
     assert found["candidates"] == 3 and found["segments"] == 4
     assert found["same_as_reference"] == 1.0
     assert found["candidates_of_8_rounds"] == sum(range(1, 4)), "no more layers go than may"
-    assert 0 < found["exact_s_per_candidate"] and 0 < found["reference_s_per_candidate"]
+    assert found["exact_s_per_candidate"] > 0 and found["reference_s_per_candidate"] > 0
     assert 0 <= found["kept_of_drafts"] <= 1
 
 
 def test_qlora_takes_its_steps(tmp_path: Path) -> None:
-    asked = "tune --layers 3 --steps 2 --batch-size 2 --device cpu --out".split()
+    asked = [
+        "tune",
+        "--layers",
+        "3",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+    ]
     assert full_size.main([*asked, str(tmp_path), "--work-dir", str(tmp_path)]) == 0
     found = read_json(tmp_path / "tune.json")
     assert found["steps"] == 2 and found["trainable_parameters"] > 0

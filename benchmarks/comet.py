@@ -9,6 +9,7 @@ from typing import Any
 
 import benchmarks.comet_worker
 from benchmarks import comet_environment
+from halve import environment
 from halve.progress import SILENT, Progress
 
 WORKER = Path(benchmarks.comet_worker.__file__)
@@ -74,6 +75,7 @@ def measure(
     request = {"checkpoint": str(checkpoint), "batch_size": batch_size}
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in [request, *rows])
     progress.message(f"COMET: {len(rows)} hypotheses")
+    environment.release_gpu_memory()  # the worker takes the GPU
     # -I keeps this folder and the user's own packages out of the worker's imports.
     done = subprocess.run(
         [str(python), "-I", str(worker)],

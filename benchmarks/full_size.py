@@ -59,6 +59,7 @@ def make(folder: Path, layers: int, added: float, device: str, like: Path = _LIK
     family = family_for(config)
     loader = getattr(transformers, family.auto_class)
     torch.manual_seed(0)
+    environment.leave_out_cudnn_attention()
     with torch.device(device):
         model = loader.from_config(
             transformers.AutoConfig.from_pretrained(folder), dtype=torch.bfloat16

@@ -336,6 +336,7 @@ def _entry(
     entry = {
         "path": measured.path,
         "layers": measured.decoder_layers,
+        "device": answer.get("device", "cpu"),
         "threads": threads,
         "load_s": round(answer["load_s"], 3),
         **{key: clips["short"][key] for key in _METRICS if key in clips["short"]},

@@ -50,7 +50,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     clips = {name: read_audio(path) for name, path in request["clips"].items()}
     before_bytes = resident_memory_bytes()
     started = time.perf_counter()
-    run, weight_bytes = _stock(request) if request["backend"] == "stock" else _halve(request)
+    run, weight_bytes, device = (
+        _stock(request) if request["backend"] == "stock" else _halve(request)
+    )
     load_s = time.perf_counter() - started
     timed = {name: _time_clip(run, audio, request) for name, audio in clips.items()}
     return {
@@ -60,6 +62,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "before_load_bytes": before_bytes,
         "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
         "weight_bytes": weight_bytes(),
+        "device": device,
     }
 
 
@@ -82,14 +85,21 @@ def _time_clip(run: Run, audio: FloatArray, request: dict[str, Any]) -> dict[str
     }
 
 
-def _halve(request: dict[str, Any]) -> tuple[Run, Callable[[], int]]:
+def _halve(request: dict[str, Any]) -> tuple[Run, Callable[[], int], str]:
     from export.runtime import open_translator
 
     path = Path(request["path"])
     translator = open_translator(path, threads=request["threads"])
     lang: str = request["lang"]
     run = _exact_run if request.get("new_tokens") else _stream_run
-    return run(translator, lang), lambda: _weight_bytes(translator, path)
+    speech = getattr(translator, "speech", None)
+    device = getattr(translator, "device", "cpu") if speech is None else speech.device
+    return run(translator, lang), lambda: _weight_bytes(translator, path), _kind(device)
+
+
+def _kind(device: object) -> str:
+    """cpu or cuda."""
+    return str(device).partition(":")[0]
 
 
 def _stream_run(translator: Any, lang: str) -> Run:
@@ -139,7 +149,7 @@ def _weight_bytes(translator: Any, path: Path) -> int:
     return decoder_weight_bytes(translator.speech.model, FAMILIES[translator.family])
 
 
-def _stock(request: dict[str, Any]) -> tuple[Run, Callable[[], int]]:
+def _stock(request: dict[str, Any]) -> tuple[Run, Callable[[], int], str]:
     from benchmarks.baseline import StockModel
 
     model = StockModel(
@@ -155,7 +165,7 @@ def _stock(request: dict[str, Any]) -> tuple[Run, Callable[[], int]]:
         first_s = times_s[0] - started if times_s else total_s
         return Timing(total_s, first_s, len(tokens), model.text(tokens))
 
-    return run, model.weight_bytes
+    return run, model.weight_bytes, _kind(model.model.device)
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ def resident_memory_bytes() -> int:
 def peak_gpu_memory_bytes() -> int | None:
     """The most memory torch held on the GPU, or None where no GPU was used."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is None or not torch.cuda.is_initialized():
         return None
     return int(torch.cuda.max_memory_reserved())
 

@@ -17,7 +17,7 @@ def add_limits(
     Args:
         rates: bytes a second read from buffers by their size; nothing is added where None.
     """
-    if not rates or not entry["weight_bytes"]:
+    if not rates or not entry["weight_bytes"] or entry["device"] != "cpu":
         return
     weights = entry["weight_bytes"]
     rate = bandwidth_for(weights, rates)
@@ -39,8 +39,12 @@ def add_limits(
 def compare(
     entry: dict[str, Any], baseline: Mapping[str, Any] | None, peers: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Adds how many times faster a model is than the baseline, and than each peer at its best threads."""
-    if baseline:
+    """Adds how many times faster a model is than the baseline, and than each peer at its best threads.
+
+    Only those that compute where it does: a processor and a GPU say nothing about one another.
+    """
+    peers = [peer for peer in peers if peer["device"] == entry["device"]]
+    if baseline and baseline["device"] == entry["device"]:
         entry["times_faster_than_baseline"] = {
             clip: _ratios([baseline], entry, clip, _BASELINE_METRICS) for clip in entry["clips"]
         }

@@ -34,6 +34,8 @@ NOT_IN_THE_RECORD = {"workers", "ray_address"}
 """Settings that decide nothing of what is found: a killed search may go on with others."""
 DEFAULT_BUDGET = 0.4
 """Share of the device's memory that a search without a stated budget may take for its caches."""
+ACTIVATIONS_SHARE = 0.2
+"""Share of a GPU's memory that is left to what one pass computes."""
 
 
 def run_importance(
@@ -199,7 +201,7 @@ def _cheap(
     from compress import criteria
     from compress.search import plan_chunks
 
-    budget = budget_bytes(config.memory_gb, speech.device)
+    budget = budget_bytes(config.memory_gb, speech)
 
     def cut(footprint: Footprint, lengths: Sequence[int]) -> list[list[int]]:
         fits = checked([Room(footprint, budget)], task.ids)
@@ -225,6 +227,8 @@ def _shortlist(
     if speech.model is None:
         speech = load_model(speech.path, dtype=speech.dtype)
     ranking = _cheap(config, config.shortlist_by, speech, task, 1, ledger, progress)
+    del speech  # with workers, a model of this process's own: the GPU is theirs
+    environment.release_gpu_memory()
     order = sorted(ranking.candidates, key=lambda candidate: (candidate.score, candidate.layer))
     return Shortlist(tuple(candidate.layer for candidate in order), config.shortlist)
 
@@ -299,19 +303,30 @@ def _opened(
     from compress.search import translator_for
 
     with translator_for(config.method, speech, task) as translator:
-        budget = budget_bytes(config.memory_gb, speech.device)
+        budget = budget_bytes(config.memory_gb, speech)
         yield translator, [Room(translator.footprint(), budget)]
 
 
-def budget_bytes(memory_gb: float | None, device: str) -> int:
-    """What the search's caches may take: as stated, or a share of the device's memory."""
+def budget_bytes(memory_gb: float | None, speech: SpeechModel) -> int:
+    """What the search's caches may take: as stated, or a share of the device's memory.
+
+    On a GPU no more than is left beside the model, less a fifth for activations.
+    """
     if memory_gb is not None:
         return int(memory_gb * 1e9)
-    if device.startswith("cuda"):
-        import torch
+    if not speech.device.startswith("cuda"):
+        return int(DEFAULT_BUDGET * environment.memory_bytes())
+    import torch
 
-        return int(DEFAULT_BUDGET * torch.cuda.get_device_properties(device).total_memory)
-    return int(DEFAULT_BUDGET * environment.memory_bytes())
+    total = torch.cuda.get_device_properties(speech.device).total_memory
+    held = sum(weight.nbytes for weight in speech.model.parameters())
+    return default_gpu_budget(total, held)
+
+
+def default_gpu_budget(total_bytes: int, model_bytes: int) -> int:
+    """The search's share of a GPU of so much memory that holds a model of so many bytes."""
+    left = (1 - ACTIVATIONS_SHARE) * total_bytes - model_bytes
+    return int(max(0, min(DEFAULT_BUDGET * total_bytes, left)))
 
 
 def _write(

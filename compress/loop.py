@@ -192,16 +192,20 @@ def _step(
     seed = config.seed * 1_000_003 + step
     torch.manual_seed(seed % SEEDS)  # for dropout
     value = maker.accumulate([training.sequences[number] for number in numbers], seed)
+    norm = 0.0
     if config.clip_norm:
-        torch.nn.utils.clip_grad_norm_(training.weights.values(), config.clip_norm)
+        weights = training.weights.values()
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, config.clip_norm))
+    # Before the step: no checkpoint ever holds what it would make of the weights.
+    for what, number in (("loss", value), ("gradients' norm", norm)):
+        if not math.isfinite(number):
+            raise InputError(
+                f"The {what} of step {step + 1} is {number}",
+                expected="a finite number",
+                mend="lower the learning rate, or train with precision float32",
+            )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if not math.isfinite(value):
-        raise InputError(
-            f"The loss of step {step + 1} is {value}",
-            expected="a finite number",
-            mend="lower the learning rate, or train with precision float32",
-        )
     return value
 
 

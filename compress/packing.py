@@ -367,12 +367,8 @@ def packed_attention(config: Any) -> Iterator[None]:
 
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _packed_attention)
     before = config._attn_implementation
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     config._attn_implementation = IMPLEMENTATION
-    # cuDNN's attention takes masks of some lengths and then fails on them (H200, torch 2.11).
-    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         config._attn_implementation = before

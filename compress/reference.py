@@ -98,6 +98,7 @@ class StockTranslator:
                 model = copy.deepcopy(self.speech.model) if self._deep_copy else self.speech.model
                 with only_layers(model, self.speech.family, chosen):
                     found[candidate] = [self.translate(model, row) for row in rows]
+                del model  # before the next copy is made
             yield found
 
     def translate(self, model: Any, row: int) -> list[int]:

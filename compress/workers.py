@@ -90,7 +90,7 @@ class Worker:
         # What Ray hands over is read-only.
         task = replace(task, audio=tuple(copy.deepcopy(source) for source in task.audio))
         self._translator = translator_for(setup.method, speech, task)
-        budget = int(setup.share * budget_bytes(setup.memory_gb, speech.device))
+        budget = int(setup.share * budget_bytes(setup.memory_gb, speech))
         room = Room(self._translator.footprint(), budget)
         return Opened(os.getpid(), node, speech.device, room)
 
@@ -274,14 +274,15 @@ class RayWorkers(CandidatePool):
                 mend="ask for fewer --workers",
             )
         own = environment.cores() if self._address is None else cores
-        gpus = float(resources.get("GPU", 0)) / self._workers
-        each = int(gpus) if gpus >= 1 else int(gpus * 1000) / 1000
+        gpus = int(resources.get("GPU", 0))
+        # Ray keeps a worker on one GPU: as many on each as the fullest one must take.
+        on_one = -(-self._workers // gpus) if gpus else 0
         self._setup = replace(self._setup, threads=max(1, own // self._workers))
-        if each >= 1 and self._setup.memory_gb is None:
-            self._setup = replace(self._setup, share=1.0)
+        if on_one and self._setup.memory_gb is None:
+            self._setup = replace(self._setup, share=1 / on_one)
         self._options = {
             "num_cpus": 1,
-            "num_gpus": min(1, each),
+            "num_gpus": int(1000 / on_one) / 1000 if on_one else 0,
             "max_restarts": 0,
             "scheduling_strategy": "SPREAD",
         }

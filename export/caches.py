@@ -48,7 +48,7 @@ class HostCaches:
 class DeviceCaches:
     """Caches in an accelerator's memory, bound by address.
 
-    Rows are moved through the host's memory, which is slow but only happens when a row leaves.
+    Rows are moved through the host's memory, which is slow: when a row leaves, and for beams at every step.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """What runs here: versions, machine, threads. The one place that reads the environment."""
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -87,6 +88,25 @@ def gpu_in_use() -> dict[str, str]:
     if torch is None or not torch.cuda.is_initialized():
         return {}
     return {"gpu": str(torch.cuda.get_device_name(0))}
+
+
+def leave_out_cudnn_attention() -> None:
+    """Keeps torch from handing masked attention to cuDNN, which it prefers on Hopper GPUs and later.
+
+    There it fails on masks of some lengths (float masks, H200, torch 2.11), and is known to give NaN gradients
+    (pytorch issue 196678) and other texts (193893). Flash, memory-efficient and plain attention stay.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def release_gpu_memory() -> None:
+    """Gives the GPU memory that torch keeps for later back: other processes and libraries may want it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def threads() -> int:

@@ -238,6 +238,7 @@ def load_model(
     config = read_config(path)
     family = family_for(config)
     device = pick_device(device)
+    environment.leave_out_cudnn_attention()
     model = _from_pretrained(path, config, family, dtype, device, quantization)
     if adapter is not None:
         with quiet():
@@ -283,7 +284,7 @@ def _from_pretrained(
                 ignore_mismatched_sizes=True,  # they are refused below, with their names
                 **options,
             )
-    except FamilyError:
+    except (FamilyError, torch.OutOfMemoryError):
         raise
     except StrictDataclassError as error:
         raise ArtefactError(

@@ -44,7 +44,8 @@ def _drive(translator: "TorchTranslator", taken: "Taken", lang: str) -> Any:
 
     def step(tokens: list[int], parents: list[int]) -> FloatArray:
         with torch.inference_mode():
-            cache.batch_select_indices(torch.tensor(parents, device=device))
+            # On the processor: layers, and so their caches, may lie on several GPUs.
+            cache.batch_select_indices(torch.tensor(parents))
             inputs = family.embed(speech.model, torch.tensor(tokens, device=device))[:, None]
         return forward(inputs)
 

@@ -384,7 +384,8 @@ class _Decoding:
             yield tokens
             if not keep:
                 return
-            rows = torch.tensor(keep, device=mask.device)
+            # On the processor: layers, and so their caches, may lie on several GPUs.
+            rows = torch.tensor(keep)
             if len(keep) < len(active):
                 active = [active[row] for row in keep]
                 cache.batch_select_indices(rows)

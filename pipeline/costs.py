@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compress.importance import DEFAULT_BUDGET
 from halve import environment
 from halve.corpus import read_corpus
 from halve.errors import ArtefactError, HalveError
@@ -44,7 +45,15 @@ TRAIN_EFFICIENCY = 0.25
 STEP_OVERHEAD_S = 0.0006
 """What a decoder layer costs in a step besides arithmetic."""
 GPU_FLOPS = 60e12
-"""A data-centre GPU in bfloat16, where there is one; not measured here."""
+"""A data-centre GPU, where there is one; not measured here. Stock generation at the 7B shape fits it (H200: 76 s, 61 estimated)."""
+GPU_TRAINING = 5
+"""How many times as fast a GPU computes where no step waits for the one before: QLoRA of 8 rows at the 7B shape (H200)."""
+AGAIN = 0.6
+"""What a candidate of the exact search computes, in translations of all segments: the layers after the removed one."""
+GPU_AGAIN = 0.05
+"""The same on a GPU, where hundreds of rows take a step together (H200: 0.7 s a candidate of 100 segments at the 7B shape)."""
+ACTIVATION_NUMBERS = 27
+"""Numbers that a decoder layer keeps of a position for its gradients, in widths (19.6 GB measured at the 7B shape, 8 rows)."""
 LOAD_S = 6.0
 """Starting torch and loading a small model."""
 NF4_BYTES = 0.516
@@ -153,9 +162,14 @@ class Estimator:
             return Speech(counts, ASSUMED_SEGMENT_S, stored, assumed=True, why=why)
 
     @cached_property
+    def on_gpu(self) -> bool:
+        """Whether there is an NVIDIA GPU, told without torch."""
+        return shutil.which("nvidia-smi") is not None
+
+    @cached_property
     def flops(self) -> float:
         """Multiplications and additions this machine does a second, measured."""
-        if shutil.which("nvidia-smi"):
+        if self.on_gpu:
             return GPU_FLOPS
         matrix = np.ones((768, 768), dtype=np.float32)
         np.matmul(matrix, matrix)
@@ -209,7 +223,21 @@ class Estimator:
             self.speech.mean_s * (POSITIONS_PER_SECOND + TOKENS_PER_SECOND) + PROMPT_POSITIONS
         )
         work = factor * (counts.decoder + counts.head) * positions * rows * epochs
-        return work / (self.flops * TRAIN_EFFICIENCY)
+        return work / (self.flops * TRAIN_EFFICIENCY * (GPU_TRAINING if self.on_gpu else 1))
+
+    def activations_bytes(self, counts: Counts, config: Any) -> float:
+        """What a batch's decoder layers keep for its gradients, in 16 bits."""
+        positions = (
+            self.speech.mean_s * (POSITIONS_PER_SECOND + TOKENS_PER_SECOND) + PROMPT_POSITIONS
+        )
+        numbers = ACTIVATION_NUMBERS * _width(counts) * positions * config.batch_size
+        layers = 1 if config.checkpoint_activations else counts.decoder_layers
+        return float(numbers * layers * 2)
+
+
+def _width(counts: Counts) -> float:
+    """The decoder's width, of the usual proportions."""
+    return float((counts.per_layer / 12) ** 0.5)
 
 
 def _imported(path: Path) -> Speech:
@@ -267,13 +295,15 @@ def _importance(of: Estimator, step: "Step") -> Cost:
     elif config.method in ("exact", "bounded", "racing"):
         # Layers before a removed one are computed once: half of each candidate's work on average.
         again = of.translating(counts, segments, config.batch_size, hear=False)
-        time_s = one + 0.6 * candidates * again
+        time_s = one + (GPU_AGAIN if of.on_gpu else AGAIN) * candidates * again
     else:
         time_s = one
-    positions = segments * (of.speech.mean_s * POSITIONS_PER_SECOND + PROMPT_POSITIONS)
-    width = (counts.per_layer / 12) ** 0.5
-    caches = positions * width * 4 * (counts.decoder_layers + 4)
-    memory = counts.total * _bytes(config.dtype) + min(caches, 0.4 * environment.memory_bytes())
+    rows = min(segments, config.batch_size)
+    positions = rows * (of.speech.mean_s * POSITIONS_PER_SECOND + PROMPT_POSITIONS)
+    # Keys and values of the parent, of a candidate, and of the rows of five that are decoded together.
+    each = 7 * 2 * _width(counts) * counts.decoder_layers * _bytes(config.dtype)
+    most = float("inf") if of.on_gpu else DEFAULT_BUDGET * environment.memory_bytes()
+    memory = counts.total * _bytes(config.dtype) + min(positions * each, most)
     return Cost(LOAD_S + time_s, 0.5e9 + memory, 1e5 + 200 * candidates)
 
 
@@ -324,15 +354,15 @@ def _tune(of: Estimator, step: "Step") -> Cost:
     rounds = config.epochs + 1
     time_s += rounds * of.translating(counts, checked, 16) * len(config.langs)
     time_s += LOAD_S + segments * 2 * counts.audio_tower * of.speech.mean_s * 50 / of.flops / 0.3
-    heard = of.states_bytes(segments + checked)
+    heard, kept = of.states_bytes(segments + checked), of.activations_bytes(counts, config)
     if config.method == "full":
         disk = counts.total * 2 + _resume_bytes(counts.total, 4) + heard
-        return Cost(time_s, 1e9 + counts.total * 16, disk)
+        return Cost(time_s, 1e9 + kept + counts.total * 16, disk)
     learnt = _adapter(counts, config.rank)
     stored = NF4_BYTES if config.method == "qlora" else 2
     frozen = counts.decoder * stored + (counts.total - counts.decoder) * 2
     disk = learnt * 4 + _resume_bytes(learnt, 4) + heard
-    return Cost(time_s, 1e9 + frozen + learnt * 16, disk)
+    return Cost(time_s, 1e9 + kept + frozen + learnt * 16, disk)
 
 
 def _resume_bytes(learnt: float, each: float) -> float:
@@ -354,12 +384,13 @@ def _teach(of: Estimator, step: "Step") -> Cost:
         time_s = min(time_s, config.max_minutes * 60)
     heard = of.states_bytes(segments + checked) if lora or config.freeze_audio else 0
     each, disk = _bytes(config.weights), counts.total * 2 + heard
+    kept = of.activations_bytes(counts, config)
     if lora:
         learnt = _adapter(counts, config.rank)
-        memory = 1e9 + counts.total * each + 16 * learnt
+        memory = 1e9 + kept + counts.total * each + 16 * learnt
         return Cost(LOAD_S + time_s, memory, disk + _resume_bytes(learnt, 4))
     # Weights, gradients and two moments, each of the same precision.
-    memory = 1e9 + 4 * counts.total * each
+    memory = 1e9 + kept + 4 * counts.total * each
     return Cost(LOAD_S + time_s, memory, disk + _resume_bytes(counts.total, each))
 
 

@@ -30,6 +30,16 @@ def _package(name: str, extra: str, means: str) -> Check:
         return Check(name, "no", f"pip install 'halve[{extra}]'", means)
 
 
+def _onnxruntime() -> Check:
+    """Its build for GPUs is a distribution of another name, with the same files."""
+    means = "running ONNX packages"
+    for name in ("onnxruntime-gpu", "onnxruntime"):
+        found = _package(name, "cpu", means)
+        if found.state == "yes":
+            return found
+    return found
+
+
 def _program(name: str, means: str) -> Check:
     place = shutil.which(name)
     return Check(name, "yes" if place else "no", place or f"apt-get install {name}", means)
@@ -107,7 +117,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     lambda: _package("peft", "train", "LoRA and QLoRA tuning"),
     lambda: _package("bitsandbytes", "train", "NF4 weights: QLoRA, nf4 packages"),
     lambda: _package("datasets", "train", "corpora from the Hugging Face hub"),
-    lambda: _package("onnxruntime", "cpu", "running ONNX packages"),
+    _onnxruntime,
     lambda: _package("onnx", "export", "making ONNX packages"),
     lambda: _package("llama-cpp-python", "gguf", "making and running GGUF packages"),
     lambda: _package("fastapi", "serve", "the server"),

@@ -98,6 +98,12 @@ def _from_kind(error: BaseException) -> Failure | None:
 def _from_text(error: BaseException) -> Failure | None:
     """Libraries wrap system errors in kinds of their own; only the text still tells them."""
     text = str(error).lower()
+    if "cuda" in text and "out of memory" in text:
+        return Failure(
+            "Out of GPU memory. To mend it: a smaller --batch-size, --memory-gb in a search, --dtype bfloat16 where "
+            "there is one; or compute on the processor, with CUDA_VISIBLE_DEVICES= before the command.",
+            1,
+        )
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return Failure(
             "Out of memory. To mend it: use a smaller --batch-size or fewer segments.", 1

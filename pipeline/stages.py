@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from export.config import MergeConfig, check_family
-from halve import artefact
+from halve import artefact, environment
 from halve.errors import HalveError, InputError, RecipeError
 from halve.families import family_for
 from halve.importers.base import CorpusConfig
@@ -305,6 +305,7 @@ def run_all(run: Run, first: str | None, last: str | None, progress: Progress) -
         progress.message(f"{step.name}: about {cost} -> {step.out}")
         _check_disk(run.out, cost, progress)
         step.work(progress)
+        environment.release_gpu_memory()
         ran.append(Planned(step, cost, False))
     return ran
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halve.environment import quick_dtype
+from halve.environment import quick_dtype, release_gpu_memory
 from halve.errors import HalveError, InputError
 from halve.languages import LANGUAGES
 from halve.models import local_model, pick_device
@@ -167,7 +167,7 @@ def _describe(name: str, given: str, settings: ServeSettings) -> Model:
     return Model(
         name,
         given,
-        _size_bytes(path) + _cache_bytes(path, settings),
+        _size_bytes(path, settings.device) + _cache_bytes(path, settings),
         languages[0] if languages else None,
         languages=languages or None,
         created_s=int(path.stat().st_mtime),
@@ -196,7 +196,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _size_bytes(path: Path) -> int:
+def _size_bytes(path: Path, device: str) -> int:
     try:
         spare = {path / name for name in spare_weights(path)}
     except HalveError:  # damage that loading will name
@@ -213,7 +213,7 @@ def _size_bytes(path: Path) -> int:
     except HalveError:  # weights of another kind, or damage that loading will name
         half = stored
     is_package = (path / "package.json").is_file()
-    widened = not is_package or quick_dtype(pick_device("auto"), half) == "float32"
+    widened = not is_package or quick_dtype(pick_device(device), half) == "float32"
     return int((stored + (half if widened else 0)) * OVERHEAD)
 
 
@@ -441,6 +441,7 @@ def _check_retry(model: Model) -> None:
 def _return_memory() -> None:
     """Gives freed memory back to the system, where the C library can."""
     gc.collect()
+    release_gpu_memory()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):

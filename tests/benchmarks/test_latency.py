@@ -40,6 +40,7 @@ def test_every_key_and_positive_numbers(
         for timed in (entry, *entry["clips"].values()):
             for metric in ("ttft_ms", "tpot_ms", "rtf"):
                 assert 0 < timed[metric]["p50"] <= timed[metric]["p95"]
+    assert {each["device"] for each in (result["baseline"], *result["models"])} == {"cpu"}
     # Stock transformers hears 30 s of padding: another road to the same tokens.
     short = [entry["clips"]["short"] for entry in (result["baseline"], result["models"][0])]
     assert short[0]["text"] == short[1]["text"]
@@ -68,7 +69,7 @@ def test_the_token_that_ends_a_text_counts(stopped: str, tokens: int) -> None:
 def _timed(tpot_ms: float, **facts: object) -> dict[str, Any]:
     spread = {"p50": tpot_ms}
     clip = {"tpot_ms": spread, "ttft_ms": {"p50": 100.0}, "rtf": {"p50": 0.5}}
-    return {"clips": {"short": clip}, "weight_bytes": 1_000_000, **facts}
+    return {"clips": {"short": clip}, "weight_bytes": 1_000_000, "device": "cpu", **facts}
 
 
 def test_a_model_that_says_nothing_has_no_ratio() -> None:
@@ -86,6 +87,16 @@ def test_a_model_that_says_nothing_has_no_ratio() -> None:
     speed.compare(quick, _timed(9.0), [peer, slower])
     assert quick["times_faster_than_baseline"]["short"]["tpot_ms"] == 4.5
     assert quick["best_installed_peer"]["short"] == {"peer": "genai", "threads": 2, "tpot_ms": 3.0}
+
+
+def test_a_gpu_is_compared_with_nothing_on_the_processor() -> None:
+    entry = _timed(1.0, device="cuda")
+    peer = _timed(6.0, peer="genai", threads=2, compiled=False)
+    speed.compare(entry, _timed(9.0), [peer])
+    speed.add_limits(entry, {1 << 30: 5e9}, None)
+    assert not {"times_faster_than_baseline", "times_faster_than", "bandwidth_limit"} & set(entry)
+    speed.compare(entry, _timed(9.0, device="cuda"), [peer])
+    assert entry["times_faster_than_baseline"]["short"]["tpot_ms"] == 9.0
 
 
 def test_a_path_without_a_model_is_refused(tiny_corpus: Path, tmp_path: Path) -> None:

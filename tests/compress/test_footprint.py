@@ -14,7 +14,7 @@ from compress import lanes
 from compress.config import ImportanceConfig
 from compress.exact import DECODED_TOGETHER, ExactTranslator, Pack
 from compress.footprint import Footprint, Room, checked
-from compress.importance import run_importance
+from compress.importance import default_gpu_budget, run_importance
 from compress.lanes import LanePool
 from compress.packing import PackedRows
 from compress.racing import stratify
@@ -189,3 +189,14 @@ def test_a_gpu_holds_what_is_worked_on_alone(
     assert translator.footprint().held == 0
     (pack,) = translator.pack([0, 1], [[7, 8, 9], [5, 6]])
     assert pack.hidden.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("total_gb", "model_gb", "budget_gb"),
+    [(80, 16.8, 32), (24, 16.8, 2.4), (48, 33.6, 4.8), (16, 16.8, 0)],
+)
+def test_the_budget_on_a_gpu_leaves_room_for_model_and_activations(
+    total_gb: float, model_gb: float, budget_gb: float
+) -> None:
+    found = default_gpu_budget(int(total_gb * 1e9), int(model_gb * 1e9))
+    assert found == pytest.approx(budget_gb * 1e9, abs=2)

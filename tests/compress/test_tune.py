@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -603,3 +604,31 @@ def test_a_score_holds_a_batch_at_a_time(
     found = teach.select_score(speech, segments, audio, places, "de")
     assert found == pytest.approx(whole, abs=5)
     assert together == [2, 2, 1]
+
+
+def test_gradients_that_are_no_numbers_reach_no_weight(
+    taught: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss may be a number all the same: the run ends, and what it goes on from is sound."""
+    accumulate, steps = GradientMaker.accumulate, []
+
+    def spoilt(self: GradientMaker, *arguments: Any) -> float:
+        loss = accumulate(self, *arguments)
+        steps.append(loss)
+        if len(steps) == 2:
+            gradient = self.weights[0].grad
+            assert gradient is not None
+            gradient[0] = float("nan")
+        return loss
+
+    config = TuneConfig(
+        langs=("de",), method="lora", rank=4, max_steps=3, checkpoint_every=1, select_segments=0
+    )
+    asked = (config, taught, tiny_corpus, None)
+    run_tune(*asked, tmp_path / "calm")
+    monkeypatch.setattr(GradientMaker, "accumulate", spoilt)
+    with pytest.raises(InputError, match="gradients' norm of step 2 is nan"):
+        run_tune(*asked, tmp_path / "struck")
+    run_tune(*asked, tmp_path / "struck")
+    weights = [tmp_path / name / "adapter_model.safetensors" for name in ("calm", "struck")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -125,8 +125,8 @@ class FakeRay:
 
         WorkerCrashedError = NodeDiedError = OutOfMemoryError = ObjectLostError = RayActorError
 
-    def __init__(self, cores: int = 4) -> None:
-        self.cores = cores
+    def __init__(self, cores: int = 4, gpus: int = 0) -> None:
+        self.cores, self.gpus = cores, gpus
         self.answers: dict[int, Callable[[], Any]] = {}
         self.dies: Callable[[workers.Work], bool] = lambda work: False
         self.started = self.asked = self.stopped = 0
@@ -136,7 +136,7 @@ class FakeRay:
             raise ConnectionError("nobody answers\nat all")
 
     def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": float(self.cores)}
+        return {"CPU": float(self.cores), **({"GPU": float(self.gpus)} if self.gpus else {})}
 
     def put(self, value: Any) -> Any:
         return value
@@ -230,6 +230,21 @@ def test_lost_groups_are_given_to_another_and_not_for_ever(
         pool(speech, task, fake) as two,
     ):
         list(two.run_all([work]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "each", "share"),
+    [(2, 0, 0, 1 / 2), (2, 4, 1, 1), (3, 2, 0.5, 1 / 2), (6, 4, 0.5, 1 / 2), (8, 1, 0.125, 1 / 8)],
+)
+def test_no_worker_waits_for_a_gpu_that_is_never_free(
+    tiny_corpus: Path, tmp_path: Path, asked: int, gpus: int, each: float, share: float
+) -> None:
+    """Ray keeps a worker on one GPU: two thirds of one leave no room for another."""
+    speech, task = opened(tmp_path, tiny_corpus, segments=2)
+    several = pool(speech, task, FakeRay(8, gpus), workers=asked)
+    several._divide()
+    assert several._options["num_gpus"] == each
+    assert several._setup.share == share
 
 
 def test_refusals(tiny_corpus: Path, tmp_path: Path) -> None:

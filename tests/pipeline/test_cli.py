@@ -1,5 +1,6 @@
 """The command line itself."""
 
+import importlib.metadata
 import json
 import os
 import pty
@@ -13,7 +14,7 @@ import soundfile
 
 from halve.artefact import writing
 from halve.errors import CorpusError
-from pipeline import document_cli, failures
+from pipeline import doctor, document_cli, failures
 from pipeline.clean import find
 from pipeline.cli import main
 from pipeline.options import settings_from
@@ -72,7 +73,8 @@ def test_lists_may_follow_their_option() -> None:
         (PermissionError(13, "Permission denied", "x"), 1, "Permission denied (x)"),
         (FileNotFoundError(2, "No such file or directory", "x"), 2, "(x)"),
         (RuntimeError("[enforce fail] . No space left on device"), 1, "full"),
-        (RuntimeError("CUDA out of memory. Tried"), 1, "Out of memory"),
+        (RuntimeError("CUDA out of memory. Tried"), 1, "Out of GPU memory"),
+        (MemoryError(), 1, "Out of memory"),
         (KeyboardInterrupt(), 130, "again"),
         (ModuleNotFoundError("No module named 'peft'", name="peft"), 1, "halve[train]"),
         (ZeroDivisionError("division by zero"), 1, "--debug"),
@@ -120,6 +122,21 @@ def test_clean_and_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert not capsys.readouterr().err
         assert left.exists() == (arguments == ["clean", str(tmp_path)])
     assert (tmp_path / "run").exists()
+
+
+def test_doctor_knows_the_build_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"onnxruntime-gpu": "1.31.1"}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert (doctor._onnxruntime().state, doctor._onnxruntime().found) == ("yes", "1.31.1")
+    there.clear()
+    found = doctor._onnxruntime()
+    assert (found.name, found.state) == ("onnxruntime", "no")
 
 
 def test_clean_takes_leftovers_within_leftovers_and_follows_no_links(tmp_path: Path) -> None:

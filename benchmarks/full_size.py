@@ -37,8 +37,10 @@ ROUNDS = 8
 """Layers that the paper's search removes."""
 
 
-def make(folder: Path, layers: int, added: float, device: str, like: Path = _LIKE) -> SpeechModel:
-    """The shape with random bfloat16 weights, made on the device; its small files go to `folder`.
+def make(
+    folder: Path, layers: int, added: float, device: str, dtype: str, like: Path = _LIKE
+) -> SpeechModel:
+    """The shape with random weights, made on the device; its small files go to `folder`.
 
     Args:
         added: what each decoder layer's last matrices are scaled by.
@@ -62,11 +64,11 @@ def make(folder: Path, layers: int, added: float, device: str, like: Path = _LIK
     environment.leave_out_cudnn_attention()
     with torch.device(device):
         model = loader.from_config(
-            transformers.AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+            transformers.AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype)
         )
     model.eval()
     model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    speech = SpeechModel(model, load_processor(folder), family, folder, device, "bfloat16")
+    speech = SpeechModel(model, load_processor(folder), family, folder, device, dtype)
     with torch.no_grad():
         # Inputs of the size that normed states have: else the first layer is all there is.
         speech.part(family.embeddings).weight.normal_()
@@ -99,14 +101,14 @@ def search(given: argparse.Namespace) -> dict[str, Any]:
     from compress.search import Ledger
 
     folder = Path(tempfile.mkdtemp(prefix="halve-full-size-"))
-    speech = make(folder, given.layers, given.added, given.device)
+    speech = make(folder, given.layers, given.added, given.device, given.dtype)
     task = make_search_task(speech, given.corpus, given.lang, given.segments)
     sample = _reference_sample(speech, task, given)
     config = ImportanceConfig.model_validate(
         {
             "remove": 1,
             "lang": given.lang,
-            "dtype": "bfloat16",
+            "dtype": given.dtype,
             "memory_gb": given.memory_gb,
             "batch_size": given.batch_size,
         }
@@ -218,7 +220,7 @@ def tune(given: argparse.Namespace) -> dict[str, Any]:
     from halve.json_files import read_jsonl
 
     folder = Path(tempfile.mkdtemp(prefix="halve-full-size-", dir=given.work_dir))
-    speech = make(folder / "model", given.layers, given.added, given.device)
+    speech = make(folder / "model", given.layers, given.added, given.device, given.dtype)
     started = time.perf_counter()
     speech.model.save_pretrained(folder / "model")
     written_s = time.perf_counter() - started
@@ -295,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=20, help="segments of the reference")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--memory-gb", type=float)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--work-dir", type=Path, help="where the checkpoint may go")
     parser.add_argument("--device", default="cuda")

@@ -94,6 +94,13 @@ def collect(folder: Path) -> dict[str, Any]:
         teacher = _same_teacher(teacher, runs)
         segments = {lang: run["segments"] for lang, run in runs.items()}
         students += [_student(index, runs) for index in range(len(runs[LANGS[0]]["students"]))]
+    names = [student["name"] for student in students]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ArtefactError(
+            f"Measured twice on `test`: {', '.join(twice)}",
+            expected="each student in one group",
+            mend=f"remove one of the groups in {folder}",
+        )
     return {
         "segments": segments,
         "teacher": teacher,

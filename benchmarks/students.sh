@@ -2,7 +2,7 @@
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
 # Steps: corpus plans translations A B B_twice C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, twice B_twice.
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, twice B_twice: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
@@ -87,7 +87,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
         case "$GROUP" in
             half) quality "$1" half "$OUT/packages/teacher-int4" "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED" ;;
             quarter) quality "$1" quarter "$OUT/packages/teacher-int4-A" "$OUT/packages/B-$SEED" ;;
-            seeds) quality "$1" seeds "$OUT"/packages/A-[0-2] ;;
+            seeds) quality "$1" seeds "$OUT/packages/A-0" "$OUT/packages/A-1" "$OUT/packages/A-2" ;;
             twice) quality "$1" twice "$OUT/packages/B-twice-$SEED" ;;
             qlora) quality "$1" qlora "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" ;;
         esac

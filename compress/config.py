@@ -129,7 +129,7 @@ class ImportanceConfig(Config):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the search."""
     memory_gb: Annotated[float, Field(gt=0)] | None = None
-    """Most memory for what the search keeps beside the model; two fifths of the device's if not given."""
+    """Most memory for what the search keeps beside the model; two fifths of the device's if not given, on a GPU no more than is left beside the model less a fifth."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
     """How sure racing must be that a candidate will not win before it stops it."""
     shortlist: Positive | None = None

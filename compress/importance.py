@@ -307,10 +307,13 @@ def _opened(
         yield translator, [Room(translator.footprint(), budget)]
 
 
-def budget_bytes(memory_gb: float | None, speech: SpeechModel) -> int:
+def budget_bytes(memory_gb: float | None, speech: SpeechModel, models: int = 1) -> int:
     """What the search's caches may take: as stated, or a share of the device's memory.
 
     On a GPU no more than is left beside the model, less a fifth for activations.
+
+    Args:
+        models: how many lie on the same GPU.
     """
     if memory_gb is not None:
         return int(memory_gb * 1e9)
@@ -320,11 +323,11 @@ def budget_bytes(memory_gb: float | None, speech: SpeechModel) -> int:
 
     total = torch.cuda.get_device_properties(speech.device).total_memory
     held = sum(weight.nbytes for weight in speech.model.parameters())
-    return default_gpu_budget(total, held)
+    return default_gpu_budget(total, models * held)
 
 
 def default_gpu_budget(total_bytes: int, model_bytes: int) -> int:
-    """The search's share of a GPU of so much memory that holds a model of so many bytes."""
+    """The search's share of a GPU of so much memory that holds models of so many bytes."""
     left = (1 - ACTIVATIONS_SHARE) * total_bytes - model_bytes
     return int(max(0, min(DEFAULT_BUDGET * total_bytes, left)))
 

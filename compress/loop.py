@@ -192,10 +192,12 @@ def _step(
     seed = config.seed * 1_000_003 + step
     torch.manual_seed(seed % SEEDS)  # for dropout
     value = maker.accumulate([training.sequences[number] for number in numbers], seed)
-    norm = 0.0
+    weights = training.weights.values()
     if config.clip_norm:
-        weights = training.weights.values()
         norm = float(torch.nn.utils.clip_grad_norm_(weights, config.clip_norm))
+    else:
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
     # Before the step: no checkpoint ever holds what it would make of the weights.
     for what, number in (("loss", value), ("gradients' norm", norm)):
         if not math.isfinite(number):

@@ -90,7 +90,8 @@ class Worker:
         # What Ray hands over is read-only.
         task = replace(task, audio=tuple(copy.deepcopy(source) for source in task.audio))
         self._translator = translator_for(setup.method, speech, task)
-        budget = int(setup.share * budget_bytes(setup.memory_gb, speech))
+        models = round(1 / setup.share)  # each worker on a GPU holds one
+        budget = int(setup.share * budget_bytes(setup.memory_gb, speech, models))
         room = Room(self._translator.footprint(), budget)
         return Opened(os.getpid(), node, speech.device, room)
 

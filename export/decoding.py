@@ -50,23 +50,33 @@ def open_session(
     options.log_severity_level = 3
     if not spin:
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    if device == "cuda":
-        # CUDA's libraries as pip installs them, which the loader does not find by itself. What is missing is
-        # printed, and standard output is for translations.
-        with redirect_stdout(sys.stderr):
-            onnxruntime.preload_dlls()
-    providers = [CUDA] if device == "cuda" else []
-    session = onnxruntime.InferenceSession(
-        str(path), options, providers=[*providers, "CPUExecutionProvider"]
-    )
-    if device == "cuda" and CUDA not in session.get_providers():
-        # It goes on with the processor without a word.
-        raise GpuError(
-            f"onnxruntime {onnxruntime.__version__} has no use of a GPU here",
-            expected="an NVIDIA driver and the CUDA and cuDNN libraries that this onnxruntime was built for",
-            mend="pip install 'onnxruntime-gpu[cuda,cudnn]', or name --device cpu",
-        )
+    cpu = "CPUExecutionProvider"
+    if device != "cuda":
+        return onnxruntime.InferenceSession(str(path), options, providers=[cpu])
+    # What is missing is printed, and standard output is for translations.
+    with redirect_stdout(sys.stderr):
+        # CUDA's libraries as pip installs them, which the loader does not find by itself.
+        onnxruntime.preload_dlls()
+        try:
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=[CUDA, cpu], enable_fallback=0
+            )
+        except Exception as error:  # onnxruntime raises kinds of its own
+            text = str(error).lower()
+            if "cuda" not in text or "alloc" in text or "out of memory" in text:
+                raise
+            raise _no_gpu(str(error).splitlines()[0][:200]) from None
+    if CUDA not in session.get_providers():
+        raise _no_gpu("it goes on with the processor without a word")
     return session
+
+
+def _no_gpu(why: str) -> GpuError:
+    return GpuError(
+        f"onnxruntime {onnxruntime.__version__} has no use of a GPU here ({why})",
+        expected="an NVIDIA driver and the CUDA and cuDNN libraries that this onnxruntime was built for",
+        mend="pip install 'onnxruntime-gpu[cuda,cudnn]', or name --device cpu",
+    )
 
 
 class RowThreads:

@@ -33,6 +33,11 @@ def _never() -> bool:
 def cannot_be_opened(path: Path, error: Exception) -> ArtefactError:
     """What a user reads where a runtime cannot load a package's files."""
     said = str(error).splitlines() or [type(error).__name__]
+    if any(word in str(error).lower() for word in ("failed to allocate", "out of memory")):
+        return ArtefactError(
+            f"{path}: there is no memory to open the package in ({said[0][:200]})",
+            mend="free some, or hide the GPU with CUDA_VISIBLE_DEVICES= before the command",
+        )
     return ArtefactError(
         f"{path}: the package cannot be opened ({said[0][:200]})",
         mend="look at it with `halve inspect`, then copy or make it again",

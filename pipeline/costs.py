@@ -46,6 +46,8 @@ STEP_OVERHEAD_S = 0.0006
 """What a decoder layer costs in a step besides arithmetic."""
 GPU_FLOPS = 60e12
 """A data-centre GPU, where there is one; not measured here. Stock generation at the 7B shape fits it (H200: 76 s, 61 estimated)."""
+GPU_BYTES = 80e9
+"""Its memory, likewise assumed."""
 GPU_TRAINING = 5
 """How many times as fast a GPU computes where no step waits for the one before: QLoRA of 8 rows at the 7B shape (H200)."""
 AGAIN = 0.6
@@ -298,13 +300,20 @@ def _importance(of: Estimator, step: "Step") -> Cost:
         time_s = one + (GPU_AGAIN if of.on_gpu else AGAIN) * candidates * again
     else:
         time_s = one
+    model = counts.total * _bytes(config.dtype)
+    if config.method in ("random", "middle", "spaced"):
+        return Cost(LOAD_S, 0.5e9, 1e5)
+    if config.method == "reference":  # a candidate is a copy
+        return Cost(LOAD_S + time_s, 0.5e9 + 2 * model, 1e5 + 200 * candidates)
     rows = min(segments, config.batch_size)
     positions = rows * (of.speech.mean_s * POSITIONS_PER_SECOND + PROMPT_POSITIONS)
     # Keys and values of the parent, of a candidate, and of the rows of five that are decoded together.
     each = 7 * 2 * _width(counts) * counts.decoder_layers * _bytes(config.dtype)
-    most = float("inf") if of.on_gpu else DEFAULT_BUDGET * environment.memory_bytes()
-    memory = counts.total * _bytes(config.dtype) + min(positions * each, most)
-    return Cost(LOAD_S + time_s, 0.5e9 + memory, 1e5 + 200 * candidates)
+    most = DEFAULT_BUDGET * (GPU_BYTES if of.on_gpu else environment.memory_bytes())
+    if config.memory_gb is not None:
+        most = config.memory_gb * 1e9
+    memory = 0.5e9 + model + min(positions * each, most)
+    return Cost(LOAD_S + time_s, memory, 1e5 + 200 * candidates)
 
 
 def _prune(of: Estimator, step: "Step") -> Cost:

@@ -11,7 +11,7 @@ from hypothesis import settings
 from tests import tiny
 
 # Many tests hand models tensors of their own, look at threads, or fork. They are of the processor, also beside a GPU.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("HALVE_TEST_GPUS", "")
 
 # A machine that others use may stand still for longer than an example is allowed.
 settings.register_profile("halve", parent=settings.default, deadline=None)

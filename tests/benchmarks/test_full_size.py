@@ -42,6 +42,8 @@ def test_both_searches_are_timed_and_find_the_same(tmp_path: Path) -> None:
         "4",
         "--sample",
         "2",
+        "--dtype",
+        "float32",
         "--device",
         "cpu",
         "--out",

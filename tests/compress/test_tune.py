@@ -606,8 +606,13 @@ def test_a_score_holds_a_batch_at_a_time(
     assert together == [2, 2, 1]
 
 
+@pytest.mark.parametrize("clip_norm", [1.0, 0.0])
 def test_gradients_that_are_no_numbers_reach_no_weight(
-    taught: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    taught: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clip_norm: float,
 ) -> None:
     """The loss may be a number all the same: the run ends, and what it goes on from is sound."""
     accumulate, steps = GradientMaker.accumulate, []
@@ -622,7 +627,13 @@ def test_gradients_that_are_no_numbers_reach_no_weight(
         return loss
 
     config = TuneConfig(
-        langs=("de",), method="lora", rank=4, max_steps=3, checkpoint_every=1, select_segments=0
+        langs=("de",),
+        method="lora",
+        rank=4,
+        max_steps=3,
+        checkpoint_every=1,
+        select_segments=0,
+        clip_norm=clip_norm,
     )
     asked = (config, taught, tiny_corpus, None)
     run_tune(*asked, tmp_path / "calm")

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
-# Steps: corpus plans translations A B B_twice C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, twice B_twice: a student in one group only.
+# Steps: corpus plans translations A A_fine B B_twice C D baselines select test table
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
 #   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
-#   B_twice  B, merged, and tuned as long again; blocks of 16, for which its bar leaves room
+#   B_twice  B, merged, and tuned as long again; in finer blocks
+#   A_fine   A in finer blocks, for which its bar leaves room
 #   C  half of the layers pruned, trained in full with distillation, bf16
 #   D  C as ONNX in 4 bits
 set -euo pipefail
@@ -64,10 +65,12 @@ translations() {
 }
 A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED" "${ROOM[@]}"; }
 B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED" "${ROOM[@]}"; }
+FINE=("${ROOM[@]}" --block-size 16)
+A_fine() { package "$OUT/merged/A-$SEED" "A-fine-$SEED" "${FINE[@]}"; }
 B_twice() {
     tune "$OUT/merged/B-$SEED" B-twice "$STEPS_B" "${QLORA[@]}" --learning-rate 2e-4 --seed "$((SEED + 100))" --eval-every 600
     merge "$OUT/merged/B-$SEED" B-twice
-    package "$OUT/merged/B-twice-$SEED" "B-twice-$SEED" "${ROOM[@]}" --block-size 16
+    package "$OUT/merged/B-twice-$SEED" "B-twice-$SEED" "${FINE[@]}"
 }
 C() { tune "$OUT/pruned-half" C "$STEPS_C" "${FULL[@]}"; }
 D() { package "$OUT/tuned/C-$SEED" "D-$SEED" --head-bits 8; }
@@ -88,7 +91,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
             half) quality "$1" half "$OUT/packages/teacher-int4" "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED" ;;
             quarter) quality "$1" quarter "$OUT/packages/teacher-int4-A" "$OUT/packages/B-$SEED" ;;
             seeds) quality "$1" seeds "$OUT/packages/A-0" "$OUT/packages/A-1" "$OUT/packages/A-2" ;;
-            twice) quality "$1" twice "$OUT/packages/B-twice-$SEED" ;;
+            fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;
             qlora) quality "$1" qlora "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" ;;
         esac
     done

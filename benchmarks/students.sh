@@ -7,7 +7,7 @@
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
 #   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
-#   B_twice  B, merged, and tuned as long again; in finer blocks
+#   B_twice  B, merged, and tuned as long again
 #   A_fine   A in finer blocks, for which its bar leaves room
 #   C  half of the layers pruned, trained in full with distillation, bf16
 #   D  C as ONNX in 4 bits
@@ -65,12 +65,11 @@ translations() {
 }
 A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED" "${ROOM[@]}"; }
 B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED" "${ROOM[@]}"; }
-FINE=("${ROOM[@]}" --block-size 16)
-A_fine() { package "$OUT/merged/A-$SEED" "A-fine-$SEED" "${FINE[@]}"; }
+A_fine() { package "$OUT/merged/A-$SEED" "A-fine-$SEED" "${ROOM[@]}" --block-size 16; }
 B_twice() {
     tune "$OUT/merged/B-$SEED" B-twice "$STEPS_B" "${QLORA[@]}" --learning-rate 2e-4 --seed "$((SEED + 100))" --eval-every 600
     merge "$OUT/merged/B-$SEED" B-twice
-    package "$OUT/merged/B-twice-$SEED" "B-twice-$SEED" "${FINE[@]}"
+    package "$OUT/merged/B-twice-$SEED" "B-twice-$SEED" "${ROOM[@]}"
 }
 C() { tune "$OUT/pruned-half" C "$STEPS_C" "${FULL[@]}"; }
 D() { package "$OUT/tuned/C-$SEED" "D-$SEED" --head-bits 8; }

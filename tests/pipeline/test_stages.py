@@ -301,7 +301,7 @@ def test_dry_run_says_what_an_adapter_saves_in_teaching(
             main(["run", str(recipe), "--dry-run", "--json"])
         stages_ = json.loads(capsys.readouterr().out)["stages"]
         needed[method] = next(one for one in stages_ if one["stage"] == "teach")
-    assert 67e9 < needed["full"]["memory_bytes"] < 70e9
+    assert 69e9 < needed["full"]["memory_bytes"] < 72e9  # weights, gradients, moments, and activations
     assert 17e9 < needed["lora"]["memory_bytes"] < 25e9
     assert needed["lora"]["time_s"] < needed["full"]["time_s"]
 

@@ -92,7 +92,7 @@ def make_search_task(speech: SpeechModel, corpus: Path, lang: str, count: int) -
     return dataclasses.replace(task, limits=limits)
 
 
-def search(given: argparse.Namespace) -> dict[str, Any]:
+def search(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Times one round of `exact` on all segments, and the reference on a sample of them."""
     import torch
 
@@ -100,7 +100,6 @@ def search(given: argparse.Namespace) -> dict[str, Any]:
     from compress.importance import by_translation
     from compress.search import Ledger
 
-    folder = Path(tempfile.mkdtemp(prefix="halve-full-size-"))
     speech = make(folder, given.layers, given.added, given.device, given.dtype)
     task = make_search_task(speech, given.corpus, given.lang, given.segments)
     sample = _reference_sample(speech, task, given)
@@ -122,7 +121,6 @@ def search(given: argparse.Namespace) -> dict[str, Any]:
     peak_bytes = torch.cuda.max_memory_allocated() if given.device == "cuda" else None
     found = _by_layer(ledger, [candidate.layer for candidate in ranking.candidates], task)
     parent = _by_layer(ledger, [None], task)[None]
-    shutil.rmtree(folder)
     per_candidate = (exact_s - watch.whole_s) / candidates
     rounds = min(ROUNDS, given.layers - 2)
     tried = sum(given.layers - 2 - done for done in range(rounds))
@@ -211,7 +209,7 @@ def _same(
     return sum(found[layer][row] == tokens for row, tokens in wanted.items()) / len(wanted)
 
 
-def tune(given: argparse.Namespace) -> dict[str, Any]:
+def tune(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Writes the model to disk and takes QLoRA steps over its NF4 weights with `halve tune`'s own code."""
     import torch
 
@@ -219,7 +217,6 @@ def tune(given: argparse.Namespace) -> dict[str, Any]:
     from compress.tune import run_tune
     from halve.json_files import read_jsonl
 
-    folder = Path(tempfile.mkdtemp(prefix="halve-full-size-", dir=given.work_dir))
     speech = make(folder / "model", given.layers, given.added, given.device, given.dtype)
     started = time.perf_counter()
     speech.model.save_pretrained(folder / "model")
@@ -246,7 +243,7 @@ def tune(given: argparse.Namespace) -> dict[str, Any]:
         for line in read_jsonl(run.path / "timings.jsonl")
         if line["event"] == "training"
     )
-    found = {
+    return {
         "written_s": written_s,
         "steps": run.extra["steps"],
         "rows_per_step": given.batch_size,
@@ -256,8 +253,6 @@ def tune(given: argparse.Namespace) -> dict[str, Any]:
         "s_per_step": seconds / run.extra["steps"],
         "peak_bytes": peak_bytes,
     }
-    shutil.rmtree(folder)
-    return found
 
 
 def _wait(device: str) -> None:
@@ -302,7 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work-dir", type=Path, help="where the checkpoint may go")
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args(arguments)
-    found = {"search": search, "tune": tune}[given.part](given)
+    with tempfile.TemporaryDirectory(prefix="halve-full-size-", dir=given.work_dir) as folder:
+        found = {"search": search, "tune": tune}[given.part](given, Path(folder))
     found |= {
         "layers": given.layers,
         "added": given.added,

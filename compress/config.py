@@ -1,8 +1,8 @@
 """Settings of the stages that make a student. No torch: the command line reads them for its help."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from halve.config import Config, Positive, Seed
 
@@ -166,7 +166,9 @@ class DistillConfig(Config):
     batch_size: Positive = 32
     """Segments translated at once."""
     hypotheses: Annotated[int, Field(ge=1, le=16)] = 1
-    """Learn from so many of the teacher's translations of a segment: the best of a beam search as wide. 1 is greedy."""
+    """Learn from so many of the teacher's translations of a segment: the best that the search finds."""
+    beams: Annotated[int, Field(ge=1, le=16)] | None = None
+    """Width of the teacher's beam search; as many as `hypotheses` if not given. 1 is greedy."""
     max_length_ratio: Annotated[float, Field(gt=1)] = 2.0
     """Drop a translation whose length in characters is more than so many times the reference's, or less than its inverse."""
     min_score: Annotated[float, Field(ge=0, le=100)] = 5.0
@@ -178,7 +180,18 @@ class DistillConfig(Config):
     device: str = "auto"
     """cpu, cuda or auto."""
     seed: Seed = 0
-    """Kept with the artefact; greedy translation leaves nothing to chance."""
+    """Kept with the artefact; translation leaves nothing to chance."""
+
+    @property
+    def width(self) -> int:
+        """Beams of the teacher's search."""
+        return self.beams or self.hypotheses
+
+    @model_validator(mode="after")
+    def _as_wide_as_what_it_keeps(self) -> Self:
+        if self.width < self.hypotheses:
+            raise ValueError(f"{self.hypotheses} hypotheses need as many beams, not {self.width}")
+        return self
 
 
 class TuneConfig(AdapterConfig):

@@ -1,7 +1,7 @@
 """Sequence-level knowledge distillation: the teacher's translations become training rows.
 
-After Kim and Rush (2016), as in Moslem (2025): greedy translations of the training audio join the
-references; if asked, the best few of a beam search instead. What would teach the student something wrong is dropped, each with its reason on record.
+As in Moslem (2025) greedy translations of the training audio join the references; if asked, the best one or few of a beam
+search, after Kim and Rush (2016). What would teach the student something wrong is dropped, each with its reason on record.
 """
 
 import json
@@ -46,7 +46,7 @@ def run_distill(
     *,
     states_dir: Path | None = None,
 ) -> Artefact:
-    """Translates the training audio greedily, batch by batch, and joins what is good with the references.
+    """Translates the training audio, batch by batch, and joins what is good with the references.
 
     Writes `translations.jsonl` (all of the teacher's), `rows.jsonl` (what a student learns),
     `dropped.jsonl` (what it does not, and why) and, if asked, the teacher's distributions over the rows' tokens. Batches are the same in every run and each is on disk once
@@ -152,12 +152,16 @@ def _hypotheses(
     lang: str,
     limits: list[int],
 ) -> list[list[Translation]]:
-    """The translations of each source, the best first: greedy ones together, beams one source at a time."""
-    if config.hypotheses > 1:
-        return [
-            translator.hypotheses(taken, lang, limit, config.hypotheses)
-            for taken, limit in zip(embeddings, limits, strict=True)
-        ]
+    """The translations of each source, the best first."""
+    if config.width > 1:
+        found = []
+        sources = max(1, config.batch_size // config.width)  # every beam is a row
+        for start in range(0, len(embeddings), sources):
+            part = slice(start, start + sources)
+            found += translator.hypotheses(
+                embeddings[part], lang, limits=limits[part], beams=config.width
+            )
+        return [each[: config.hypotheses] for each in found]
     greedy = translator.translate_embeddings(
         embeddings, lang, limits=limits, batch_size=len(embeddings)
     )

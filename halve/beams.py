@@ -48,6 +48,8 @@ class BeamSearch:
     blocked: tuple[Sequence[int], Sequence[int]] = ((), ())
     """Places in the logits that are never chosen, and those that are not chosen first."""
     finished: list[Hypothesis] = field(default_factory=list)
+    """Best first."""
+    running: list[Hypothesis] = field(default_factory=lambda: [Hypothesis([], 0.0)])
 
     def __post_init__(self) -> None:
         if self.beams < 2:
@@ -59,29 +61,36 @@ class BeamSearch:
         Args:
             first: logits after the prompt, (vocabulary,).
         """
-        running = [Hypothesis([], 0.0)]
-        logits = first[None]
-        for length in range(1, self.limit + 1):
-            candidates = self._candidates(running, logits)
-            for _, one in candidates[: self.beams]:
-                if one.stopped:
-                    self._finish(one, length)
-            going = [(parent, one) for parent, one in candidates if not one.stopped]
-            going = going[: self.beams]
-            if not going or not self._can_improve(going[0][1].score / length):
-                break
-            running = [one for _, one in going]
-            logits = step([one.tokens[-1] for one in running], [parent for parent, _ in going])
+        going = self.advance(first[None])
+        while going:
+            going = self.advance(step(*going))
         return self.finished[0]
 
-    def _candidates(
-        self, running: list[Hypothesis], logits: FloatArray
-    ) -> list[tuple[int, Hypothesis]]:
+    def advance(self, logits: FloatArray) -> tuple[list[int], list[int]] | None:
+        """Takes the logits after the running hypotheses, (running, vocabulary).
+
+        Returns:
+            Each running hypothesis's newest token, and the place among those before that it continues; None once
+            the search is over.
+        """
+        length = len(self.running[0].tokens) + 1
+        candidates = self._candidates(logits)
+        for _, one in candidates[: self.beams]:
+            if one.stopped:
+                self._finish(one, length)
+        going = [(parent, one) for parent, one in candidates if not one.stopped]
+        going = going[: self.beams]
+        if not going or not self._can_improve(going[0][1].score / length):
+            return None
+        self.running = [one for _, one in going]
+        return [one.tokens[-1] for one in self.running], [parent for parent, _ in going]
+
+    def _candidates(self, logits: FloatArray) -> list[tuple[int, Hypothesis]]:
         """The best continuations, best first, each with the place of what it continues.
 
         So many that enough go on even if all others end.
         """
-        scores = log_softmax(logits)
+        running, scores = self.running, log_softmax(logits)
         # As in stock code, what is blocked keeps its share of the probability.
         always, at_first = self.blocked
         scores[:, list(always)] = -np.inf

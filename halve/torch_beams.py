@@ -1,52 +1,44 @@
 """Beam search with a model on torch."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from halve.beams import BeamSearch, FloatArray, Hypothesis
+from halve.beams import BeamSearch
+from halve.padded import PaddedRows
 
 if TYPE_CHECKING:
-    import torch
-
     from halve.translate import Taken, TorchTranslator
 
 
 def search(
-    translator: "TorchTranslator", taken: "Taken", lang: str, beam_search: BeamSearch
-) -> Hypothesis:
-    """The best translation of one source that `encode_all` has taken in."""
-    return beam_search.run(*_drive(translator, taken, lang))
+    translator: "TorchTranslator",
+    sources: "Sequence[Taken]",
+    lang: str,
+    searches: Sequence[BeamSearch],
+) -> None:
+    """Searches for several sources' translations in one batch, each source in a search of its own.
 
-
-def _drive(translator: "TorchTranslator", taken: "Taken", lang: str) -> Any:
-    """The logits after the prompt, and what computes those after more tokens."""
+    Args:
+        sources: as `encode_all` gives them.
+        searches: keep what they find; one that is over leaves the batch.
+    """
     import torch
 
-    speech = translator.speech
-    family = speech.family
-    decoder, device = speech.part(family.decoder), speech.part(family.embeddings).weight.device
-    cache = family.new_cache()
-
-    def forward(inputs: "torch.Tensor") -> FloatArray:
-        rows = len(inputs)
-        conditions = {
-            name: value.expand(rows, *value.shape[1:])
-            for name, value in family.conditions([taken]).items()
-        }
-        with torch.inference_mode():
-            states = decoder(
-                **family.decoder_inputs(speech.model, inputs),
-                past_key_values=cache,
-                use_cache=True,
-                **conditions,
-            ).last_hidden_state[:, -1]
-            found: FloatArray = family.logits(speech.model, states).float().cpu().numpy()
-        return found
-
-    def step(tokens: list[int], parents: list[int]) -> FloatArray:
-        with torch.inference_mode():
-            # On the processor: layers, and so their caches, may lie on several GPUs.
-            cache.batch_select_indices(torch.tensor(parents))
-            inputs = family.embed(speech.model, torch.tensor(tokens, device=device))[:, None]
-        return forward(inputs)
-
-    return forward(translator.inputs(taken, lang)[None])[0], step
+    rows = PaddedRows(translator, sources, lang)
+    at_work = [(one, slice(row, row + 1)) for row, one in enumerate(searches)]
+    while at_work:
+        states = rows.read()
+        logits = translator.all_logits(states).float().cpu().numpy()
+        places: list[int] = []
+        tokens: list[int] = []
+        going_on = []
+        for one, part in at_work:
+            found = one.advance(logits[part])
+            if found is None:
+                continue
+            going_on.append((one, slice(len(tokens), len(tokens) + len(found[0]))))
+            tokens += found[0]
+            places += [part.start + parent for parent in found[1]]
+        at_work = going_on
+        if at_work:
+            rows.go_on(places, torch.tensor(tokens))

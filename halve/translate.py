@@ -14,6 +14,7 @@ from halve.beams import BeamSearch
 from halve.families import Source, SourceText
 from halve.languages import LANGUAGES
 from halve.models import SpeechModel
+from halve.padded import PaddedRows
 from halve.sources import asked, limits_for
 from halve.torch_beams import search
 
@@ -165,14 +166,11 @@ class TorchTranslator:
         batch_size: int = 16,
         beams: int = 1,
     ) -> list[Translation]:
-        """See `Translator.translate`; with more than one beam, sources are translated one by one."""
+        """See `Translator.translate`; every beam is a row of the batch."""
         found: dict[int, Translation] = {}
         chosen = limits_for(audio, limits)
-        if beams > 1:
-            pairs = zip(audio, chosen, strict=True)
-            return [self._search(source, lang, limit, beams) for source, limit in pairs]
-        batches = plan_batches([len(clip) for clip in audio], batch_size)
-        take = partial(self._translate_batch, audio, lang, chosen)
+        batches = plan_batches([len(clip) for clip in audio], max(1, batch_size // beams))
+        take = partial(self._translate_batch, audio, lang, chosen, beams)
         with self.lanes(len(batches), batch_size) as crew:
             for batch, rows in zip(batches, crew.map(take, batches), strict=True):
                 found.update(zip(batch, rows, strict=True))
@@ -208,12 +206,19 @@ class TorchTranslator:
         return [found[index] for index in range(len(audio))]
 
     def _translate_batch(
-        self, audio: Sequence[Source], lang: str, limits: Sequence[int], batch: Sequence[int]
+        self,
+        audio: Sequence[Source],
+        lang: str,
+        limits: Sequence[int],
+        beams: int,
+        batch: Sequence[int],
     ) -> list[Translation]:
         embeddings = self.encode_all([audio[index] for index in batch])
-        return self.translate_embeddings(
-            embeddings, lang, limits=[limits[index] for index in batch], batch_size=len(batch)
-        )
+        chosen = [limits[index] for index in batch]
+        if beams > 1:
+            found = self.hypotheses(embeddings, lang, limits=chosen, beams=beams)
+            return [best for best, *_ in found]
+        return self.translate_embeddings(embeddings, lang, limits=chosen, batch_size=len(batch))
 
     def lanes(self, batches: int, batch_size: int) -> "Crew":
         """Workers that translate batches side by side: operations on few numbers waste a second core.
@@ -226,22 +231,27 @@ class TorchTranslator:
         cache_bytes = 4 * family.cache_width(model) * LONG_POSITIONS * batch_size
         return Crew(self._device(), min(batches, 2 if cache_bytes <= SMALL_CACHE_BYTES else 1))
 
-    def _search(self, source: Source, lang: str, limit: int, beams: int) -> Translation:
-        return self.hypotheses(self.encode_all([source])[0], lang, limit, beams)[0]
-
-    def hypotheses(self, taken: "Taken", lang: str, limit: int, beams: int) -> list[Translation]:
-        """What a beam search has finished, best first: at most `beams` translations of one source."""
-        found = BeamSearch(
-            beams,
-            limit,
-            self._ends,
-            loops=is_looping if self._stop_loops else None,
-            blocked=(self._blocked, self._blocked_first),
-        )
-        search(self, taken, lang, found)
+    def hypotheses(
+        self, embeddings: "Sequence[Taken]", lang: str, *, limits: Sequence[int], beams: int
+    ) -> list[list[Translation]]:
+        """What beam searches in one batch have finished, best first: at most `beams` translations of each source."""
+        searches = [
+            BeamSearch(
+                beams,
+                limit,
+                self._ends,
+                loops=is_looping if self._stop_loops else None,
+                blocked=(self._blocked, self._blocked_first),
+            )
+            for limit in limits
+        ]
+        search(self, embeddings, lang, searches)
         return [
-            Translation(self.decode(each.tokens), each.tokens, each.stopped)
-            for each in found.finished
+            [
+                Translation(self.decode(each.tokens), each.tokens, each.stopped)
+                for each in found.finished
+            ]
+            for found in searches
         ]
 
     def translate_embeddings(
@@ -299,6 +309,13 @@ class TorchTranslator:
         chosen: torch.Tensor = self.logits(hidden, first).argmax(-1)
         return chosen
 
+    def all_logits(self, hidden: "torch.Tensor") -> "torch.Tensor":
+        """Logits (rows, vocabulary) after states (rows, hidden)."""
+        import torch
+
+        with torch.inference_mode():
+            return self.speech.family.logits(self.speech.model, hidden)
+
     def logits(self, hidden: "torch.Tensor", first: bool) -> "torch.Tensor":
         """Logits (rows, vocabulary) after states; -inf for what stock `generate` may not say."""
         logits = self.speech.family.logits(self.speech.model, hidden)
@@ -327,24 +344,7 @@ class _Decoding:
         self, translator: TorchTranslator, embeddings: "Sequence[Taken]", lang: str
     ) -> None:
         self._translator = translator
-        family = translator.speech.family
-        self._decoder = translator.speech.part(family.decoder)
-        self._family, self._model = family, translator.speech.model
-        self._conditions = family.conditions(embeddings)
-        self._cache = family.new_cache()
-        self._inputs, self._mask = self._pad([translator.inputs(row, lang) for row in embeddings])
-
-    @staticmethod
-    def _pad(rows: "Sequence[torch.Tensor]") -> "tuple[torch.Tensor, torch.Tensor]":
-        import torch
-
-        longest = max(len(row) for row in rows)
-        inputs = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
-        mask = torch.zeros(len(rows), longest, dtype=torch.long, device=inputs.device)
-        for index, row in enumerate(rows):
-            inputs[index, longest - len(row) :] = row
-            mask[index, longest - len(row) :] = 1
-        return inputs, mask
+        self._rows = PaddedRows(translator, embeddings, lang)
 
     def run(
         self, limits: Sequence[int], gone: Callable[[int], bool] = _nobody
@@ -364,19 +364,10 @@ class _Decoding:
         tokens: list[list[int]] = [[] for _ in limits]
         self.reasons = [""] * len(limits)
         active = list(range(len(limits)))
-        cache, conditions = self._cache, self._conditions
-        inputs, mask, first = self._inputs, self._mask, True
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        first = True
         while active:
+            hidden = self._rows.read()
             with torch.inference_mode():
-                hidden = self._decoder(
-                    **self._family.decoder_inputs(self._model, inputs),
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    **conditions,
-                ).last_hidden_state[:, -1]
                 chosen = self._translator.choose(hidden, first)
             first = False
             keep = self._take(active, chosen.tolist(), tokens, limits)
@@ -384,16 +375,8 @@ class _Decoding:
             yield tokens
             if not keep:
                 return
-            # On the processor: layers, and so their caches, may lie on several GPUs.
-            rows = torch.tensor(keep)
-            if len(keep) < len(active):
-                active = [active[row] for row in keep]
-                cache.batch_select_indices(rows)
-                conditions = {name: value[rows] for name, value in conditions.items()}
-            with torch.inference_mode():
-                inputs = self._family.embed(self._model, chosen[rows])[:, None]
-            positions = positions[rows, -1:] + 1
-            mask = torch.cat([mask[rows], mask.new_ones(len(keep), 1)], dim=1)
+            active = [active[place] for place in keep]
+            self._rows.go_on(keep, chosen[keep])
 
     def _left(self, row: int, gone: Callable[[int], bool]) -> bool:
         if not gone(row):

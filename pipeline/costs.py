@@ -331,11 +331,9 @@ def _distill(of: Estimator, step: "Step") -> Cost:
     counts = of.teacher
     assert counts is not None
     segments = sum(of.speech.count(split, config.limit) for split in config.splits)
-    beams = config.hypotheses
-    # Beams are as many rows as they are wide, a segment at a time.
-    together = config.batch_size if beams == 1 else beams
-    time_s = of.translating(counts, segments * beams, together) * len(config.langs)
-    disk = 600 * segments * beams + (of.states_bytes(segments) if config.logits else 0)
+    # Every beam is a row.
+    time_s = of.translating(counts, segments * config.width, config.batch_size) * len(config.langs)
+    disk = 600 * segments * config.hypotheses + (of.states_bytes(segments) if config.logits else 0)
     return Cost(LOAD_S + time_s, 0.7e9 + counts.total * _bytes(config.dtype), disk)
 
 

@@ -114,6 +114,20 @@ def test_several_hypotheses_are_those_of_a_beam_search(
     assert len(rows) + len(dropped) == 3 + len(lines)
 
 
+def test_the_best_of_a_wider_search(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, chosen in (("all", {"hypotheses": 3}), ("best", {"beams": 3, "batch_size": 5})):
+        config = DistillConfig(langs=("de",), limit=5, min_score=0.0, **chosen)
+        done = run_distill(config, tiny_model, tiny_corpus, tmp_path / name)
+        found[name] = read_jsonl(done.path / "translations.jsonl")
+    assert found["best"] == found["all"][::3]
+
+
+def test_no_more_hypotheses_than_beams() -> None:
+    with pytest.raises(ValueError, match="3 hypotheses need as many beams, not 2"):
+        DistillConfig(langs=("de",), hypotheses=3, beams=2)
+
+
 def test_an_empty_reference_is_no_row(tiny_corpus: Path, tmp_path: Path) -> None:
     first, second = read_corpus(tiny_corpus).split("train")[:2]
     blank = replace(first, references={"de": " \n"})

@@ -51,7 +51,8 @@ def compare(
 def _settings(result: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("lang", "split", "segments", "resamples", "seed")
     versions = {f"version of {name}": value for name, value in result.get("versions", {}).items()}
-    return {key: result.get(key) for key in keys} | versions
+    beams = {"beams": result.get("beams", 1)}  # earlier results were all greedy
+    return {key: result.get(key) for key in keys} | beams | versions
 
 
 def _changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:

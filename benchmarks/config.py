@@ -23,7 +23,9 @@ class QualityConfig(Config):
     limit: int | None = Field(default=None, ge=2)
     """Score only so many segments, evenly spaced; the result says that it is a subset."""
     batch_size: int = Field(default=16, ge=1)
-    """Segments translated together."""
+    """Segments translated together; with more than one beam, on torch, beams of segments."""
+    beams: int = Field(default=1, ge=1, le=16)
+    """Every model translates with a beam search of this width; 1 is greedy, as the paper and as packages are checked."""
     resamples: int = Field(default=1000, ge=100)
     """Bootstrap resamples behind each interval."""
     seed: Seed = 0

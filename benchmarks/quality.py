@@ -229,7 +229,11 @@ def _translate(
             sources = read_all(source, chunk)
             limits = [segment_limit(reads, workload.segments[index]) for index in chunk]
             translations = translator().translate(
-                sources, config.lang, limits=limits, batch_size=config.batch_size
+                sources,
+                config.lang,
+                limits=limits,
+                batch_size=config.batch_size,
+                beams=config.beams,
             )
             rows = [
                 [index, scoring.one_line(translation.text), _stopped(translation)]
@@ -318,6 +322,7 @@ def _result(
         "segments": len(workload.segments),
         "segments_in_split": workload.in_split,
         "subset": len(workload.segments) < workload.in_split,
+        "beams": config.beams,
         "resamples": config.resamples,
         "seed": config.seed,
         "comet": comet.record(),

@@ -4,7 +4,7 @@ A result keeps `ids.txt`, `sources.txt`, `references.txt` and `hypotheses/NAME.t
 line in one order. `recompute` scores those files alone: no model, no audio.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,14 @@ def one_line(text: str) -> str:
 
 
 def score_all(
-    hypotheses: Sequence[str], references: Sequence[str], lang: str
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    lang: str,
+    metrics: Iterable[str] = METRICS,
 ) -> dict[str, dict[str, Any]]:
     """Corpus scores in every metric: {metric: {score, signature}}."""
     found = {}
-    for metric in METRICS:
+    for metric in metrics:
         result = score(metric, hypotheses, references, lang)
         found[metric] = {"score": round(result.score, _DIGITS), "signature": result.signature}
     return found
@@ -202,7 +205,9 @@ def read_result(path: str | Path) -> ResultFiles:
     )
 
 
-def recompute(path: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
+def recompute(
+    path: str | Path, metrics: Iterable[str] = METRICS
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Scores a result's hypotheses again from its files: {name: {metric: {score, signature}}}.
 
     Controls are named "NAME.shuffled_audio" and "NAME.silence".
@@ -212,13 +217,18 @@ def recompute(path: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
     teacher = files.result["teacher"]
     names += [f"{teacher['name']}.{control}" for control in teacher.get("controls", {})]
     lang = str(files.result["lang"])
-    return {name: score_all(files.hypotheses(name), files.references, lang) for name in names}
+    chosen = tuple(metrics)
+    return {
+        name: score_all(files.hypotheses(name), files.references, lang, chosen) for name in names
+    }
 
 
-def recompute_faults(path: str | Path, tolerance: float = 1e-4) -> list[str]:
-    """Where a result's scores differ from those of its own files; empty when they agree."""
+def recompute_faults(
+    path: str | Path, tolerance: float = 1e-4, metrics: Iterable[str] = METRICS
+) -> list[str]:
+    """Where a result's scores in some metrics differ from those of its own files; empty when they agree."""
     files = read_result(path)
-    again = recompute(path)
+    again = recompute(path, metrics)
     faults = []
     for model in files.models:
         for metric, entry in again[model["name"]].items():
@@ -231,8 +241,8 @@ def recompute_faults(path: str | Path, tolerance: float = 1e-4) -> list[str]:
                 faults.append(f"{model['name']} {metric}: signature {entry['signature']} computed")
     teacher = files.result["teacher"]
     for control, scores in teacher.get("controls", {}).items():
-        for metric, value in scores.items():
-            computed = again[f"{teacher['name']}.{control}"][metric]["score"]
+        for metric, entry in again[f"{teacher['name']}.{control}"].items():
+            value, computed = scores[metric], entry["score"]
             if abs(value - computed) > tolerance:
                 faults.append(f"{control} {metric}: {value} stated, {computed} computed")
     return faults

@@ -105,9 +105,14 @@ def quality_table(result: Mapping[str, Any]) -> Table:
         f"{language(result['lang']).name}: {used}",
         header,
         rows,
-        note=f"{result['comet']['text']}. Retention: paired bootstrap, "
+        note=f"{result['comet']['text']}. {_decoding(result)} Retention: paired bootstrap, "
         f"{result['resamples']} resamples, seed {result['seed']}.",
     )
+
+
+def _decoding(result: Mapping[str, Any]) -> str:
+    beams = result.get("beams", 1)  # earlier results do not say it
+    return "Greedy decoding." if beams == 1 else f"Beam search, {beams} beams."
 
 
 def _score(metric: str, value: float) -> str:

@@ -12,9 +12,11 @@ from benchmarks.config import QualityConfig
 from benchmarks.quality import run_quality
 from export.runtime import open_translator
 from halve import artefact, metrics
+from halve.corpus import read_corpus
 from halve.errors import CorpusError
 from halve.json_files import read_jsonl
 from halve.metrics import METRICS, score
+from halve.sources import segment_limit
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -64,6 +66,26 @@ def test_recomputed_scores_are_equal(quality_result: Path) -> None:
     files = scoring.read_result(quality_result)
     direct = score("bleu", files.hypotheses("student"), files.references, "de")
     assert again["student"]["bleu"]["score"] == pytest.approx(direct.score, abs=1e-6)
+
+
+def test_every_model_searches_with_the_beams_that_are_asked_for(
+    tiny_model: Path, tiny_student: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = QualityConfig(lang="de", limit=2, resamples=100, beams=3, controls=False, threads=1)
+    out = tmp_path / "quality"
+    run_quality(config, tiny_model, [tiny_student], tiny_corpus, out)
+    assert _result(out)["beams"] == 3
+    files = scoring.read_result(out)
+    corpus = read_corpus(tiny_corpus)
+    segments = corpus.split("test", "de", 2)
+    clips = [corpus.audio(segment) for segment in segments]
+    limits = [segment_limit("audio", segment) for segment in segments]
+    for path, name in ((tiny_model, "tiny"), (tiny_student, "student")):
+        translator = open_translator(path)
+        searched = translator.translate(clips, "de", limits=limits, beams=3)
+        greedy = translator.translate(clips, "de", limits=limits)
+        assert files.hypotheses(name) == [scoring.one_line(each.text) for each in searched]
+        assert searched != greedy
 
 
 def test_an_edited_hypothesis_is_found(quality_result: Path, tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
-# Steps: corpus plans translations A A_fine B B_twice C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice: a student in one group only.
+# Steps: corpus plans translations searched A A_fine B B_twice B_searched C D baselines select test table
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched B_searched: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
 #   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
 #   B_twice  B, merged, and tuned as long again
+#   B_searched  B taught the best of five beams in place of the teacher's greedy translations
 #   A_fine   A in finer blocks, for which its bar leaves room
 #   C  half of the layers pruned, trained in full with distillation, bf16
 #   D  C as ONNX in 4 bits
@@ -58,13 +59,20 @@ plans() {
         "$HALVE" prune --model "$TEACHER" --layers "$(cat "$OUT/layers-$SIZE.txt")" --verify full --out "$OUT/pruned-$SIZE"
     done
 }
-translations() {
-    missing "$OUT/translations" || return 0
-    "$HALVE" distill --model "$TEACHER" --corpus "$CORPUS" "${LANGS[@]}" --dtype "${DTYPE:-bfloat16}" --batch-size 128 --logits 8 \
-        ${LIMIT:+--limit "$LIMIT"} --states-dir "$OUT/states" --out "$OUT/translations"
+distilled() { # NAME OPTIONS…
+    missing "$OUT/$1" || return 0
+    "$HALVE" distill --model "$TEACHER" --corpus "$CORPUS" "${LANGS[@]}" --dtype "${DTYPE:-bfloat16}" --logits 8 \
+        ${LIMIT:+--limit "$LIMIT"} --states-dir "$OUT/states" --out "$OUT/$1" "${@:2}"
 }
+translations() { distilled translations --batch-size 128; }
+searched() { distilled translations-beam5 --batch-size 160 --beams 5; }
 A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED" "${ROOM[@]}"; }
 B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED" "${ROOM[@]}"; }
+B_searched() {
+    tune "$OUT/pruned-quarter" B-searched "$STEPS_B" "${QLORA[@]}" --translations "$OUT/translations-beam5"
+    merge "$OUT/pruned-quarter" B-searched
+    package "$OUT/merged/B-searched-$SEED" "B-searched-$SEED" "${ROOM[@]}"
+}
 A_fine() { package "$OUT/merged/A-$SEED" "A-fine-$SEED" "${ROOM[@]}" --block-size 16; }
 B_twice() {
     tune "$OUT/merged/B-$SEED" B-twice "$STEPS_B" "${QLORA[@]}" --learning-rate 2e-4 --seed "$((SEED + 100))" --eval-every 600
@@ -91,6 +99,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
             quarter) quality "$1" quarter "$OUT/packages/teacher-int4-A" "$OUT/packages/B-$SEED" ;;
             seeds) quality "$1" seeds "$OUT/packages/A-0" "$OUT/packages/A-1" "$OUT/packages/A-2" ;;
             fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;
+            searched) quality "$1" searched "$OUT/packages/B-searched-$SEED" ;;
             qlora) quality "$1" qlora "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" ;;
         esac
     done

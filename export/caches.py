@@ -29,10 +29,12 @@ class HostCaches:
             binding.bind_ortvalue_input(f"past_{_name(index)}", shared)
             binding.bind_ortvalue_output(_name(index), shared)
 
-    def copy_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copies the first `length` positions of slots to other slots, all at once."""
+    def copy_rows(
+        self, sources: Sequence[int], targets: Sequence[int], length: int, first: int = 0
+    ) -> None:
+        """Copies the positions from `first` up to `length` of slots to other slots, all at once."""
         for array in self._arrays:
-            array[list(targets), :, :length] = array[list(sources), :, :length]
+            array[list(targets), :, first:length] = array[list(sources), :, first:length]
 
     def touch(self, rows: int) -> None:
         """Writes to every slot but the first `rows`: until then their memory is only promised."""
@@ -71,11 +73,13 @@ class DeviceCaches:
             binding.bind_input(f"past_{_name(index)}", *where)
             binding.bind_output(_name(index), *where)
 
-    def copy_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+    def copy_rows(
+        self, sources: Sequence[int], targets: Sequence[int], length: int, first: int = 0
+    ) -> None:
         """See `HostCaches.copy_rows`."""
         for value in self._values:
             array = np.array(value.numpy())
-            array[list(targets), :, :length] = array[list(sources), :, :length]
+            array[list(targets), :, first:length] = array[list(sources), :, first:length]
             value.update_inplace(array)
 
     def touch(self, rows: int) -> None:

@@ -179,8 +179,10 @@ class DecodeBatch(RowBatch):
             session.run_with_iobinding(self._binding(session, 0, count))
         return self._logits[:count]
 
-    def _copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
-        self._caches.copy_rows(sources, targets, length)
+    def _copy_rows(
+        self, sources: list[int], targets: list[int], length: int, first: int = 0
+    ) -> None:
+        self._caches.copy_rows(sources, targets, length, first)
 
     def _make_room(self, positions: int) -> None:
         if positions > self._caches.capacity:

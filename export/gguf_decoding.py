@@ -208,8 +208,10 @@ class LlamaBatch(RowBatch):
         found = llama_cpp.llama_get_logits(self._context)
         return np.array(np.ctypeslib.as_array(found, shape=shape))
 
-    def _copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
-        """A target that is a source too is only overwritten once it has been read."""
+    def _copy_rows(
+        self, sources: list[int], targets: list[int], length: int, first: int = 0
+    ) -> None:
+        """A target that is a source too is only overwritten once it has been read; what is alike is copied too."""
         if self._context is None:
             return
         pending = {

@@ -108,8 +108,13 @@ class RowBatch(ABC):
         """Reads one token into each of the first slots; the logits that follow, (rows, vocabulary)."""
 
     @abstractmethod
-    def _copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copies the first `length` positions of slots to other slots, all at once."""
+    def _copy_rows(
+        self, sources: list[int], targets: list[int], length: int, first: int = 0
+    ) -> None:
+        """Copies the positions from `first` up to `length` of slots to other slots, all at once.
+
+        Those before `first` are alike in all of them.
+        """
 
     @abstractmethod
     def _make_room(self, positions: int) -> None:
@@ -177,13 +182,16 @@ class RowBatch(ABC):
         if self.rows or beams > self._slots:
             raise InputError(f"{beams} beams", expected=f"at most {self._slots}, and no other rows")
         self._reserve(len(inputs), limit)
-        length = len(inputs)
+        length, ready = len(inputs), 1
 
         def step(tokens: list[int], parents: list[int]) -> FloatArray:
-            nonlocal length
+            nonlocal length, ready
             places = list(range(len(parents)))
             if parents != places:
-                self._copy_rows(parents, places, length)
+                # Slots that have the prompt need no more than what was said since.
+                first = len(inputs) if len(places) <= ready else 0
+                self._copy_rows(parents, places, length, first)
+                ready = max(ready, len(places))
             logits = self._run(tokens, [length] * len(tokens))
             length += 1
             return logits

@@ -24,7 +24,10 @@ class PaddedRows:
         self._family, self._model = speech.family, speech.model
         self._conditions = self._family.conditions(sources)
         self._cache = self._family.new_cache()
+        self._sources = list(range(len(sources)))
+        """Of each row."""
         self._pad([translator.inputs(source, lang) for source in sources])
+        self._prompt = self._mask.shape[1]
 
     def _pad(self, prompts: "Sequence[torch.Tensor]") -> None:
         import torch
@@ -61,10 +64,30 @@ class PaddedRows:
         # On the processor: layers, and so their caches, may lie on several GPUs.
         rows = torch.tensor(places)
         if list(places) != list(range(len(self._mask))):
-            self._cache.batch_select_indices(rows)
-            self._conditions = {name: value[rows] for name, value in self._conditions.items()}
+            self._move(places, rows)
         with torch.inference_mode():
             self._inputs = self._family.embed(self._model, tokens.to(self._mask.device))[:, None]
         self._positions = self._positions[rows, -1:] + 1
         mask = self._mask[rows]
         self._mask = torch.cat([mask, mask.new_ones(len(places), 1)], dim=1)
+
+    def _move(self, places: Sequence[int], rows: "torch.Tensor") -> None:
+        import torch
+        from transformers import DynamicCache, DynamicLayer
+
+        sources = [self._sources[place] for place in places]
+        cache = self._cache
+        plain = type(cache) is DynamicCache and all(
+            type(layer) is DynamicLayer for layer in cache.layers
+        )
+        if plain and sources == self._sources:
+            # Only what was said since the prompt differs between rows of one source.
+            with torch.inference_mode():
+                for layer in cache.layers:
+                    for kept in (layer.keys, layer.values):
+                        said = kept[:, :, self._prompt :]
+                        said.copy_(said[rows])
+            return
+        self._sources = sources
+        cache.batch_select_indices(rows)
+        self._conditions = {name: value[rows] for name, value in self._conditions.items()}

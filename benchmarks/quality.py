@@ -101,6 +101,8 @@ def run_quality(
     }
     parents["corpus"] = corpus
     settings = config.model_dump()
+    if config.beams == 1:
+        del settings["beams"]  # as before there were any: what was measured then stays what it is
     is_made = is_current(out, "results", settings, config.seed, parents)
     with writing(out, "results", settings, config.seed, parents) as draft:
         if is_made:

@@ -31,7 +31,7 @@ order() {
 }
 scaling() { "$BIN/python" -m benchmarks.scaling --out runs/scaling; }
 serve() { "$BIN/halve" bench serve --model $PACKAGE --teacher demo/teacher --corpus demo/corpus --lang de --out runs/serve; }
-soak() { "$BIN/python" -m benchmarks.soak --model $PACKAGE --corpus demo/corpus --lang de --out runs/soak; }
+soak() { "$BIN/python" -m benchmarks.soak --model $PACKAGE --corpus demo/corpus --lang de --serve=--reserve --out runs/soak; }
 packages() {
     "$BIN/python" -m benchmarks.faithfulness demo/teacher $STUDENT --corpus demo/corpus --lang de --lang zh --out runs/faithfulness
     "$BIN/python" -m benchmarks.quantisation $STUDENT --corpus demo/corpus --lang de --out runs/quantisation

@@ -4,6 +4,7 @@ A result keeps `ids.txt`, `sources.txt`, `references.txt` and `hypotheses/NAME.t
 line in one order. `recompute` scores those files alone: no model, no audio.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from halve.metrics import (
 RESULT = "quality.json"
 CONTROLS = ("shuffled_audio", "silence", "shuffled_text")
 _DIGITS = 6
+_REPEAT = re.compile(r"(.{2,32}?)\1{3,}")
 
 
 def one_line(text: str) -> str:
@@ -137,7 +139,8 @@ def behaviour(
     Returns:
         length_ratio_over_2: more than twice as many characters as the reference (hallucination);
         empty: nothing said; cut_at_limit: still going on at the token limit; loops: of those, the
-        ones that ended in a repetition.
+        ones that ended in a repetition; repeats: wherever it stands, a unit of two or more characters said four times or
+        more in a row, and not so in the reference.
     """
     count = len(references)
     pairs = list(zip(hypotheses, references, strict=True))
@@ -148,6 +151,8 @@ def behaviour(
             "empty": sum(not h for h in hypotheses) / count,
             "cut_at_limit": len(stopped) / count,
             "loops": loops / count,
+            "repeats": sum(bool(_REPEAT.search(h) and not _REPEAT.search(r)) for h, r in pairs)
+            / count,
         }
     )
 

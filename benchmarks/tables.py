@@ -173,11 +173,17 @@ def behaviour_table(result: Mapping[str, Any]) -> Table:
         "length_ratio_over_2": "over twice the reference's length %",
         "loops": "repetition loops %",
         "cut_at_limit": "cut at the token limit %",
+        "repeats": "repeats itself %",
         "empty": "empty %",
     }
     rows = [
-        [model["name"], *(f"{100 * model['behaviour'][key]:.2f}" for key in keys)]
+        [
+            model["name"],
+            # Earlier results do not know every one of them.
+            *(f"{100 * shares[key]:.2f}" if key in shares else "-" for key in keys),
+        ]
         for model in [result["teacher"], *result["students"]]
+        for shares in (model["behaviour"],)
     ]
     return Table("Hallucinations and loops", ["model", *keys.values()], rows)
 

@@ -166,7 +166,7 @@ class DistillConfig(Config):
     batch_size: Positive = 32
     """Segments translated at once."""
     hypotheses: Annotated[int, Field(ge=1, le=16)] = 1
-    """Learn from so many of the teacher's translations of a segment: the best that the search finds."""
+    """Learn from so many of the teacher's translations of a segment: the best of the search that are not dropped."""
     beams: Annotated[int, Field(ge=1, le=16)] | None = None
     """Width of the teacher's beam search; as many as `hypotheses` if not given. 1 is greedy."""
     max_length_ratio: Annotated[float, Field(gt=1)] = 2.0

@@ -48,7 +48,7 @@ def run_distill(
 ) -> Artefact:
     """Translates the training audio, batch by batch, and joins what is good with the references.
 
-    Writes `translations.jsonl` (all of the teacher's), `rows.jsonl` (what a student learns),
+    Writes `translations.jsonl` (all of the teacher's, every beam's), `rows.jsonl` (what a student learns),
     `dropped.jsonl` (what it does not, and why) and, if asked, the teacher's distributions over the rows' tokens. Batches are the same in every run and each is on disk once
     it is translated: a killed run goes on there and ends with the same bytes.
 
@@ -60,6 +60,8 @@ def run_distill(
     """
     base = resolve_model(model)
     recipe = config.model_dump(mode="json")
+    if config.beams is None:
+        del recipe["beams"]  # as before there were any: what was made then stays what it is
     parents = {"model": base, "corpus": Path(corpus)}
     with artefact.writing(Path(out), "translations", recipe, config.seed, parents) as draft:
         data = read_corpus(corpus)
@@ -161,7 +163,7 @@ def _hypotheses(
             found += translator.hypotheses(
                 embeddings[part], lang, limits=limits[part], beams=config.width
             )
-        return [each[: config.hypotheses] for each in found]
+        return found
     greedy = translator.translate_embeddings(
         embeddings, lang, limits=limits, batch_size=len(embeddings)
     )
@@ -193,13 +195,19 @@ def write_rows(
             reference = segment.references[lang].strip()
             if reference:
                 rows.append(Row(segment.id, lang, reference, "reference").record())
-            taken = {reference}
+            taken, left = {reference}, config.hypotheses
             for translation in found[segment.id, lang]:
                 translations.append(_line(segment.id, lang, translation))
+                if not left:
+                    continue
                 reason = drop_reason(config, translation, reference, lang)
                 text = translation.text
                 if reason is None and text.strip() in taken:
                     reason = "duplicate"  # of a better hypothesis
+                left -= reason in (
+                    None,
+                    "duplicate",
+                )  # the reference teaches what its duplicate would
                 if reason is None:
                     taken.add(text.strip())
                     rows.append(Row(segment.id, lang, text, "teacher").record())

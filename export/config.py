@@ -38,7 +38,7 @@ class MergeConfig(Config):
     """Segments translated at once while scoring."""
     requantized: bool = False
     """With `auto`: also scores the adapter on its quantised base and each student quantised to NF4
-    again, for students that will be stored in 4 bits."""
+    again, and keeps the better of those: for students that will be stored in 4 bits."""
     verify: Literal["structure", "full"] = "structure"
     """structure: compares the headers of the student's files with the base model's, in little memory;
     full: also loads the student in stock transformers."""

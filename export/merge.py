@@ -169,13 +169,20 @@ def _merge_better(
                     _row("merged, quantised", onto, "nf4", _scores_quantised(sets, config, folder))
                 )
             advance(1, _shown(merged))
-    means = {row["onto"]: _mean(row) for row in rows if row["form"] == "merged"}
+    # A student that will be stored in 4 bits is judged by what it then says.
+    judged = "merged, quantised" if config.requantized else "merged"
+    means = {row["onto"]: _mean(row) for row in rows if row["form"] == judged}
     better = "dequantized" if means["dequantized"] > means["base"] else "base"
     for entry in folders[better].iterdir():
         entry.rename(draft.path / entry.name)
     draft.extra |= {
         "onto": better,
-        "merge": {"split": "select", "segments": len(sets[0].segments), "rows": rows},
+        "merge": {
+            "judged": judged,
+            "split": "select",
+            "segments": len(sets[0].segments),
+            "rows": rows,
+        },
     }
 
 

@@ -157,7 +157,7 @@ def _faults(config: PackageConfig, lang: str, found: dict[str, Any]) -> list[str
                 f"{lang}: {len(found['different'])} of {found['segments']} segments have other tokens "
                 f"(first {first['id']}, token {first['token']}, gap {first['gap']:.3g})"
             )
-        if len(found["near_ties"]) > math.ceil(NEAR_TIE_SHARE * found["segments"]):
+        if len(found["near_ties"]) > max(1, math.floor(NEAR_TIE_SHARE * found["segments"])):
             faults.append(
                 f"{lang}: {len(found['near_ties'])} near ties in {found['segments']} segments"
             )

@@ -3,6 +3,7 @@
 An ONNX package needs numpy, onnxruntime and tokenizers; neither torch nor transformers is imported.
 """
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ from halve.translate import Translator
 
 if TYPE_CHECKING:
     from export.decoding import OnnxDecoder
+
+
+log = logging.getLogger("halve.runtime")
 
 
 class OnnxTranslator(PackagedTranslator):
@@ -56,9 +60,10 @@ class OnnxTranslator(PackagedTranslator):
         super().__init__(manifest)
         try:
             self._open(path, threads, stop_loops, rows_at_once)
-        except GpuError:
+        except GpuError as error:
             if device != "auto":
                 raise
+            log.warning("%s computes on the processor: %s", path, error)
             self.device = "cpu"
             self._open(path, threads, stop_loops, rows_at_once)
 
@@ -157,6 +162,7 @@ def open_translator(
     device: str = "auto",
     dtype: str | None = None,
     rows_at_once: int | None = None,
+    stop_loops: bool = False,
 ) -> Translator:
     """Opens a package of any target, a student, a teacher, a model directory or a hub id.
 
@@ -166,6 +172,7 @@ def open_translator(
         dtype: float32, bfloat16 or float16 of a model on torch. Where None, a package's own, but float32 for a
             checkpoint in 16 bits on a CPU that has no units for bfloat16, if that fits into memory.
         rows_at_once: see `OnnxTranslator`.
+        stop_loops: cuts repetition loops before their limit; scores are made without it.
 
     Raises:
         ArtefactError: not there, damaged, or of a newer halve.
@@ -173,21 +180,27 @@ def open_translator(
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
-        return _open_torch(path, threads, device, dtype or "float32")
+        return _open_torch(path, threads, device, dtype or "float32", stop_loops)
     manifest = read_manifest(folder)
     if manifest.target == "onnx":
         computes = "float16" if manifest.precision == "fp16" else "float32"
         if dtype not in (None, computes):
             raise InputError(f"{path} cannot compute in {dtype}", expected=computes)
-        return OnnxTranslator(folder, threads=threads, device=device, rows_at_once=rows_at_once)
+        return OnnxTranslator(
+            folder,
+            threads=threads,
+            device=device,
+            rows_at_once=rows_at_once,
+            stop_loops=stop_loops,
+        )
     if manifest.target == "gguf":
         from export.gguf_runtime import GgufTranslator
 
         if dtype not in (None, "float32"):
             raise InputError(f"{path} cannot compute in {dtype}", expected="float32")
-        return GgufTranslator(folder, threads=threads, device=device)
+        return GgufTranslator(folder, threads=threads, device=device, stop_loops=stop_loops)
     translator = _open_torch(
-        path, threads, device, dtype or _package_dtype(folder, manifest, device)
+        path, threads, device, dtype or _package_dtype(folder, manifest, device), stop_loops
     )
     translator.languages = tuple(manifest.languages)
     return translator
@@ -207,7 +220,9 @@ def _package_dtype(folder: Path, manifest: Manifest, device: str) -> str:
     return environment.quick_dtype(device, half_bytes(folder))
 
 
-def _open_torch(path: str | Path, threads: int | None, device: str, dtype: str) -> Any:
+def _open_torch(
+    path: str | Path, threads: int | None, device: str, dtype: str, stop_loops: bool
+) -> Any:
     try:
         from halve.models import load_model
         from halve.translate import TorchTranslator
@@ -215,4 +230,4 @@ def _open_torch(path: str | Path, threads: int | None, device: str, dtype: str) 
         raise MissingExtraError("torch", "cpu") from None
     if threads:
         environment.pin_threads(threads)
-    return TorchTranslator(load_model(path, dtype=dtype, device=device))
+    return TorchTranslator(load_model(path, dtype=dtype, device=device), stop_loops=stop_loops)

@@ -67,14 +67,38 @@ class BeamSearch:
         return self.finished[0]
 
     def advance(self, logits: FloatArray) -> tuple[list[int], list[int]] | None:
-        """Takes the logits after the running hypotheses, (running, vocabulary).
+        """Takes the logits after the running hypotheses, (running, vocabulary); see `advance_among`."""
+        scores = log_softmax(logits)
+        # As in stock code, what is blocked keeps its share of the probability.
+        scores[:, self.never()] = -np.inf
+        return self.advance_among(scores)
+
+    def never(self) -> list[int]:
+        """Places in the logits that no running hypothesis goes on with."""
+        always, at_first = self.blocked
+        return [*always, *(() if self.running[0].tokens else at_first)]
+
+    @property
+    def candidates(self) -> int:
+        """So many continuations that enough go on even if all others end."""
+        return (1 + max(1, len(self.ends))) * self.beams
+
+    def advance_among(
+        self, scores: FloatArray, places: NDArray[np.int64] | None = None
+    ) -> tuple[list[int], list[int]] | None:
+        """Goes on with the likeliest continuations.
+
+        Args:
+            scores: log-probabilities of each running hypothesis's continuations, (running, any number of them).
+            places: which places in the logits they have, of the same shape; all, in their order, where None. The
+                `candidates` likeliest of each hypothesis are enough.
 
         Returns:
             Each running hypothesis's newest token, and the place among those before that it continues; None once
             the search is over.
         """
         length = len(self.running[0].tokens) + 1
-        candidates = self._candidates(logits)
+        candidates = self._candidates(scores, places)
         for _, one in candidates[: self.beams]:
             if one.stopped:
                 self._finish(one, length)
@@ -85,30 +109,22 @@ class BeamSearch:
         self.running = [one for _, one in going]
         return [one.tokens[-1] for one in self.running], [parent for parent, _ in going]
 
-    def _candidates(self, logits: FloatArray) -> list[tuple[int, Hypothesis]]:
-        """The best continuations, best first, each with the place of what it continues.
-
-        So many that enough go on even if all others end.
-        """
-        running, scores = self.running, log_softmax(logits)
-        # As in stock code, what is blocked keeps its share of the probability.
-        always, at_first = self.blocked
-        scores[:, list(always)] = -np.inf
-        if not running[0].tokens:
-            scores[:, list(at_first)] = -np.inf
+    def _candidates(
+        self, scores: FloatArray, places: NDArray[np.int64] | None
+    ) -> list[tuple[int, Hypothesis]]:
+        """The best continuations, best first, each with the place of what it continues."""
+        running = self.running
         totals = scores + np.array([[one.score] for one in running], np.float32)
         flat = totals.reshape(-1)
-        count = min((1 + max(1, len(self.ends))) * self.beams, len(flat))
+        count = min(self.candidates, len(flat))
         best = np.argpartition(-flat, count - 1)[:count]
         best = best[np.argsort(-flat[best], kind="stable")]
-        width = logits.shape[1]
-        return [
-            (
-                int(place) // width,
-                self._continued(running[place // width], place % width, flat[place]),
-            )
-            for place in best
-        ]
+        found = []
+        for each in best:
+            row, column = divmod(int(each), scores.shape[1])
+            place = column if places is None else int(places[row, column])
+            found.append((row, self._continued(running[row], place, flat[each])))
+        return found
 
     def _continued(self, one: Hypothesis, place: int, score: np.float32) -> Hypothesis:
         token = int(place if self.vocabulary is None else self.vocabulary[place])

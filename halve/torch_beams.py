@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from halve.beams import BeamSearch
+import numpy as np
+from numpy.typing import NDArray
+
+from halve.beams import BeamSearch, FloatArray
 from halve.padded import PaddedRows
 
 if TYPE_CHECKING:
+    import torch
+
     from halve.translate import Taken, TorchTranslator
 
 
@@ -24,16 +29,18 @@ def search(
     """
     import torch
 
+    if not searches:
+        return
     rows = PaddedRows(translator, sources, lang)
     at_work = [(one, slice(row, row + 1)) for row, one in enumerate(searches)]
     while at_work:
-        states = rows.read()
-        logits = translator.all_logits(states).float().cpu().numpy()
+        first = at_work[0][0]
+        scores, among = _likeliest(translator.all_logits(rows.read()), first)
         places: list[int] = []
         tokens: list[int] = []
         going_on = []
         for one, part in at_work:
-            found = one.advance(logits[part])
+            found = one.advance_among(scores[part], among[part])
             if found is None:
                 continue
             going_on.append((one, slice(len(tokens), len(tokens) + len(found[0]))))
@@ -42,3 +49,20 @@ def search(
         at_work = going_on
         if at_work:
             rows.go_on(places, torch.tensor(tokens))
+
+
+def _likeliest(logits: "torch.Tensor", one: BeamSearch) -> "tuple[FloatArray, NDArray[np.int64]]":
+    """Log-probabilities and places of each row's likeliest tokens: large vocabularies stay where they are.
+
+    Args:
+        logits: (rows, vocabulary).
+        one: any of the searches, which all are at the same token.
+    """
+    import torch
+
+    with torch.inference_mode():
+        scores = torch.log_softmax(logits.float(), dim=-1)
+        # As in stock code, what is blocked keeps its share of the probability.
+        scores[:, one.never()] = -float("inf")
+        values, places = scores.topk(min(one.candidates, scores.shape[1]), dim=-1)
+    return values.cpu().numpy(), places.cpu().numpy()

@@ -171,7 +171,7 @@ class TorchTranslator:
         chosen = limits_for(audio, limits)
         batches = plan_batches([len(clip) for clip in audio], max(1, batch_size // beams))
         take = partial(self._translate_batch, audio, lang, chosen, beams)
-        with self.lanes(len(batches), batch_size) as crew:
+        with self.lanes(len(batches), max(batch_size, beams)) as crew:
             for batch, rows in zip(batches, crew.map(take, batches), strict=True):
                 found.update(zip(batch, rows, strict=True))
         return [found[index] for index in range(len(audio))]

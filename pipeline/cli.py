@@ -401,6 +401,13 @@ def translate(
     beams: Annotated[
         int, typer.Option(min=1, max=64, help="Beam search; 1 is greedy, as scored.")
     ] = 1,
+    stop_loops: Annotated[
+        bool,
+        typer.Option(
+            "--stop-loops",
+            help="Cut a translation that repeats itself, instead of at its token limit; scores are made without.",
+        ),
+    ] = False,
 ) -> Result:
     """Translates audio, one line a file or segment, or text, one line a line; UTF-8, in the order given.
 
@@ -416,7 +423,7 @@ def translate(
         raise InputError("--input-dir is where the audio of --segments lies: name both, or neither")
     spoken = language(source_lang).code
     target = language(lang).code if lang else None
-    how = (batch_size, threads, console.progress(), beams)
+    how = (batch_size, threads, console.progress(), beams, stop_loops)
     reads = family_of(resolve_model(model)).reads
     if reads == "text" and segments is not None:
         raise InputError(

@@ -333,7 +333,7 @@ def _distill(of: Estimator, step: "Step") -> Cost:
     segments = sum(of.speech.count(split, config.limit) for split in config.splits)
     # Every beam is a row.
     time_s = of.translating(counts, segments * config.width, config.batch_size) * len(config.langs)
-    disk = 600 * segments * config.hypotheses + (of.states_bytes(segments) if config.logits else 0)
+    disk = 600 * segments * config.width + (of.states_bytes(segments) if config.logits else 0)
     return Cost(LOAD_S + time_s, 0.7e9 + counts.total * _bytes(config.dtype), disk)
 
 
@@ -355,7 +355,8 @@ def _tune(of: Estimator, step: "Step") -> Cost:
     counts = of.student
     assert counts is not None
     segments = of.speech.count("train", config.train_segments)
-    rows = segments * len(config.langs) * (2 if of.run.recipe.distill else 1)
+    distilled = of.run.recipe.distill
+    rows = segments * len(config.langs) * (1 + (distilled.hypotheses if distilled else 0))
     time_s = of.training(counts, rows, _steps_of(config, rows), 6 if config.method == "full" else 4)
     checked = of.speech.count("select", config.select_segments)
     rounds = config.epochs + 1
@@ -438,7 +439,7 @@ def _bench(of: Estimator, step: "Step") -> Cost:
         clip_s = config.short_s + config.long_s
         one = of.translating(teacher, runs * round(clip_s / of.speech.mean_s + 1), 1)
         return Cost((models + 2) * (LOAD_S + one), memory, 1e5)
-    segments = of.speech.count(config.split, config.limit)
+    segments = of.speech.count(config.split, config.limit) * getattr(config, "beams", 1)
     noisy = 0 if config.noise_db is None else 1
     teacher_runs = (3 if config.controls else 1) + noisy
     time_s = teacher_runs * of.translating(teacher, segments, config.batch_size)

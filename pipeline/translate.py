@@ -122,6 +122,7 @@ def translate_lines(
     threads: int | None,
     progress: Progress,
     beams: int = 1,
+    stop_loops: bool = False,
 ) -> "Iterator[Line]":
     """Translates texts in their order with a model that reads; an empty line stays empty.
 
@@ -130,7 +131,7 @@ def translate_lines(
     """
     from export.runtime import open_translator
 
-    translator = open_translator(model, threads=threads)
+    translator = open_translator(model, threads=threads, stop_loops=stop_loops)
     try:
         target = _language(lang, translator.languages)
         with progress.task("Translating", len(lines)) as advance:
@@ -197,6 +198,7 @@ def translate(
     threads: int | None,
     progress: Progress,
     beams: int = 1,
+    stop_loops: bool = False,
 ) -> Iterator[Line]:
     """Translates pieces in their order; longer ones than the model hears at once are cut in silence.
 
@@ -206,7 +208,7 @@ def translate(
     """
     from export.runtime import open_translator
 
-    translator = open_translator(model, threads=threads)
+    translator = open_translator(model, threads=threads, stop_loops=stop_loops)
     try:
         target = _language(lang, translator.languages)
         with progress.task("Translating", len(pieces)) as advance:

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
@@ -14,6 +16,9 @@ from serve.errors import ApiError, internal
 from serve.formats import Transcript, event
 from serve.jobs import Job
 from serve.service import Service
+
+READING_S = 10.0
+"""A client may read so much longer than its job may take."""
 
 T = TypeVar("T")
 log = logging.getLogger("halve.serve")
@@ -98,13 +103,19 @@ class JobStream:
 class EventStream(StreamingResponse):
     """Server-sent events that hold a request's resources until the last byte or the client's leave."""
 
-    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], held: AsyncExitStack, most_s: float = math.inf
+    ) -> None:
+        """`most_s`: a client that has not taken it all by then is left."""
         super().__init__(_guarded(events), media_type="text/event-stream")
-        self._held = held
+        self._held, self._most_s = held, most_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(None if math.isinf(self._most_s) else self._most_s):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            log.warning("a stream was not read in its time")
         finally:
             await self._held.aclose()
 
@@ -136,4 +147,7 @@ async def start_stream(
     stream = JobStream(service, job)
     held.push_async_callback(stream.close)
     await while_connected(request, stream.begin())
-    return EventStream(events(stream), held.pop_all())
+    # The job has its own limit, and a client that does not read would hold what it holds for ever.
+    spent_s = time.monotonic() - job.ticket.arrival_s
+    left_s = service.settings.request_timeout_s - spent_s + READING_S
+    return EventStream(events(stream), held.pop_all(), max(left_s, READING_S))

@@ -1,5 +1,6 @@
 """The application: endpoints, errors and life span."""
 
+import copy
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -84,7 +85,7 @@ def create_app(
     _add_information(app, service)
     _add_page(app)
     _add_errors(app)
-    _complete_document(app)
+    _complete_document(app, service)
     app.add_middleware(Guard, service=service)
     if settings.allow_origins:
         # Outside the guard: a page may read a refusal only if it too carries these headers.
@@ -145,13 +146,19 @@ def _add_information(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
 
-def _complete_document(app: FastAPI) -> None:
-    """Adds to /openapi.json what the bodies read by hand refer to."""
+def _complete_document(app: FastAPI, service: Service) -> None:
+    """Adds to /openapi.json what the bodies read by hand refer to, and what this server serves."""
     make = app.openapi
 
     def document() -> dict[str, Any]:
         found = make()
         found.setdefault("components", {}).setdefault("schemas", {}).update(definitions())
+        for path in ("/v1/audio/translations", "/v1/chat/completions"):
+            content = found["paths"][path]["post"]["requestBody"]["content"]
+            for body in content.values():
+                # A copy: the schema is the module's own, and servers of one process differ.
+                schema = body["schema"] = copy.deepcopy(body["schema"])
+                schema["properties"]["model"]["enum"] = list(service.registry.models)
         return found
 
     app.openapi = document  # type: ignore[method-assign]

@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -234,7 +234,7 @@ class _Reply:
             async for text in stream.texts():
                 yield self._chunk({"content": text}, None)
             transcript = stream.transcript()
-            yield self._chunk({}, _finish_reason(transcript))
+            yield self._chunk({}, _finish_reason(transcript), formats.heard(transcript))
             if with_usage:
                 chunk = {**self._head, "object": "chat.completion.chunk", "choices": []}
                 yield formats.event({**chunk, "usage": _usage(transcript)})
@@ -242,9 +242,15 @@ class _Reply:
 
         return events
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> bytes:
+    def _chunk(
+        self,
+        delta: dict[str, Any],
+        finish_reason: str | None,
+        more: Mapping[str, Any] | None = None,
+    ) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return formats.event({**self._head, "object": "chat.completion.chunk", "choices": [choice]})
+        head = {**self._head, "object": "chat.completion.chunk"}
+        return formats.event({**head, "choices": [choice], **(more or {})})
 
 
 def _finish_reason(transcript: Transcript) -> str:

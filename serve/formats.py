@@ -123,6 +123,16 @@ def _compression_ratio(text: str) -> float | None:
     return round(len(raw) / len(zlib.compress(raw)), 3) if raw else None
 
 
+def heard(transcript: Transcript) -> dict[str, Any]:
+    """How much of the audio a text covers, for answers whose headers are gone before that is known."""
+    return {
+        "halve": {
+            "duration": round(transcript.duration_s, 3),
+            "coverage": round(transcript.coverage, 4),
+        }
+    }
+
+
 def headers(transcript: Transcript, elapsed_s: float) -> dict[str, str]:
     """What every format is sent with, so that plain text too says what it covers."""
     found = {

@@ -182,4 +182,10 @@ def open_model(path: str, settings: ServeSettings) -> Translator:
         # One request's audio is encoded while others are written: each has half of the cores.
         rows_at_once = environment.cores()
         threads = max(1, rows_at_once // 2)
-    return open_translator(path, threads=threads, device=settings.device, rows_at_once=rows_at_once)
+    return open_translator(
+        path,
+        threads=threads,
+        device=settings.device,
+        rows_at_once=rows_at_once,
+        stop_loops=settings.stop_loops,
+    )

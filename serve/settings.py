@@ -39,6 +39,8 @@ class ServeSettings(Config):
     """Most stretches of audio translated together."""
     reserve: bool = False
     """Take the memory of a full batch of the longest stretches at the start: more of it, and load cannot make it grow (packages)."""
+    stop_loops: bool = False
+    """Cut a translation that repeats itself, instead of at its token limit; the answer says so. Not for `--engine plain`."""
     segment_s: float | None = Field(default=None, ge=1.0)
     """Longest stretch of audio translated at once; default: as long as the model can hear."""
     max_upload_bytes: int = Field(default=128 * 1024 * 1024, ge=1024)

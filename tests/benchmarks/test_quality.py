@@ -37,7 +37,13 @@ def test_the_object_has_every_key(quality_result: Path, tiny_model: Path) -> Non
         assert model["stored_bytes"] > 4 * model["logical_parameters"]
         assert set(model["scores"]) == set(METRICS)
         assert all("version:" in entry["signature"] for entry in model["scores"].values())
-        assert set(model["behaviour"]) == {"length_ratio_over_2", "empty", "cut_at_limit", "loops"}
+        assert set(model["behaviour"]) == {
+            "length_ratio_over_2",
+            "empty",
+            "cut_at_limit",
+            "loops",
+            "repeats",
+        }
     assert teacher["path"] == str(tiny_model)
     for metric in METRICS:
         kept = student["retention"][metric]
@@ -151,10 +157,22 @@ def test_a_missing_language_is_one_clear_error(
 
 def test_behaviour_counts_shares() -> None:
     found = scoring.behaviour(["", "abcdefg", "ab"], ["abc", "abc", "ab"], {"1": "loop"})
-    assert found == pytest.approx(
-        {"length_ratio_over_2": 1 / 3, "empty": 1 / 3, "cut_at_limit": 1 / 3, "loops": 1 / 3},
-        abs=1e-6,
-    )
+    shares = {"length_ratio_over_2": 1 / 3, "empty": 1 / 3, "cut_at_limit": 1 / 3, "loops": 1 / 3}
+    assert found == pytest.approx({**shares, "repeats": 0}, abs=1e-6)
+
+
+def test_repetitions_are_found_anywhere() -> None:
+    said = [
+        "das mehrerererer Ende",
+        "und so und so und so und so und so, fertig",
+        "no, no, no, no, he said",
+        "12 000 000 000 Leute",
+        "的确的确的确的确很好",
+        "so weiter und so fort, und so weiter",
+    ]
+    given = ["", "", said[2], "", "", ""]
+    found = [scoring.behaviour([h], [r], {})["repeats"] for h, r in zip(said, given, strict=True)]
+    assert found == [1, 1, 0, 0, 1, 0]
 
 
 def test_lines_survive_odd_characters(tmp_path: Path) -> None:

@@ -120,7 +120,22 @@ def test_the_best_of_a_wider_search(tiny_model: Path, tiny_corpus: Path, tmp_pat
         config = DistillConfig(langs=("de",), limit=5, min_score=0.0, **chosen)
         done = run_distill(config, tiny_model, tiny_corpus, tmp_path / name)
         found[name] = read_jsonl(done.path / "translations.jsonl")
-    assert found["best"] == found["all"][::3]
+    assert found["best"] == found["all"]
+
+
+def test_the_next_best_takes_the_place_of_a_dropped_one(tiny_corpus: Path, tmp_path: Path) -> None:
+    segment = read_corpus(tiny_corpus).split("train")[0]
+    reference = segment.references["de"]
+    beams = [
+        Translation(reference, [1], "loop"),
+        Translation(f"{reference} A", [2], "end"),
+        Translation(f"{reference} B", [3], "end"),
+    ]
+    config = DistillConfig(langs=("de",), beams=3)
+    counts = write_rows(config, [segment], {(segment.id, "de"): beams}, tmp_path)
+    rows = read_jsonl(tmp_path / "rows.jsonl")
+    assert [row["text"] for row in rows] == [reference, f"{reference} A"]
+    assert (counts["translations"], counts["dropped"]) == (3, {"looping": 1})
 
 
 def test_no_more_hypotheses_than_beams() -> None:
@@ -143,7 +158,8 @@ def test_a_hypothesis_is_learnt_once(tiny_corpus: Path, tmp_path: Path) -> None:
     reference = segment.references["de"]
     texts = [f"{reference} A", reference, f"{reference} B", f" {reference} A"]
     found = [Translation(text, list(range(20)), "end") for text in texts]
-    counts = write_rows(CONFIG, [segment], {(segment.id, "de"): found}, tmp_path)
+    config = DistillConfig(langs=("de",), hypotheses=4)
+    counts = write_rows(config, [segment], {(segment.id, "de"): found}, tmp_path)
     rows = read_jsonl(tmp_path / "rows.jsonl")
     assert [row["text"] for row in rows] == [reference, f"{reference} A", f"{reference} B"]
     assert [row["origin"] for row in rows] == ["reference", "teacher", "teacher"]

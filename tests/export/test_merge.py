@@ -108,8 +108,11 @@ def test_auto_scores_both_and_keeps_the_better(
         ("merged", "dequantized", "bfloat16"),
         ("merged, quantised", "dequantized", "nf4"),
     ]
-    scores = {row["onto"]: row["scores"]["de"]["score"] for row in rows if row["form"] == "merged"}
-    better = "dequantized" if scores["dequantized"] > scores["base"] else "base"
+    scores, quantised = (
+        {row["onto"]: row["scores"]["de"]["score"] for row in rows if row["form"] == form}
+        for form in ("merged", "merged, quantised")
+    )
+    better = "dequantized" if quantised["dequantized"] > quantised["base"] else "base"
     card = (made.path / "README.md").read_text()
     assert all(row["scores"]["de"]["signature"] in card for row in rows)
     head = read_head(made.path)

@@ -153,6 +153,23 @@ def test_loops_are_cut_on_request(packages: dict[str, Path], clips: list) -> Non
     assert row.stopped == "loop" and set(row.tokens) == {7} and len(row.tokens) < 60
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_any_runtime_cuts_loops_when_it_is_asked_to(
+    packages: dict[str, Path],
+    student: Path,
+    clips: list,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: bool,
+) -> None:
+    for module in ("halve.translate", "export.rows"):
+        monkeypatch.setattr(f"{module}.is_looping", lambda tokens: True)
+    for path in (student, packages["fp32"]):
+        translator = open_translator(path, stop_loops=asked)
+        found = translator.translate(clips[:1], "de", limits=[4])[0]
+        translator.close()
+        assert (found.stopped == "loop") is asked
+
+
 def test_streams_record_loops(packages: dict[str, Path], clips: list) -> None:
     cutting = OnnxTranslator(packages["fp32"], stop_loops=True)
     cutting._decoder.take = _always(cutting._decoder, 7)

@@ -171,7 +171,13 @@ def test_what_models_say_that_stock_code_reads_otherwise(name: str, tmp_path: Pa
     translator = TorchTranslator(speech)
     assert translator.translate([clip], "de", limits=[32])[0].tokens == wanted
     beams = family.stock_generate(speech.model, inputs, max_new_tokens=12, num_beams=3)
-    assert translator.translate([clip], "de", limits=[12], beams=3)[0].tokens == beams
+    others = [tiny.tone(0.8, 6), tiny.tone(1.9, 7)]
+    found = translator.translate(
+        [others[0], clip, others[1]], "de", limits=[5, 12, 8], beams=3, batch_size=9
+    )
+    assert found[1].tokens == beams
+    for other, limit, row in zip(others, (5, 8), (found[0], found[2]), strict=True):
+        assert row == translator.translate([other], "de", limits=[limit], beams=3)[0]
 
 
 def make_student(name: str, corpus: Path, folder: Path) -> Path:

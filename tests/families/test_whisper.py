@@ -67,17 +67,18 @@ def test_parameters_are_those_of_the_class(whisper: Path) -> None:
 def test_beams_are_those_of_stock_code(whisper: Path) -> None:
     speech = load_model(whisper)
     translator = TorchTranslator(speech)
-    for index in range(3):
-        clip = tiny.tone(1.2, index)
+    clips = [tiny.tone(seconds, index) for index, seconds in enumerate((1.2, 0.7, 2.0))]
+    limits = [12, 4, 9]
+    together = translator.translate(clips, "de", limits=limits, beams=3, batch_size=9)
+    for clip, limit, found in zip(clips, limits, together, strict=True):
         prompt = FAMILY.instruction(language("de"))
         inputs = FAMILY.stock_inputs(speech.processor, clip, prompt, torch.float32)
         settings = speech.model.generation_config
         said = FAMILY.stock_generate(
-            speech.model, inputs, generation_config=settings, max_new_tokens=12, num_beams=3
+            speech.model, inputs, generation_config=settings, max_new_tokens=limit, num_beams=3
         )
         ends = FAMILY.end_ids(speech.model)
-        found = translator.translate([clip], "de", limits=[12], beams=3)[0].tokens
-        assert found == [token for token in said if token not in ends]
+        assert found.tokens == [token for token in said if token not in ends]
 
 
 def test_the_prompt_names_the_target_language() -> None:

@@ -142,6 +142,12 @@ def test_chat_stream(client: openai.OpenAI, expected: Translation) -> None:
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == expected.text
     assert chunks[-1].usage.completion_tokens == len(expected.tokens)
+    whole = 1.0 if expected.stopped == "end" else 0.0
+    (last,) = (chunk for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason)
+    assert last.halve == {
+        "duration": pytest.approx(len(CLIP) / 16_000, abs=0.01),
+        "coverage": whole,
+    }
 
 
 def test_chat_token_limit(client: openai.OpenAI, expected: Translation) -> None:

@@ -6,14 +6,16 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from serve.answers import EventStream
 from serve.audio_input import Recording
 from serve.errors import ApiError, bad_audio
 from serve.jobs import AHEAD, Job
@@ -171,3 +173,26 @@ def test_pieces_that_fail_together_print_nothing(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as readers:
         asyncio.run(scenario(readers))
     assert not complaints
+
+
+def test_a_stream_that_nobody_reads_ends() -> None:
+    let_go: list[bool] = []
+
+    async def scenario() -> None:
+        async def events() -> AsyncIterator[bytes]:
+            yield b"data: 1\n\n"
+
+        async def never(message: Any) -> None:
+            await asyncio.Event().wait()
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        held = AsyncExitStack()
+        held.callback(let_go.append, True)
+        stream = EventStream(events(), held, 0.2)
+        scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+        await asyncio.wait_for(stream(scope, receive, never), 10)
+
+    asyncio.run(scenario())
+    assert let_go == [True]

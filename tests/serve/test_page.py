@@ -1,5 +1,6 @@
 """The page works without a network and without a mouse."""
 
+import base64
 import re
 import shutil
 import time
@@ -151,6 +152,27 @@ def test_what_the_microphone_hears_is_sent(serve_fake, tmp_path: Path) -> None:
         eventually(lambda: value(page, "status", "textContent") == "Done.")
         (text,) = texts(page)
         assert 0.2 < float(text.removeprefix("de ")) < 60
+        assert not page.faults
+
+
+@in_a_browser
+def test_a_dropped_file_is_sent(serve_fake, tmp_path: Path) -> None:
+    content = base64.b64encode(wav(1.5)).decode()
+    with serve_fake() as server, browser.Page(server.url, tmp_path) as page:
+        eventually(lambda: value(page, "model-a") == "fake")
+        page.run(
+            f"var bytes = Uint8Array.from(atob('{content}'), (c) => c.charCodeAt(0));"
+            "var dataTransfer = new DataTransfer();"
+            "dataTransfer.items.add(new File([bytes], 'dropped.wav'));"
+            "document.body.dispatchEvent("
+            " new DragEvent('drop', { dataTransfer, bubbles: true, cancelable: true }));"
+        )
+        eventually(lambda: not value(page, "translate", "disabled"))
+        assert "dropped.wav" in value(page, "chosen", "textContent")
+        page.run("document.getElementById('form').requestSubmit()")
+        eventually(lambda: value(page, "status", "textContent") == "Done.")
+        (text,) = texts(page)
+        assert float(text.removeprefix("de ")) == pytest.approx(1.5, abs=0.05)
         assert not page.faults
 
 

@@ -1,7 +1,7 @@
 """Scores under other conditions: with noise, and apart for voices that the corpus trains on and those it does not."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,11 @@ def voices(corpus: Corpus, segments: Sequence[Segment]) -> list[str]:
 
 
 def by_voice(
-    texts: Sequence[str], references: Sequence[str], heard: Sequence[str], lang: str
+    texts: Sequence[str],
+    references: Sequence[str],
+    heard: Sequence[str],
+    lang: str,
+    metrics: Iterable[str] = METRICS,
 ) -> dict[str, dict[str, Any]]:
     """Corpus scores of either kind of voice: {kind: {segments, metric: score, …}}."""
     found: dict[str, dict[str, Any]] = {}
@@ -64,32 +68,34 @@ def by_voice(
         if len(places) < _LEAST:
             continue
         scores = scoring.score_all(
-            [texts[p] for p in places], [references[p] for p in places], lang
+            [texts[p] for p in places], [references[p] for p in places], lang, metrics
         )
         found[kind] = {"segments": len(places)} | {m: s["score"] for m, s in scores.items()}
     return found
 
 
-def faults(files: scoring.ResultFiles, tolerance: float = 1e-4) -> list[str]:
-    """Where what a result says of noise and voices differs from its own files; empty when they agree."""
-    lang, found = str(files.result["lang"]), []
+def faults(
+    files: scoring.ResultFiles, tolerance: float = 1e-4, metrics: Iterable[str] = METRICS
+) -> list[str]:
+    """Where what a result says of noise and voices, in some metrics, differs from its own files; empty when they agree."""
+    lang, found, metrics = str(files.result["lang"]), [], tuple(metrics)
     for model in files.models:
         stated, again = {}, {}
         if "noisy" in model:
             stated["noise"] = model["noisy"]["scores"]
             texts = files.hypotheses(f"{model['name']}.{NOISE}")
-            scores = scoring.score_all(texts, files.references, lang)
+            scores = scoring.score_all(texts, files.references, lang, metrics)
             again["noise"] = {metric: score["score"] for metric, score in scores.items()}
         if "by_voice" in model:
             stated |= model["by_voice"]
             heard = scoring.read_lines(files.path / VOICES)
             texts = files.hypotheses(model["name"])
-            again |= by_voice(texts, files.references, heard, lang)
+            again |= by_voice(texts, files.references, heard, lang, metrics)
         found += [
-            f"{model['name']}, {kind}, {metric}: {value} stated, {again[kind][metric]} computed"
+            f"{model['name']}, {kind}, {metric}: {values[metric]} stated, {computed} computed"
             for kind, values in stated.items()
-            for metric, value in values.items()
-            if abs(value - again[kind][metric]) > tolerance
+            for metric, computed in again[kind].items()
+            if abs(values[metric] - computed) > tolerance
         ]
     return found
 

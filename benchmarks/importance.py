@@ -31,6 +31,10 @@ from halve.models import SpeechModel, load_model, resolve_model
 from halve.progress import SILENT, Progress
 
 RESULT = "importance.json"
+MOST_NEAR_TIES = 0.01
+"""Of all translations of all candidates."""
+MOST_POINTS = 0.01
+"""Scores without the segments of near ties may differ by so much."""
 Tokens = list[list[int]]
 
 
@@ -80,6 +84,9 @@ def run_importance_bench(
                 sides[method] = _searched(method, config, speech, task, draft)
                 advance(note=method)
         result = _result(config, speech, task, sides)
+        result["faithful"] = is_faithful(result)
+        if not result["faithful"]:
+            progress.message("exact is not the reference's: see differences, near_ties and scores")
         write_json(draft.path / RESULT, result)
         for name, side in sides.items():
             _write_hypotheses(draft.path / f"{name}.jsonl.gz", task, side)
@@ -234,6 +241,16 @@ def _result(
             for method in config.also
         },
     }
+
+
+def is_faithful(result: Mapping[str, Any]) -> bool:
+    """Whether `exact` says what the reference says, but for at most 1 % of translations that part at a near tie."""
+    return bool(
+        not result["differences"]
+        and result["near_tie_share"] <= MOST_NEAR_TIES
+        and result["max_score_difference"] <= MOST_POINTS
+        and result["same_order_without_near_ties"]
+    )
 
 
 def _scores(

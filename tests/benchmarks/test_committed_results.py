@@ -27,7 +27,7 @@ def test_scores_follow_from_the_hypotheses(result: Path) -> None:
     # TER over characters takes a minute a result: see below.
     metrics = [metric for metric in METRICS if metric != "ter" or not _is_long(result)]
     assert recompute_faults(result, metrics=metrics) == []
-    assert conditions.faults(read_result(result)) == []
+    assert conditions.faults(read_result(result), metrics=metrics) == []
     assert artefact.verify(result) == []
 
 
@@ -35,3 +35,4 @@ def test_scores_follow_from_the_hypotheses(result: Path) -> None:
 @pytest.mark.parametrize("result", filter(_is_long, QUALITY), ids=lambda path: path.name)
 def test_edit_rates_follow_from_the_hypotheses(result: Path) -> None:
     assert recompute_faults(result, metrics=["ter"]) == []
+    assert conditions.faults(read_result(result), metrics=["ter"]) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.config import ImportanceBenchConfig
-from benchmarks.importance import run_importance_bench, top_two_gap
+from benchmarks.importance import is_faithful, run_importance_bench, top_two_gap
 from benchmarks.importance_order import compare_orders
 from compress.importance import make_task
 from halve import artefact
@@ -23,6 +23,14 @@ def test_one_round_of_each(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) 
     result = read_json(made.path / "importance.json")
     assert result["same_order"] and result["differences"] == [] and result["near_ties"] == []
     assert result["near_tie_segments"] == 0 and result["max_score_difference"] == 0.0
+    assert result["faithful"]
+    for fault in (
+        {"differences": [{"id": "a"}]},
+        {"near_tie_share": 0.02},
+        {"max_score_difference": 0.1},
+        {"same_order_without_near_ties": False},
+    ):
+        assert not is_faithful({**result, **fault})
     assert result["ratio"] == result["reference_s"] / result["exact_s"]
     assert (result["segments"], result["candidates"]) == (2, 4)
     assert result["threads"] == torch.get_num_threads() and result["stock_loop_s"] > 0

@@ -204,10 +204,8 @@ def write_rows(
                 text = translation.text
                 if reason is None and text.strip() in taken:
                     reason = "duplicate"  # of a better hypothesis
-                left -= reason in (
-                    None,
-                    "duplicate",
-                )  # the reference teaches what its duplicate would
+                if reason in (None, "duplicate"):  # the reference teaches what its duplicate would
+                    left -= 1
                 if reason is None:
                     taken.add(text.strip())
                     rows.append(Row(segment.id, lang, text, "teacher").record())

@@ -439,11 +439,12 @@ def _bench(of: Estimator, step: "Step") -> Cost:
         clip_s = config.short_s + config.long_s
         one = of.translating(teacher, runs * round(clip_s / of.speech.mean_s + 1), 1)
         return Cost((models + 2) * (LOAD_S + one), memory, 1e5)
-    segments = of.speech.count(config.split, config.limit) * getattr(config, "beams", 1)
+    segments = of.speech.count(config.split, config.limit)
+    rows = segments * getattr(config, "beams", 1)  # every beam is one
     noisy = 0 if config.noise_db is None else 1
     teacher_runs = (3 if config.controls else 1) + noisy
-    time_s = teacher_runs * of.translating(teacher, segments, config.batch_size)
-    time_s += (1 + noisy) * models * (LOAD_S + of.translating(student, segments, config.batch_size))
+    time_s = teacher_runs * of.translating(teacher, rows, config.batch_size)
+    time_s += (1 + noisy) * models * (LOAD_S + of.translating(student, rows, config.batch_size))
     return Cost(time_s + 10, memory, 1000 * segments * (models + 3))
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack
@@ -104,7 +103,7 @@ class EventStream(StreamingResponse):
     """Server-sent events that hold a request's resources until the last byte or the client's leave."""
 
     def __init__(
-        self, events: AsyncIterator[bytes], held: AsyncExitStack, most_s: float = math.inf
+        self, events: AsyncIterator[bytes], held: AsyncExitStack, most_s: float | None = None
     ) -> None:
         """`most_s`: a client that has not taken it all by then is left."""
         super().__init__(_guarded(events), media_type="text/event-stream")
@@ -112,7 +111,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout(None if math.isinf(self._most_s) else self._most_s):
+            async with asyncio.timeout(self._most_s):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
             log.warning("a stream was not read in its time")

@@ -151,6 +151,19 @@ def test_a_wide_beam_takes_its_time(small_recipe: Path, tmp_path: Path) -> None:
     assert (costs[1].time_s or 0) > (costs[0].time_s or 0)
 
 
+def test_a_bench_with_beams_takes_longer_and_no_more_disk(
+    small_recipe: Path, tmp_path: Path
+) -> None:
+    costs = []
+    for beams in (1, 8):
+        values = read_recipe(small_recipe).model_dump()
+        values["bench"]["quality"]["beams"] = beams
+        planned, _ = stages.plan(Run(Recipe.model_validate(values), tmp_path / "run"), None, None)
+        costs.append(next(one.cost for one in planned if one.step.stage == "bench"))
+    assert costs[0].disk_bytes == costs[1].disk_bytes
+    assert (costs[1].time_s or 0) > (costs[0].time_s or 0)
+
+
 def test_windows(finished: Run, tmp_path: Path) -> None:
     names = [step.stage for step in stages.steps_between(finished, "prune", "merge")]
     assert names == ["prune", "distill", "tune", "merge"]

@@ -7,7 +7,9 @@ import pytest
 
 from halve.errors import ArtefactError, InputError
 from serve.registry import OVERHEAD, find_models
+from serve.service import open_model
 from serve.settings import ServeSettings
+from tests import tiny
 from tests.serve.conftest import eventually, serving, wav
 from tests.serve.fakes import FakeTranslator
 
@@ -156,3 +158,15 @@ def test_a_float32_package_counts_as_what_it_holds(tmp_path: Path) -> None:
         (found,) = find_models(ServeSettings(models=(str(path),))).values()
         sizes.append(found.size_bytes)
     assert sizes == [int(22_000 * OVERHEAD), int(11_000 * OVERHEAD), int(11_000 * OVERHEAD)]
+
+
+def test_loops_are_cut_where_the_settings_ask_for_it(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halve.translate.is_looping", lambda tokens: True)
+    for asked in (False, True):
+        settings = ServeSettings(models=(str(tiny_model),), stop_loops=asked)
+        translator = open_model(str(tiny_model), settings)
+        found = translator.translate([tiny.tone(1.2, 1)], "de", limits=[4])[0]
+        assert (found.stopped == "loop") is asked
+        translator.close()

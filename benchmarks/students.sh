@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
-# Steps: corpus plans translations searched A A_fine B B_twice B_searched C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched B_searched: a student in one group only.
-# On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, BATCH_QLORA, RATE_QLORA.
+# Steps: corpus plans translations searched A A_fine A_searched B B_twice B_searched C D baselines select test table
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched: a student in one group only.
+# On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
 #   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
 #   B_twice  B, merged, and tuned as long again
-#   B_searched  B taught the best of five beams in place of the teacher's greedy translations
+#   B_searched  B, merged, and tuned as long again on the best of the teacher's five beams
+#   A_searched  A, merged, and tuned for STEPS_AGAIN on the best of five beams; stored as A_fine
 #   A_fine   A in finer blocks, for which its bar leaves room
 #   C  half of the layers pruned, trained in full with distillation, bf16
 #   D  C as ONNX in 4 bits
@@ -25,6 +26,7 @@ SEED=${SEED:-0}
 STEPS_A=${STEPS_A:-3000}
 STEPS_B=${STEPS_B:-3000}
 STEPS_C=${STEPS_C:-3000}
+STEPS_AGAIN=${STEPS_AGAIN:-1000}
 LANGS=(--lang de --lang zh)
 TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --states-dir "$OUT/states" --translations "$OUT/translations" --epochs 100 --schedule linear
     --warmup 0.03 --spec-mask 0.08 --logit-weight 0.5 --checkpoint-every 50 --eval-every 300 --select-segments 120 --patience 100)
@@ -68,15 +70,21 @@ translations() { distilled translations --batch-size 128; }
 searched() { distilled translations-beam5 --batch-size 160 --beams 5; }
 A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED" "${ROOM[@]}"; }
 B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED" "${ROOM[@]}"; }
+again() { # BASE NAME STEPS OPTIONS…: a merged student is tuned once more, with other batches
+    tune "$1" "$2" "$3" "${QLORA[@]}" --learning-rate 2e-4 --seed "$((SEED + 100))" --eval-every 600 "${@:4}"
+    merge "$1" "$2"
+}
 B_searched() {
-    tune "$OUT/pruned-quarter" B-searched "$STEPS_B" "${QLORA[@]}" --translations "$OUT/translations-beam5"
-    merge "$OUT/pruned-quarter" B-searched
+    again "$OUT/merged/B-$SEED" B-searched "$STEPS_B" --translations "$OUT/translations-beam5"
     package "$OUT/merged/B-searched-$SEED" "B-searched-$SEED" "${ROOM[@]}"
+}
+A_searched() {
+    again "$OUT/merged/A-$SEED" A-searched "$STEPS_AGAIN" --translations "$OUT/translations-beam5"
+    package "$OUT/merged/A-searched-$SEED" "A-searched-$SEED" "${ROOM[@]}" --block-size 16
 }
 A_fine() { package "$OUT/merged/A-$SEED" "A-fine-$SEED" "${ROOM[@]}" --block-size 16; }
 B_twice() {
-    tune "$OUT/merged/B-$SEED" B-twice "$STEPS_B" "${QLORA[@]}" --learning-rate 2e-4 --seed "$((SEED + 100))" --eval-every 600
-    merge "$OUT/merged/B-$SEED" B-twice
+    again "$OUT/merged/B-$SEED" B-twice "$STEPS_B"
     package "$OUT/merged/B-twice-$SEED" "B-twice-$SEED" "${ROOM[@]}"
 }
 C() { tune "$OUT/pruned-half" C "$STEPS_C" "${FULL[@]}"; }
@@ -99,7 +107,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
             quarter) quality "$1" quarter "$OUT/packages/teacher-int4-A" "$OUT/packages/B-$SEED" ;;
             seeds) quality "$1" seeds "$OUT/packages/A-0" "$OUT/packages/A-1" "$OUT/packages/A-2" ;;
             fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;
-            searched) quality "$1" searched "$OUT/packages/B-searched-$SEED" ;;
+            searched) quality "$1" searched "$OUT/packages/A-searched-${SEED_A:-$SEED}" "$OUT/packages/B-searched-$SEED" ;;
             qlora) quality "$1" qlora "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" ;;
         esac
     done

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compress.exact import ExactTranslator
@@ -32,13 +32,28 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(SHAPES))
-def setting(
-    request: pytest.FixtureRequest, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[SpeechModel, SearchTask]:
-    """One model of each shape."""
-    folder = tmp_path_factory.mktemp("shapes") / request.param
-    return opened(folder, tiny_corpus, seed=len(request.param), **SHAPES[request.param])
+def tie(speech: SpeechModel) -> None:
+    """The head becomes the embeddings: the stock class never ties them, models with equal tables do exist."""
+    with torch.no_grad():
+        speech.part(speech.family.head).weight.copy_(speech.part(speech.family.embeddings).weight)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, Any]:
+    """A decoder of any proportions: grouped or shared heads, odd widths, windows."""
+    shared, groups = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    layers = draw(st.integers(3, 7))
+    shape = {
+        "num_key_value_heads": shared,
+        "num_attention_heads": shared * groups,
+        "hidden_size": shared * groups * draw(st.sampled_from([6, 10, 16])),
+        "intermediate_size": draw(st.integers(33, 130)),
+        "num_hidden_layers": layers,
+    }
+    if draw(st.booleans()):
+        shape |= {"use_sliding_window": True, "sliding_window": draw(st.integers(16, 64))}
+        shape |= {"max_window_layers": draw(st.integers(0, layers - 1))}
+    return shape
 
 
 def translations(
@@ -52,17 +67,35 @@ def translations(
         return {layer: tokens for found in runs for layer, tokens in found.items()}
 
 
-def test_every_candidate_has_the_reference_tokens(setting: tuple[SpeechModel, SearchTask]) -> None:
-    speech, task = setting
-    layers = list(range(len(speech.part(speech.family.layers))))
-    candidates: list[int | None] = [1, layers[-2], None]
-    nothing: list[list[int]] = [[] for _ in task.ids]
-    wanted = translations(StockTranslator(speech, task), layers, nothing, candidates)
-    parent = translations(ExactTranslator(speech, task), layers, nothing, [None])[None]
-    found = translations(ExactTranslator(speech, task), layers, parent, candidates)
-    assert found == wanted
-    lengths = {len(row) for rows in wanted.values() for row in rows}
-    assert len(lengths) > 1, "some translations must end by themselves for this to prove anything"
+def test_any_shape_has_the_reference_tokens(
+    tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    lengths = set()
+
+    @settings(max_examples=8, derandomize=True, deadline=None)
+    @given(shape=shapes(), tied=st.booleans(), data=st.data())
+    @example(shape=SHAPES["grouped-query"], tied=False, data=None)
+    @example(shape=SHAPES["odd"], tied=True, data=None)
+    @example(shape=SHAPES["all-heads"], tied=False, data=None)
+    @example(shape=SHAPES["window"], tied=False, data=None)
+    def check(shape: dict[str, Any], tied: bool, data: Any) -> None:
+        folder = tmp_path_factory.mktemp("shape")
+        speech, task = opened(folder, tiny_corpus, seed=sum(shape.values()), **shape)
+        if tied:
+            tie(speech)
+        layers = list(range(len(speech.part(speech.family.layers))))
+        left_out = data.draw(st.integers(0, layers[-1])) if data else 1
+        candidates: list[int | None] = [left_out, layers[-2], None]
+        nothing: list[list[int]] = [[] for _ in task.ids]
+        wanted = translations(StockTranslator(speech, task), layers, nothing, candidates)
+        parent = translations(ExactTranslator(speech, task), layers, nothing, [None])[None]
+        assert parent == wanted[None], "removing nothing changes nothing"
+        found = translations(ExactTranslator(speech, task), layers, parent, candidates)
+        assert found == wanted
+        lengths.update(len(row) for rows in wanted.values() for row in rows)
+
+    check()
+    assert len(lengths) > 3, "translations must end by themselves for this to prove anything"
 
 
 def test_a_pruned_parent_too(tiny_corpus: Path, tmp_path: Path) -> None:
@@ -99,9 +132,7 @@ def test_same_order_as_the_reference_in_any_chunks(tiny_corpus: Path, tmp_path: 
     speech, task = opened(
         tmp_path, tiny_corpus, seed=5, most=12, segments=3, lang="zh", num_hidden_layers=4
     )
-    with torch.no_grad():
-        # The stock class never ties them; models with equal tables do exist.
-        speech.part(speech.family.head).weight.copy_(speech.part(speech.family.embeddings).weight)
+    tie(speech)
     rankings = []
     for name, most in (("reference", 3), ("exact", 3), ("exact", 2), ("exact", 1)):
         maker: Any = StockTranslator if name == "reference" else ExactTranslator

@@ -49,7 +49,7 @@ class Record:
     """What must not happen."""
     latencies_ms: list[float] = field(default_factory=list)
     refused_connections: int = 0
-    """Requests begun after the server had been told to stop, which it no longer took."""
+    """Requests begun after the server had been told to stop, of which nothing was answered."""
 
     def count(self, kind: str, status: object) -> None:
         """Counts an answer."""
@@ -74,21 +74,30 @@ class Client:
         self._lang = lang
         self._stock = stock
         self._choice = random.Random(seed)
+        self._is_answered = False
 
     async def run(self, record: Record, until_s: float, stopping: asyncio.Event) -> None:
         """Sends until `until_s` (monotonic), or until the server, told to stop, hangs up."""
         async with httpx.AsyncClient(
-            base_url=self._url, timeout=300.0, trust_env=False, verify=False
+            base_url=self._url,
+            timeout=300.0,
+            trust_env=False,
+            verify=False,
+            event_hooks={"response": [self._note_answer]},
         ) as http:
             while time.monotonic() < until_s:
-                begun_after_stop = stopping.is_set()
+                begun_after_stop, self._is_answered = stopping.is_set(), False
                 try:
                     await self._one(http, record)
                 except httpx.HTTPError as error:
-                    if begun_after_stop:
+                    # An answer that had begun was of a request that the server had accepted.
+                    if begun_after_stop and not self._is_answered:
                         record.refused_connections += 1
                         return
                     record.faults.append(f"a request was lost: {type(error).__name__} {error}")
+
+    async def _note_answer(self, answer: httpx.Response) -> None:
+        self._is_answered = True
 
     async def _one(self, http: httpx.AsyncClient, record: Record) -> None:
         chance = self._choice.random()

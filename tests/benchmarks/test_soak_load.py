@@ -1,0 +1,62 @@
+"""A soak's clients tell a request that was cut off from one that was never taken."""
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+
+from benchmarks.soak_audio import Sound
+from benchmarks.soak_load import Client, Record, Stock
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\ncontent-type: application/json\r\n\r\n"
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Takes the connection and nothing else."""
+    writer.close()
+
+
+async def cut_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Begins to answer."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    await reader.readexactly(int(re.findall(rb"(?i)content-length: (\d+)", head)[0]))
+    writer.write(HEAD + b'{"text": "Der')
+    await writer.drain()
+    writer.close()
+
+
+def load(serve: Serve, stopped: bool) -> Record:
+    """What a client records of a server that does so, told to stop before or not."""
+
+    async def run() -> Record:
+        record, stopping = Record(), asyncio.Event()
+        if stopped:
+            stopping.set()
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        sound = Sound("a.wav", b"RIFF" * 100, np.zeros(100, np.float32))
+        client = Client(f"http://127.0.0.1:{port}", ["m"], "de", Stock([sound], [sound], {}), 3)
+        async with server:
+            await client.run(record, time.monotonic() + 0.2, stopping)
+        return record
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_answer_cut_off_is_a_fault_whenever_it_is(stopped: bool) -> None:
+    record = load(cut_off, stopped)
+    assert record.faults and "a request was lost" in record.faults[0]
+    assert not record.refused_connections
+
+
+def test_a_request_never_taken_is_refused_after_the_stop_and_a_fault_before() -> None:
+    after = load(hang_up, True)
+    assert after.refused_connections == 1 and not after.faults
+    before = load(hang_up, False)
+    assert before.faults and not before.refused_connections

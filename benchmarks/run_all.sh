@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the figures of README's demo again, and most results behind the documents; results in runs/. The students: benchmarks/students.sh.
+# Makes the figures of README's demo again, and most results behind the documents; results in runs/. The students: benchmarks/students.sh. README's tables of committed results: python -m benchmarks.readme --write.
 #   make bench                                        all of it, about three hours on 2 quiet cores
 #   bash benchmarks/run_all.sh .venv/bin demo serve   parts of it
 # Parts: demo (10 min), teacher (2), importance (50), order (60), scaling (10), serve (6), soak (6), packages (20).

@@ -12,7 +12,6 @@ from compress.exact import ExactTranslator
 from compress.footprint import Footprint, Room
 from compress.reference import StockTranslator
 from compress.search import Ledger, Search, greedy, plan_chunks
-from compress.task import SearchTask
 from halve.models import SpeechModel
 from tests.compress.search_models import opened
 

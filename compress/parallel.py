@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from halve import artefact
+from halve import artefact, partials
 from halve.artefact import Artefact, Draft
 from halve.errors import MissingExtraError
 
@@ -123,7 +123,7 @@ def writing(
     """`artefact.writing` of the main process; the others get the same draft, to read from alone."""
     if not team.is_main:
         team.wait()
-        yield Draft(artefact.partial_path(out), resumed=False)
+        yield Draft(partials.partial_path(out), resumed=False)
         return
     with artefact.writing(out, kind, recipe, seed, parents) as draft:
         team.wait()

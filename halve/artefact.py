@@ -5,10 +5,8 @@ run leaves that directory behind; the next run with the same inputs gets it back
 machine go to `timings.jsonl`, which no hash covers, so that a repeated run has the same hashes.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,17 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halve import environment
+from halve import environment, partials
 from halve.errors import ArtefactError
 from halve.hashing import file_sha256, sha256_of
 from halve.json_files import append_jsonl, read_json, write_json
 
 SCHEMA_VERSION = 1
-RECORD = "artefact.json"
+RECORD = partials.RECORD
 TIMINGS = "timings.jsonl"
-_CLAIM = "partial.json"
-_WORK = "work"
-_UNHASHED = {RECORD, TIMINGS, _CLAIM}
+_UNHASHED = {RECORD, TIMINGS, partials.CLAIM}
 _LEFT_BEHIND = {".cache", ".DS_Store", ".ipynb_checkpoints"}
 
 
@@ -66,7 +62,7 @@ class Draft:
     @property
     def work(self) -> Path:
         """Resume state: kept while the stage runs, gone when it is published."""
-        folder = self.path / _WORK
+        folder = self.path / partials.WORK
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -81,7 +77,7 @@ def _files(path: Path) -> list[str]:
     return sorted(
         name.as_posix()
         for name in names
-        if name.as_posix() not in _UNHASHED and name.parts[0] != _WORK
+        if name.as_posix() not in _UNHASHED and name.parts[0] != partials.WORK
     )
 
 
@@ -223,7 +219,7 @@ def is_current(
     Raises:
         ArtefactError: it was, and lacks files or has others of their names now; or something is in the way.
     """
-    out = _real(out)
+    out = partials.real_place(out)
     _finish_publishing(out)
     if not (out / RECORD).is_file():
         return False
@@ -260,25 +256,25 @@ def writing(
         ArtefactError: `out` is taken by something else, is one of the inputs, lies inside an artefact, or is
             being written by another process.
     """
-    out = _real(out)
-    _check_ground(out)
+    out = partials.real_place(out)
+    partials.check_ground(out)
     _finish_publishing(out)
     _check_place(out, kind, recipe)
     _check_inputs(out, parents.values())
     hashes = {name: identity(path) for name, path in parents.items()}
     claim = _fingerprint(kind, recipe, seed, hashes)
-    partial = partial_path(out)
-    if (partial / _CLAIM).is_file():
-        with _alone(partial) as is_alone:
-            _refuse_company(is_alone, partial)
+    partial = partials.partial_path(out)
+    if (partial / partials.CLAIM).is_file():
+        with partials.alone(partial) as is_alone:
+            partials.refuse_company(is_alone, partial)
     draft = _open_draft(partial, claim)
     started = time.monotonic()
-    with _alone(partial) as is_alone:
-        _refuse_company(is_alone, partial)
+    with partials.alone(partial) as is_alone:
+        partials.refuse_company(is_alone, partial)
         try:
             yield draft
         except BaseException:
-            _leave(partial)
+            partials.leave(partial)
             raise
         draft.timing("stage", time.monotonic() - started, kind=kind, date=_today(), **_where())
         record = {
@@ -294,52 +290,6 @@ def writing(
         }
         write_json(partial / RECORD, record)
         _publish(partial, out)
-
-
-@contextmanager
-def _alone(partial: Path) -> Iterator[bool]:
-    """Keeps other processes from writing the same artefact at the same time; says whether none does.
-
-    The lock goes with the process, not with its children: a killed run never stands in its successor's way.
-    """
-    try:
-        claim = open(partial / _CLAIM, "r+b")  # noqa: SIM115
-    except FileNotFoundError:  # published meanwhile
-        yield False
-        return
-    with claim:
-        try:
-            fcntl.lockf(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            yield False
-            return
-        except OSError:  # a file system without locks
-            pass
-        yield True
-
-
-def is_partial(path: Path) -> bool:
-    """Whether a directory is what a stage that was stopped left, and not another program's."""
-    return any((path / name).exists() for name in (_CLAIM, RECORD, _WORK))
-
-
-def is_being_written(partial: Path) -> bool:
-    """Whether a process is at work in an unfinished artefact's directory; of one that cannot be asked, too."""
-    if not (partial / _CLAIM).is_file():
-        return False
-    try:
-        with _alone(partial) as is_alone:
-            return not is_alone
-    except OSError:  # another user's, or on a read-only file system
-        return True
-
-
-def _refuse_company(is_alone: bool, partial: Path) -> None:
-    if not is_alone:
-        raise ArtefactError(
-            f"{partial} is being written by another process",
-            mend="wait for that run, stop it, or choose another --out",
-        )
 
 
 def _records(path: Path) -> dict[str, dict[str, Any]]:
@@ -361,26 +311,6 @@ def _where() -> dict[str, Any]:
         "cores": environment.cores(),
         **environment.gpu_in_use(),
     }
-
-
-def _real(out: Path) -> Path:
-    """A link's target: what is renamed into the link's place would not be where it points."""
-    return Path(out).resolve() if Path(out).is_symlink() else Path(out)
-
-
-def _check_ground(out: Path) -> None:
-    """Refuses before any work a directory that another one cannot be renamed into the place of."""
-    place, here = out.resolve(), Path.cwd()
-    if place in (here, *here.parents):
-        what = "the directory that this runs in, or above it"
-    elif os.path.ismount(place):
-        what = "a mount point"
-    else:
-        return
-    raise ArtefactError(
-        f"{out} is {what}, which nothing can take the place of",
-        mend=f"name a directory inside it, such as --out {out / 'halve'}",
-    )
 
 
 def _check_place(out: Path, kind: str, recipe: Mapping[str, Any]) -> None:
@@ -424,7 +354,7 @@ def _check_inputs(out: Path, parents: Iterable[Path]) -> None:
 
 def _open_draft(partial: Path, claim: str) -> Draft:
     """Takes a killed run's partial directory when it was making the same thing, else a fresh one."""
-    record = partial / _CLAIM
+    record = partial / partials.CLAIM
     if record.is_file():
         try:
             if json.loads(record.read_bytes())["fingerprint"] == claim:
@@ -439,48 +369,15 @@ def _open_draft(partial: Path, claim: str) -> Draft:
     return Draft(partial, resumed=False)
 
 
-def _leave(partial: Path) -> None:
-    """After a failure: keeps finished work, and only that."""
-    work = partial / _WORK
-    if not (work.is_dir() and any(work.iterdir())):
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(paths: Iterable[Path]) -> None:
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def partial_path(out: Path) -> Path:
-    """Where an artefact is written before it has its place."""
-    out = _real(out)
-    return out.parent / f".{out.name}.partial"
-
-
-def _aside(out: Path) -> Path:
-    return out.parent / f".{out.name}.old"
-
-
-def _drop_aside(out: Path) -> None:
-    """Deletes what has stepped aside: an older artefact or an empty directory, and nothing else of that name."""
-    aside = _aside(out)
-    if aside.is_dir() and ((aside / RECORD).is_file() or not any(aside.iterdir())):
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _finish_publishing(out: Path) -> None:
     """A run killed after its record was written had only the renaming left to do; a living one does it itself."""
     if (out / RECORD).is_file():
-        (out / _CLAIM).unlink(missing_ok=True)
-        _drop_aside(out)
-    partial = partial_path(out)
+        (out / partials.CLAIM).unlink(missing_ok=True)
+        partials.drop_aside(out)
+    partial = partials.partial_path(out)
     if not (partial / RECORD).is_file():
         return
-    with _alone(partial) as is_alone:
+    with partials.alone(partial) as is_alone:
         if not is_alone:
             return
         try:
@@ -501,14 +398,14 @@ def _publish(partial: Path, out: Path) -> None:
     """
     made = read(partial)
     _check_place(out, made.kind, made.recipe)
-    shutil.rmtree(partial / _WORK, ignore_errors=True)
+    shutil.rmtree(partial / partials.WORK, ignore_errors=True)
     # Closing a file gives up the process's lock on it.
-    _sync([e for e in partial.rglob("*") if e.is_file() and e != partial / _CLAIM])
-    _sync([partial])
-    _drop_aside(out)
+    partials.sync([e for e in partial.rglob("*") if e.is_file() and e != partial / partials.CLAIM])
+    partials.sync([partial])
+    partials.drop_aside(out)
     if out.exists():
-        out.rename(_aside(out))
+        out.rename(partials.aside_path(out))
     partial.rename(out)
-    (out / _CLAIM).unlink(missing_ok=True)
-    _sync([out.parent])
-    _drop_aside(out)
+    (out / partials.CLAIM).unlink(missing_ok=True)
+    partials.sync([out.parent])
+    partials.drop_aside(out)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from halve import artefact
+from halve import artefact, partials
 from halve.errors import InputError
 from pipeline.console import Result, size, table
 
@@ -49,7 +49,7 @@ def _is_over(run: Path) -> bool:
 
 def _is_in_use(path: Path) -> bool:
     """Whether a run writes it, or writes beside it: the run may read it then."""
-    return any(artefact.is_being_written(entry) for entry in path.parent.glob(".*.partial"))
+    return any(partials.is_being_written(entry) for entry in path.parent.glob(".*.partial"))
 
 
 def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
@@ -64,7 +64,7 @@ def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
 def _why(path: Path) -> str:
     """Why a directory can go; nothing for one that must stay."""
     # Other programs use such names too: halve's own hold its records.
-    if path.name.startswith(".") and path.name.endswith(".partial") and artefact.is_partial(path):
+    if path.name.startswith(".") and path.name.endswith(".partial") and partials.is_partial(path):
         return _UNFINISHED
     is_old = path.name.startswith(".") and path.name.endswith(".old")
     if is_old and (_is_whole(path) or not any(path.iterdir())):

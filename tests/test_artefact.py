@@ -227,14 +227,14 @@ def test_who_looks_while_another_publishes_leaves_it_alone(tmp_path: Path) -> No
     script = """
         import sys, time
         from pathlib import Path
-        from halve import artefact
-        sync = artefact._sync
+        from halve import artefact, partials
+        sync = partials.sync
         def slowly(paths):
             print("publishing", flush=True)
             sys.stdin.readline()
-            artefact._sync = sync
+            partials.sync = sync
             sync(paths)
-        artefact._sync = slowly
+        partials.sync = slowly
         with artefact.writing(Path(sys.argv[1]), "results", {"n": 1}, 0, {}) as draft:
             (draft.path / "a.txt").write_text("hello")
         print("published", flush=True)

@@ -11,7 +11,7 @@ from halve.importers import CorpusConfig, read_source, run_corpus
 from halve.importers.base import Row, known_language
 from halve.importers.hf import import_hf
 from halve.importers.splits import divide
-from tests.test_importers import Heard, faults_of, sound, text
+from tests.importing import Heard, faults_of, sound, text
 
 IWSLT = CorpusConfig(format="iwslt")
 

@@ -16,6 +16,8 @@ Split = Literal["test", "select", "train"]
 class QualityConfig(Config):
     """What `halve bench quality` measures."""
 
+    ADDED_LATER = frozenset({"beams"})
+
     lang: str
     """Target language (de, zh, …)."""
     split: Split = "test"

@@ -100,9 +100,7 @@ def run_quality(
         f"{role} {model.name}": model.path for role, model in zip(roles, models, strict=True)
     }
     parents["corpus"] = corpus
-    settings = config.model_dump()
-    if config.beams == 1:
-        del settings["beams"]  # as before there were any: what was measured then stays what it is
+    settings = config.recorded()
     is_made = is_current(out, "results", settings, config.seed, parents)
     with writing(out, "results", settings, config.seed, parents) as draft:
         if is_made:

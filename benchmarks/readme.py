@@ -7,14 +7,15 @@
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.scoring import kept_text
 from benchmarks.students import LANGS
 from benchmarks.tables import megabytes
-from halve.errors import ArtefactError
+from halve.errors import ArtefactError, HalveError
 from halve.json_files import read_json
 from halve.languages import language
 
@@ -43,11 +44,21 @@ def newest(name: str, file: str) -> dict[str, Any]:
     Raises:
         ArtefactError: none is committed.
     """
-    found = sorted(RESULTS.glob(f"2*-{name}/{file}"))
+    found = sorted(RESULTS.glob(f"????-??-??-{name}/{file}"))
     if not found:
         raise ArtefactError(f"No result {name} under {RESULTS}", expected=f"DATE-{name}/{file}")
     result: dict[str, Any] = read_json(found[-1])
     return result
+
+
+def _all_there(wanted: Iterable[str], found: Iterable[str], where: str) -> None:
+    there = set(found)
+    if missing := [name for name in wanted if name not in there]:
+        raise ArtefactError(
+            f"{', '.join(missing)} not in {where}",
+            expected="the models that README shows",
+            mend="measure them, or change the names in benchmarks/readme.py",
+        )
 
 
 def demo_table() -> str:
@@ -57,6 +68,8 @@ def demo_table() -> str:
         newest("demo-latency", "latency.json"),
     )
     speeds = {Path(model["path"]).name: model for model in latency["models"]}
+    _all_there(DEMO, [student["name"] for student in quality["students"]], "the demo's quality")
+    _all_there(["teacher", *DEMO], speeds, "the demo's latency")
     lines = [
         "| model | stored | % of teacher | BLEU | chrF++ | chrF++ kept (95 %) | first token | a token | 5 s clip, times faster | peak memory |",
         "|---" * 10 + "|",
@@ -64,7 +77,8 @@ def demo_table() -> str:
     ]
     teacher = quality["teacher"]
     rows = [("teacher, bf16 (halve)", teacher)]
-    rows += [(DEMO[student["name"]], student) for student in quality["students"]]
+    students = {student["name"]: student for student in quality["students"]}
+    rows += [(label, students[name]) for name, label in DEMO.items()]
     for label, row in rows:
         model = speeds[Path(row["path"]).name]
         share = f"{100 * row['stored_bytes'] / teacher['stored_bytes']:.0f} %"
@@ -102,6 +116,7 @@ def students_table() -> str:
         f"| teacher, bf16 | 12 | {megabytes(teacher['stored_bytes'])} MB | 100 % | {' | '.join(own)} |",
     ]
     students = {student["name"]: student for student in result["students"]}
+    _all_there(STUDENTS, students, "the students' result")
     for name, label in STUDENTS.items():
         student = students[name]
         cells = [
@@ -138,11 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args(arguments)
-    if options.write:
-        path = ROOT / "README.md"
-        path.write_text(filled(path.read_text(encoding="utf8")), encoding="utf8")
-    else:
-        print("\n\n".join(make() for make in TABLES.values()))
+    path = ROOT / "README.md"
+    try:
+        if options.write:
+            path.write_text(filled(path.read_text(encoding="utf8")), encoding="utf8")
+        else:
+            print("\n\n".join(make() for make in TABLES.values()))
+    except HalveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -121,7 +121,10 @@ class Client:
         record.count("well-formed", answer.status_code)
         if answer.status_code == 200:
             record.latencies_ms.append(1000 * (time.monotonic() - started_s))
-            record.answers.append(_read(sound.name, ask, answer))
+            if broken := _broken_stream(answer) if "stream" in ask else "":
+                record.faults.append(f"{ask} of {sound.name} ended with {broken}")
+            else:
+                record.answers.append(_read(sound.name, ask, answer))
         elif answer.status_code in REFUSED_FOR_NOW and "retry-after" in answer.headers:
             await asyncio.sleep(PAUSE_S)
         else:
@@ -243,6 +246,14 @@ def _read(name: str, ask: str, answer: httpx.Response) -> Answer:
     segments = found.get("segments", [])
     times = tuple((part["start"], part["end"], part["text"]) for part in segments)
     return Answer(name, found["text"], times)
+
+
+def _broken_stream(answer: httpx.Response) -> str:
+    """The event that a stream which did not come to its end ended with."""
+    events = _events(answer.text)
+    if not events:
+        return "nothing"
+    return str(events[-1])[:200] if "error" in events[-1] else ""
 
 
 def _events(text: str) -> list[dict[str, Any]]:

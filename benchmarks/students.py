@@ -8,6 +8,7 @@ layer's places. `table` reads the two runs of `halve bench quality` on `test` an
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from benchmarks import scoring
 from halve import environment
-from halve.errors import ArtefactError
+from halve.errors import ArtefactError, HalveError
 from halve.json_files import read_json, write_json
 from halve.languages import language
 
@@ -82,7 +83,9 @@ def collect(folder: Path) -> dict[str, Any]:
         ArtefactError: a quality run is missing.
     """
     groups = sorted(
-        path.name.removeprefix(f"test-{LANGS[0]}-") for path in folder.glob(f"test-{LANGS[0]}-*")
+        path.name.removeprefix(f"test-{LANGS[0]}-")
+        for path in folder.glob(f"test-{LANGS[0]}-*")
+        if _is_greedy(path)
     )
     if not groups:
         raise ArtefactError(
@@ -113,6 +116,12 @@ def collect(folder: Path) -> dict[str, Any]:
         "machine": environment.machine(),
         "versions": environment.versions(),
     }
+
+
+def _is_greedy(result: Path) -> bool:
+    """Of students translated once more with beams there is another table."""
+    path = result / "quality.json"
+    return not path.is_file() or read_json(path).get("beams", 1) == 1
 
 
 def _quality(folder: Path, lang: str, group: str) -> dict[str, Any]:
@@ -240,6 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quarter", type=int, default=3)
     parser.add_argument("--half", type=int, default=6)
     options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except HalveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.what == "plan":
         for name, layers in write_plan(options.folder, options.quarter, options.half).items():
             print(f"{name}: without layers {', '.join(map(str, layers))}")

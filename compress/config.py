@@ -13,12 +13,10 @@ Precision = Literal["float32", "bfloat16"]
 Arithmetic = Literal["auto", "float32", "bfloat16"]
 
 
-DECIDES_NOTHING = {"checkpoint_every"}
-"""Settings of training that leave its result as it is: they are not on record, and may change when it goes on."""
-
-
 class TrainingConfig(Config):
     """What full fine-tuning and adapter tuning have in common."""
+
+    DECIDES_NOTHING = frozenset({"checkpoint_every"})
 
     langs: Langs
     """Target languages; the model learns them together."""
@@ -101,6 +99,8 @@ class TeachConfig(AdapterConfig):
 class ImportanceConfig(Config):
     """The layer-importance search."""
 
+    DECIDES_NOTHING = frozenset({"workers", "ray_address"})
+
     remove: Positive
     """How many decoder layers to remove."""
     lang: str
@@ -156,6 +156,8 @@ class PruneConfig(Config):
 
 class DistillConfig(Config):
     """Sequence-level knowledge distillation: the teacher translates the training audio."""
+
+    ADDED_LATER = frozenset({"beams"})
 
     langs: Langs
     """Target languages."""

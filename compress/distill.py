@@ -49,7 +49,7 @@ def run_distill(
     """Translates the training audio, batch by batch, and joins what is good with the references.
 
     Writes `translations.jsonl` (all of the teacher's, every beam's), `rows.jsonl` (what a student learns),
-    `dropped.jsonl` (what it does not, and why) and, if asked, the teacher's distributions over the rows' tokens. Batches are the same in every run and each is on disk once
+    `dropped.jsonl` (what was looked at and is not, and why) and, if asked, the teacher's distributions over the rows' tokens. Batches are the same in every run and each is on disk once
     it is translated: a killed run goes on there and ends with the same bytes.
 
     Args:
@@ -59,9 +59,7 @@ def run_distill(
         InputError: a corpus, model or setting that cannot be used.
     """
     base = resolve_model(model)
-    recipe = config.model_dump(mode="json")
-    if config.beams is None:
-        del recipe["beams"]  # as before there were any: what was made then stays what it is
+    recipe = config.recorded()
     parents = {"model": base, "corpus": Path(corpus)}
     with artefact.writing(Path(out), "translations", recipe, config.seed, parents) as draft:
         data = read_corpus(corpus)
@@ -104,7 +102,7 @@ def _translate(
         translate = partial(_translate_batch, config, translator, corpus, segments)
         with (
             progress.task("Translating", len(batches), len(done)) as advance,
-            translator.lanes(len(batches), config.batch_size) as crew,
+            translator.lanes(len(batches), max(config.batch_size, config.width)) as crew,
         ):
             for start in range(len(done), len(batches), crew.size):
                 wave = batches[start : start + crew.size]
@@ -204,7 +202,8 @@ def write_rows(
                 text = translation.text
                 if reason is None and text.strip() in taken:
                     reason = "duplicate"  # of a better hypothesis
-                if reason in (None, "duplicate"):  # the reference teaches what its duplicate would
+                is_reference = reason == "duplicate" and text.strip() == reference
+                if reason is None or is_reference:  # the reference teaches what it would
                     left -= 1
                 if reason is None:
                     taken.add(text.strip())

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 TRANSLATING = ("exact", "reference", "bounded", "racing")
 """The methods that rank by translations; the others have nothing for workers to do."""
-NOT_IN_THE_RECORD = {"workers", "ray_address"}
-"""Settings that decide nothing of what is found: a killed search may go on with others."""
 DEFAULT_BUDGET = 0.4
 """Share of the device's memory that a search without a stated budget may take for its caches."""
 ACTIVATIONS_SHARE = 0.2
@@ -60,7 +58,7 @@ def run_importance(
     segments = heard.split(config.split, config.lang, config.segments)
     warn_of_speech(family.reads, segments, progress)
     parents = {"model": model, "corpus": Path(corpus)}
-    recipe = config.model_dump(mode="json", exclude=NOT_IN_THE_RECORD)
+    recipe = config.recorded()
     with artefact.writing(Path(out), "importance", recipe, config.seed, parents) as draft:
         if config.method in ("random", "middle", "spaced"):
             from compress.criteria import blind

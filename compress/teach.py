@@ -8,7 +8,7 @@ from torch.nn import Parameter
 
 from compress import parallel
 from compress.adapters import put_adapter_on
-from compress.config import DECIDES_NOTHING, TeachConfig, TrainingConfig
+from compress.config import TeachConfig, TrainingConfig
 from compress.gradients import arithmetic
 from compress.loop import Scores, Training, checkpoint_activations, train
 from compress.parallel import Team
@@ -56,7 +56,7 @@ def run_teach(
     """
     base = resolve_model(model)
     check_unquantised(base)
-    recipe = config.model_dump(mode="json", exclude=DECIDES_NOTHING)
+    recipe = config.recorded()
     parents = {"model": base, "corpus": Path(corpus)}
     team = parallel.team(config.device)
     progress = progress if team.is_main else SILENT

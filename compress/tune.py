@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from compress import parallel
 from compress.adapters import decoder_linears, put_adapter_on
-from compress.config import DECIDES_NOTHING, TuneConfig
+from compress.config import TuneConfig
 from compress.gradients import arithmetic
 from compress.logits import LogitLoss, StoredLogits
 from compress.loop import Training, checkpoint_activations, train
@@ -73,7 +73,7 @@ def run_tune(
         parents["translations"] = Path(translations)
     soft = _soft_loss(config, translations)
     kind = "student" if config.method == "full" else "adapter"
-    recipe = config.model_dump(mode="json", exclude=DECIDES_NOTHING)
+    recipe = config.recorded()
     team = parallel.team(config.device)
     progress = progress if team.is_main else SILENT
     with parallel.writing(team, Path(out), kind, recipe, config.seed, parents) as draft:

@@ -1,9 +1,9 @@
 """Settings of merging and packaging."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from halve.config import Config, Positive, Seed
 from halve.errors import FamilyError, InputError
@@ -44,6 +44,14 @@ class MergeConfig(Config):
     full: also loads the student in stock transformers."""
     max_shard_bytes: Positive = 1_000_000_000
     """A file of weights is at most so large."""
+
+    @model_validator(mode="after")
+    def _scored_where_there_is_a_choice(self) -> Self:
+        if self.requantized and self.onto != "auto":
+            raise ValueError(
+                f"requantized chooses between two bases: it needs onto auto, not {self.onto}"
+            )
+        return self
 
 
 class PackageConfig(Config):

@@ -223,7 +223,7 @@ def _scores(
 def _scores_quantised(
     sets: list[SelectSet], config: MergeConfig, student: Path
 ) -> dict[str, Score]:
-    """Scores of a student in the very files that a 4-bit package holds."""
+    """Scores of a student in the files of an NF4 package; other 4-bit packages round a little differently."""
     folder = student.with_name(f"{student.name}-nf4")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -31,15 +31,16 @@ def doubtful_lines(
         if length and len(text) > MAX_LENGTH_RATIO * usual * length and len(text) > 20
     ]
     if empty:
-        faults.append(f"{len(empty)} empty lines: {_places(empty)}")
+        faults.append(f"{len(empty)} empty lines: {numbered(empty)}")
     if long:
         faults.append(
             f"{len(long)} lines over {MAX_LENGTH_RATIO:g} times as long as usual for their source: "
-            f"{_places(long)}"
+            f"{numbered(long)}"
         )
     return faults
 
 
-def _places(places: Sequence[int]) -> str:
+def numbered(places: Sequence[int]) -> str:
+    """The first ten of them."""
     shown = ", ".join(map(str, places[:10]))
     return f"{shown}, …" if len(places) > 10 else shown

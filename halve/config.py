@@ -1,9 +1,10 @@
 """The base of every stage's settings."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -20,6 +21,30 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    DECIDES_NOTHING: ClassVar[frozenset[str]] = frozenset()
+    """Settings that leave the result as it is: they are not on record, and may change when a run goes on."""
+    ADDED_LATER: ClassVar[frozenset[str]] = frozenset()
+    """Settings that are on record where they are not at their default: what was made before there were any stays what it is."""
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that an artefact's record has."""
+        values = self.model_dump(mode="json", exclude=set(self.DECIDES_NOTHING))
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in self.ADDED_LATER or value != self._default(name)
+        }
+
+    def differs_from(self, record: Mapping[str, Any]) -> bool:
+        """Whether an artefact with this record was made with other settings; one that it lacks had its default."""
+        values = self.model_dump(mode="json", exclude=set(self.DECIDES_NOTHING))
+        return any(record.get(name, self._default(name)) != value for name, value in values.items())
+
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        default = cls.model_fields[name].get_default(call_default_factory=True)
+        return default if default is PydanticUndefined else to_jsonable_python(default)
 
     @model_validator(mode="before")
     @classmethod

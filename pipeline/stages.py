@@ -125,7 +125,8 @@ def merge(run: Run) -> Iterator[Step]:
     """Merges the adapter: the student."""
     if run.recipe.tune is not None:
         config = run.recipe.merge or MergeConfig()
-        if any(each.precision in ("nf4", "int4") for each in run.recipe.packages):
+        in_4_bits = any(each.precision in ("nf4", "int4") for each in run.recipe.packages)
+        if in_4_bits and "requantized" not in config.model_fields_set:
             # What was tuned on NF4 may lose its gain when it is merged and quantised again.
             config = config.model_copy(update={"requantized": config.onto == "auto"})
         # A model that was tuned in full is the student: nothing is chosen on the corpus.

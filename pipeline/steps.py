@@ -271,7 +271,9 @@ def up_to_date(step: Step, fetch: bool = True) -> bool:
     parents = _parents(step, made, fetch) if made.kind == step.kind else None
     if parents is None:
         return False
-    if any(made.recipe.get(key) != value for key, value in settings.items() if key in made.recipe):
+    if step.config.differs_from(made.recipe):
+        return False
+    if any(made.recipe.get(key, value) != value for key, value in step.noted.items()):
         return False
     is_current = artefact.is_current(step.out, step.kind, made.recipe, made.seed, parents)
     return is_current and not (step.lacks is not None and step.lacks(step.out))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halve.audio import FloatArray, probe, read_audio
-from halve.checks import doubtful_lines
+from halve.checks import doubtful_lines, numbered
 from halve.errors import CorpusError, InputError
 from halve.families import SourceText
 from halve.importers.base import read_lines, split_lines
@@ -142,8 +142,11 @@ def translate_lines(
                     translator.translate(texts, target, batch_size=batch_size, beams=beams)
                 )
                 for name, source in batch:
-                    text = next(found).text if source.text.strip() else ""
-                    yield Line(name, " ".join(text.split()), 0.0)
+                    if not source.text.strip():
+                        yield Line(name, "", 0.0)
+                        continue
+                    made = next(found)
+                    yield Line(name, " ".join(made.text.split()), 0.0, made.stopped)
                 advance(len(batch))
     finally:
         translator.close()
@@ -188,6 +191,8 @@ class Line:
     name: str
     text: str
     duration_s: float
+    stopped: str = "end"
+    """Why its end is where it is; of a piece that was cut in several, the first that did not end by itself."""
 
 
 def translate(
@@ -224,11 +229,13 @@ def translate(
                     if flat
                     else []
                 )
-                texts = iter(rows)
+                made = iter(rows)
                 for piece, clip, parts in zip(batch, audio, cuts, strict=True):
-                    found = [" ".join(next(texts).text.split()) for _ in parts]
-                    text = language(target).joiner.join(each for each in found if each)
-                    yield Line(piece.name, text, len(clip) / translator.sample_rate_hz)
+                    found = [next(made) for _ in parts]
+                    texts = [" ".join(each.text.split()) for each in found]
+                    text = language(target).joiner.join(each for each in texts if each)
+                    cut = next((each.stopped for each in found if each.stopped != "end"), "end")
+                    yield Line(piece.name, text, len(clip) / translator.sample_rate_hz, cut)
                 advance(len(batch))
                 if fault is not None:
                     raise fault
@@ -262,6 +269,12 @@ def checked(
     sizes = lengths if lengths is not None else [line.duration_s for line in seen]
     for fault in doubtful_lines([line.text for line in seen], sizes):
         progress.warn(fault)
+    for stopped, why in (
+        ("limit", "at the token limit"),
+        ("loop", "in a repetition"),
+    ):
+        if cut := [place for place, line in enumerate(seen, 1) if line.stopped == stopped]:
+            progress.warn(f"Cut {why}: line {numbered(cut)}")
 
 
 def _language(lang: str | None, spoken: Sequence[str]) -> str:

@@ -2,9 +2,9 @@
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from halve.config import Config
 from halve.errors import InputError
@@ -57,6 +57,14 @@ class ServeSettings(Config):
     """After SIGTERM, how long running requests may go on."""
     temp_dir: Path | None = None
     """Where the private directory for uploads is made; default: the system's."""
+
+    @model_validator(mode="after")
+    def _plain_is_stock_code(self) -> Self:
+        if self.stop_loops and self.engine == "plain":
+            raise ValueError(
+                "stop_loops is not for the engine plain, which is stock transformers as it is"
+            )
+        return self
 
     @property
     def is_loopback(self) -> bool:

@@ -30,6 +30,21 @@ def test_a_newer_result_changes_the_table(tmp_path: Path, monkeypatch: pytest.Mo
     assert "22.22" in readme.students_table() and "11.11" not in readme.students_table()
 
 
+def test_a_result_without_readmes_students_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = readme.newest("students", "students.json")
+    lacking = [one for one in result["students"] if one["name"] not in ("C-0", "D-0")]
+    folder = tmp_path / "2026-01-01-students"
+    folder.mkdir()
+    write_json(folder / "students.json", result | {"students": lacking})
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    with pytest.raises(ArtefactError, match="C-0, D-0 not in the students' result"):
+        readme.students_table()
+    assert readme.main([]) != 0
+    assert "No result demo-quality-de" in capsys.readouterr().err
+
+
 def test_a_readme_without_the_table_is_named() -> None:
     with pytest.raises(ArtefactError, match="no place for the table demo"):
         readme.filled("# halve\n")

@@ -8,10 +8,12 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
+from benchmarks import soak_load
 from benchmarks.soak_audio import Sound
 from benchmarks.soak_load import Client, Record, Stock
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\ncontent-type: application/json\r\n\r\n"
+FAILED = b'data: {"type": "transcript.text.delta", "delta": "Der"}\n\ndata: {"error": {"message": "stopped"}}\n\n'
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -53,6 +55,27 @@ def test_an_answer_cut_off_is_a_fault_whenever_it_is(stopped: bool) -> None:
     record = load(cut_off, stopped)
     assert record.faults and "a request was lost" in record.faults[0]
     assert not record.refused_connections
+
+
+@pytest.mark.parametrize("ask", ["stream", "chat stream"])
+@pytest.mark.parametrize("body", [FAILED, b""])
+def test_a_stream_that_the_server_gives_up_is_a_fault(
+    ask: str, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak_load, "FORMATS", (ask,))
+    for share in ("HOSTILE_SHARE", "LEAVING_SHARE", "LONG_SHARE", "CHAT_SHARE"):
+        monkeypatch.setattr(soak_load, share, 0.0)
+
+    async def give_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.findall(rb"(?i)content-length: (\d+)", head)[0]))
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body)
+        await writer.drain()
+        writer.close()
+
+    record = load(give_up, False)
+    assert record.faults and not record.answers
+    assert "ended with" in record.faults[0]
 
 
 def test_a_request_never_taken_is_refused_after_the_stop_and_a_fault_before() -> None:

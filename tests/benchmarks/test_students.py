@@ -1,5 +1,6 @@
 """The table of the students: one order for two languages, and bars that can be missed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.students import BARS, collect, joint_order, meets, table, write_plan
+from benchmarks.students import BARS, collect, joint_order, main, meets, table, write_plan
 from halve.errors import ArtefactError
 from halve.json_files import write_json
 
@@ -82,6 +83,18 @@ def test_a_bar_is_met_by_size_and_retention_in_both_languages(
     page = table(found)
     assert f"{percent:.1f} % [{low:.1f}, 101.0]" in page
     assert ("kept: met" in page) is met
+    # The same students with beams are another table's, whatever their teacher then scores.
+    with_beams = json.loads((tmp_path / "test-de-half" / "quality.json").read_text())
+    with_beams["teacher"]["scores"]["bleu"]["score"] = 16.6
+    put(tmp_path / "test-de-beams" / "quality.json", with_beams | {"beams": 5})
+    assert collect(tmp_path)["students"] == found["students"]
+
+
+def test_what_is_missing_is_said_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table", str(tmp_path)]) != 0
+    assert "run the step `test`" in capsys.readouterr().err
 
 
 def test_groups_are_of_one_teacher_and_whole(tmp_path: Path) -> None:

@@ -166,6 +166,17 @@ def test_a_hypothesis_is_learnt_once(tiny_corpus: Path, tmp_path: Path) -> None:
     assert counts["dropped"] == {"duplicate": 2} and counts["translations"] == 4
 
 
+def test_a_duplicate_leaves_room_for_the_next_beam(tiny_corpus: Path, tmp_path: Path) -> None:
+    segment = read_corpus(tiny_corpus).split("train")[0]
+    reference = segment.references["de"]
+    texts = [f"{reference} A", f"{reference} A ", f"{reference} B", f"{reference} C"]
+    beams = [Translation(text, list(range(20)), "end") for text in texts]
+    config = DistillConfig(langs=("de",), hypotheses=2, beams=4)
+    write_rows(config, [segment], {(segment.id, "de"): beams}, tmp_path)
+    rows = read_jsonl(tmp_path / "rows.jsonl")
+    assert [row["text"] for row in rows] == [reference, f"{reference} A", f"{reference} B"]
+
+
 def test_a_sample_without_a_language_is_refused(tiny_corpus: Path) -> None:
     corpus = read_corpus(tiny_corpus)
     last = corpus.split("train")[-1].id

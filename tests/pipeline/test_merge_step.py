@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from export.config import MergeConfig
 from pipeline.recipe import Recipe
 from pipeline.stages import Run, merge
 
@@ -25,3 +26,12 @@ def test_students_in_4_bits_are_scored_so(onto: str, precision: str, scored: boo
     )
     (step,) = merge(Run(recipe, Path("out")))
     assert step.config.requantized is scored
+    values = recipe.model_dump(exclude_unset=True)
+    values["merge"]["requantized"] = False
+    (step,) = merge(Run(Recipe.model_validate(values), Path("out")))
+    assert step.config.requantized is False, "who says so is heard"
+
+
+def test_a_score_that_decides_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs onto auto, not base"):
+        MergeConfig(requantized=True)

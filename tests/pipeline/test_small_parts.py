@@ -15,13 +15,24 @@ from export.config import PackageConfig
 from export.package import run_package
 from halve.errors import ArtefactError, CorpusError, InputError, RecipeError
 from halve.models import family_of, read_config
+from halve.progress import Progress
 from pipeline import budget, console, shell
 from pipeline.inspect_artefact import inspect
 from pipeline.recipe import read_recipe
 from pipeline.stages import Run, check_inputs, plan, steps_between
-from pipeline.translate import Piece, _checked, audible
+from pipeline.translate import Line, Piece, _checked, audible, checked
 from tests import tiny
 from tests.families import text_models
+
+
+class Told(Progress):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 def test_a_budget_takes_the_most_layers_that_fit(tiny_model: Path) -> None:
@@ -189,6 +200,20 @@ def test_impossible_stretches_are_refused(
         CorpusError, match=r"list\.yaml:3: (offset|duration) .* seconds are expected"
     ):
         _checked([piece])
+
+
+def test_lines_that_were_cut_are_told() -> None:
+    told = Told()
+    lines = [
+        Line("a", "ein Satz", 1.0),
+        Line("b", "ein", 1.0, "limit"),
+        Line("c", "ja", 1.0, "loop"),
+    ]
+    assert list(checked(lines, told)) == lines
+    assert told.warnings == [
+        "Cut at the token limit: line 2",
+        "Cut in a repetition: line 3",
+    ]
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"languages": []}', '{"languages": 5}'])

@@ -67,6 +67,27 @@ def test_only_what_depends_on_a_change_is_planned_again(finished: Run) -> None:
     assert not (state["tune"] or state["merge"] or state["package"] or state["report"])
 
 
+@pytest.mark.parametrize("stage", ["distill", "bench"])
+def test_settings_that_records_leave_out_count_where_they_are_set(
+    stage: str, finished: Run
+) -> None:
+    """Greedy results have no `beams` on record, as those made before there were any."""
+    values = finished.recipe.model_dump()
+    section = values["bench"]["quality"] if stage == "bench" else values["distill"]
+    section["beams"] = 2
+    planned, _ = stages.plan(Run(Recipe.model_validate(values), finished.out), None, None)
+    state = {one.step.stage: one.done for one in planned}
+    assert state["prune"] and not state[stage]
+
+
+def test_how_often_a_run_is_saved_decides_nothing(finished: Run) -> None:
+    values = finished.recipe.model_dump()
+    values["tune"]["checkpoint_every"] = 7
+    values["importance"]["workers"] = 2
+    planned, _ = stages.plan(Run(Recipe.model_validate(values), finished.out), None, None)
+    assert all(one.done for one in planned)
+
+
 def test_another_spelling_of_the_source_is_the_same_corpus(
     finished: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,3 +170,5 @@ def test_loops_are_cut_where_the_settings_ask_for_it(
         found = translator.translate([tiny.tone(1.2, 1)], "de", limits=[4])[0]
         assert (found.stopped == "loop") is asked
         translator.close()
+    with pytest.raises(ValueError, match="not for the engine plain"):
+        ServeSettings(models=(str(tiny_model),), stop_loops=True, engine="plain")

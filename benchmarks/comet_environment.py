@@ -37,9 +37,11 @@ def python_of(folder: Path) -> Path:
 
 
 def installed(folder: Path | None = None) -> Path | None:
-    """The interpreter of a finished environment; None where there is none."""
+    """The interpreter of a finished environment of today's requirements; None where there is none."""
     python = python_of(folder or default_folder())
-    return python if (python.parent.parent / ".complete").is_file() else None
+    made = python.parent.parent / ".complete"
+    is_there = made.is_file() and made.read_text(encoding="utf8").splitlines() == list(REQUIREMENTS)
+    return python if is_there and python.exists() else None
 
 
 def install(folder: Path | None = None, progress: Progress = SILENT) -> Path:

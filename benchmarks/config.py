@@ -62,6 +62,8 @@ class LongformConfig(Config):
 class LatencyConfig(Config):
     """What `halve bench latency` measures."""
 
+    DECIDES_NOTHING = frozenset({"timeout_s"})
+
     lang: str
     """Target language (de, zh, …)."""
     threads: Threads = 1
@@ -96,6 +98,8 @@ class LatencyConfig(Config):
 
 class ServeBenchConfig(Config):
     """What `halve bench serve` measures."""
+
+    DECIDES_NOTHING = frozenset({"startup_s"})
 
     lang: str
     """Target language (de, zh, …)."""

@@ -1,12 +1,26 @@
 """Translations of a finished quality result, taken over where only its scores are to be completed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import scoring
 from benchmarks.comet import FAILED, could_measure
 from benchmarks.config import QualityConfig
+from halve import artefact, environment
 from halve.json_files import append_jsonl, read_json
+
+SCORING_ALONE = frozenset(
+    {"comet_checkpoint", "comet_python", "comet_batch_size", "embedding_model", "resamples", "seed"}
+)
+"""Settings that change no translation."""
+SCORERS = ("comet checkpoint", "embedding model")
+"""The names of the models that score, among a result's inputs."""
+
+
+def scorers(config: QualityConfig) -> dict[str, Path]:
+    """The models that score, by the names that they have on record."""
+    given = (config.comet_checkpoint, config.embedding_model)
+    return {name: Path(path) for name, path in zip(SCORERS, given, strict=True) if path}
 
 
 def lacks_comet(config: QualityConfig, result: Path) -> bool:
@@ -17,6 +31,23 @@ def lacks_comet(config: QualityConfig, result: Path) -> bool:
     comet = read_json(result / scoring.RESULT).get("comet", {})
     # A worker that failed would fail again each time: that is for the user to mend, and to ask for anew.
     return not comet.get("measured") and not str(comet.get("text")).startswith(FAILED)
+
+
+def has_translations(out: Path, config: QualityConfig, parents: Mapping[str, Path]) -> bool:
+    """Whether a finished result's texts are those that this run would make, however they are to be scored now.
+
+    Args:
+        parents: what is translated, and by which models.
+    """
+    if not (out / artefact.RECORD).is_file():
+        return False
+    made = artefact.read(out)
+    if made.kind != "results" or made.extra.get("bench") != "quality":
+        return False
+    known = {name: found for name, found in made.parents.items() if name not in SCORERS}
+    wanted = {name: artefact.identity(path) for name, path in parents.items()}
+    same_code = made.versions.get("halve") == environment.versions().get("halve")
+    return same_code and known == wanted and not config.differs_from(made.recipe, SCORING_ALONE)
 
 
 def take_over(

@@ -69,7 +69,8 @@ def run_importance_bench(
     if config.threads is not None:
         environment.pin_threads(config.threads)
     parents = {"model": model, "corpus": Path(corpus)}
-    with writing(Path(out), "results", config.model_dump(mode="json"), 0, parents) as draft:
+    settings = config.recorded() | environment.measured_on()
+    with writing(Path(out), "results", settings, 0, parents) as draft:
         speech = load_model(model, dtype=config.dtype)
         metric = language(config.lang).selection_metric
         task = make_task(speech, heard, segments, config.lang, metric)

@@ -82,7 +82,8 @@ def run_latency(
             expected="--new-tokens N and among --models one that stock transformers loads in fp32",
         )
     parents = {"corpus": corpus} | {f"model {i}": p for i, p in enumerate(given.values())}
-    with writing(out, "results", config.model_dump(), config.seed, parents) as draft:
+    settings = config.recorded() | environment.measured_on()
+    with writing(out, "results", settings, config.seed, parents) as draft:
         store = draft.work / "measured.jsonl"
         done = {tuple(r["key"]): r["answer"] for r in read_jsonl(store)}
         with tempfile.TemporaryDirectory() as folder:
@@ -314,7 +315,7 @@ def _result(
         "last_cache_bytes": last_cache_bytes(),
         "read_bytes_per_s": {str(threads): rates for threads, rates in read_rates.items()},
         "baseline": baseline,
-        "baseline_note": "" if baseline else "no unquantised checkpoint among the models",
+        "baseline_note": _no_baseline(config) if baseline is None else "",
         "models": models,
         "other_threads": [
             entry
@@ -323,6 +324,10 @@ def _result(
         ],
         "peers": peers,
     }
+
+
+def _no_baseline(config: LatencyConfig) -> str:
+    return "no unquantised checkpoint among the models" if config.baseline else "not asked for"
 
 
 def _entry(

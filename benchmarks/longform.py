@@ -65,8 +65,13 @@ def run_longform(
         )
     names = _names(hypotheses)
     texts = {name: _read(path) for name, path in names.items()}
-    parents = {"references": references} | names
-    with writing(out, "results", config.model_dump(), config.seed, parents) as draft:
+    parents = {"references": references}
+    # All others are measured against the first.
+    parents |= {
+        f"{'text' if place else 'first'} {name}": path
+        for place, (name, path) in enumerate(names.items())
+    }
+    with writing(out, "results", config.recorded(), config.seed, parents) as draft:
         cut = {name: resegment(text, wanted, lang) for name, text in texts.items()}
         (draft.path / "hypotheses").mkdir(exist_ok=True)
         shown = {"references": wanted} | {f"hypotheses/{name}": each for name, each in cut.items()}

@@ -10,12 +10,12 @@ from typing import Any
 from benchmarks import comet as comet_metric
 from benchmarks import conditions, embedding, scoring, size
 from benchmarks.config import QualityConfig
-from benchmarks.earlier import take_over
+from benchmarks.earlier import has_translations, scorers, take_over
 from benchmarks.heard import Heard, read_all
 from benchmarks.workload import shuffled_partners, silence_like
 from export.runtime import open_translator
 from halve import environment
-from halve.artefact import Artefact, Draft, is_current, read, writing
+from halve.artefact import Artefact, Draft, read, writing
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
 from halve.families import Source
@@ -100,8 +100,9 @@ def run_quality(
         f"{role} {model.name}": model.path for role, model in zip(roles, models, strict=True)
     }
     parents["corpus"] = corpus
+    is_made = has_translations(out, config, parents)
+    parents |= scorers(config)
     settings = config.recorded()
-    is_made = is_current(out, "results", settings, config.seed, parents)
     with writing(out, "results", settings, config.seed, parents) as draft:
         if is_made:
             ids = [segment.id for segment in workload.segments]
@@ -162,6 +163,8 @@ def _translate_all(
         heard = _controls(workload, reads) if place == 0 and config.controls else {}
         if config.noise_db is not None and reads == "audio":
             heard[conditions.NOISE] = partial(workload.noisy, snr_db=config.noise_db)
+        elif config.noise_db is not None:
+            progress.warn(f"{model.name} reads text: no noise for it")
         tasks = {model.name: partial(workload.source, reads=reads)} | {
             f"{model.name}.{control}": source for control, source in heard.items()
         }

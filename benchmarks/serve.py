@@ -96,7 +96,8 @@ def run_serve_bench(
     sides.append(_Side("baseline", _local(teacher or model), "plain", room))
     _check_baseline(sides[-1].path)
     parents = {"corpus": corpus, "model": sides[0].path, "baseline": sides[-1].path}
-    with writing(out, "results", config.model_dump(), config.seed, parents) as draft:
+    settings = config.recorded() | environment.measured_on()
+    with writing(out, "results", settings, config.seed, parents) as draft:
         with tempfile.TemporaryDirectory() as folder:
             files = _write_clips(config, corpus, Path(folder))
             rates = _decode_rates(config, sides[0].path, files, progress)

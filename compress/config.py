@@ -72,6 +72,14 @@ class AdapterConfig(TrainingConfig):
     dropout: Fraction = 0.0
     """Dropout in front of the adapter."""
 
+    @model_validator(mode="after")
+    def _an_adapter_there_is(self) -> Self:
+        own = ("rank", "alpha", "rslora", "dropout")
+        given = [name for name in own if getattr(self, name) != self.default(name)]
+        if given and getattr(self, "method", None) == "full":
+            raise ValueError(f"{', '.join(given)}: an adapter's, and method full trains none")
+        return self
+
 
 class TeachConfig(AdapterConfig):
     """Fine-tuning of the base model on the corpus: the teacher."""
@@ -94,6 +102,12 @@ class TeachConfig(AdapterConfig):
     """Arithmetic: bfloat16 is autocast over float32 weights; auto takes it where the device has units for it, else float32."""
     weights: Precision = "float32"
     """How weights and optimiser state are kept; bfloat16 takes half the memory and learns less finely."""
+
+    @model_validator(mode="after")
+    def _computes_in_what_it_keeps(self) -> Self:
+        if self.weights == "bfloat16" and self.precision == "float32":
+            raise ValueError("weights in bfloat16 compute in bfloat16, not with precision float32")
+        return self
 
 
 class ImportanceConfig(Config):
@@ -162,7 +176,7 @@ class DistillConfig(Config):
     langs: Langs
     """Target languages."""
     splits: tuple[Literal["train", "select"], ...] = ("train",)
-    """Splits to translate; `test` is never one of them."""
+    """Splits to translate; `test` is never one of them, and `tune` learns `train` alone."""
     limit: Positive | None = None
     """Translate so many segments of each split, spread evenly; all if not given."""
     batch_size: Positive = 32

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from compress.collate import Batch, TrainingSequence, collate, span_mask
 from compress.parallel import Team
 from compress.states import AudioStates
 from halve import environment
+from halve.json_files import read_json, write_json
 from halve.models import SpeechModel, pick_device
 from halve.progress import SILENT, Progress
 
@@ -196,6 +198,32 @@ def arithmetic(asked: str, device: str, progress: Progress = SILENT) -> str:
     if asked == "auto" and found == "float32":
         progress.message("Computing in float32: this processor has no units for bfloat16")
     return found
+
+
+_BEGUN_IN = "arithmetic.json"
+
+
+def settled(found: str, work: Path, progress: Progress) -> str:
+    """The number format that a run was begun in: one that goes on elsewhere keeps it.
+
+    Args:
+        found: what it would be begun in here.
+        work: the resume state's folder.
+    """
+    path = work / _BEGUN_IN
+    if path.is_file():
+        begun: str = read_json(path)
+        if begun != found:
+            progress.warn(
+                f"Begun in {begun}, where this machine would take {found}: it goes on in {begun}"
+            )
+        return begun
+    return found
+
+
+def settle(computed: str, work: Path) -> None:
+    """Notes what a run is begun in, once nothing can refuse it any more."""
+    write_json(work / _BEGUN_IN, computed)
 
 
 def autocast(device: str, enabled: bool) -> AbstractContextManager[Any]:

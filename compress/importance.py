@@ -58,6 +58,7 @@ def run_importance(
     segments = heard.split(config.split, config.lang, config.segments)
     warn_of_speech(family.reads, segments, progress)
     parents = {"model": model, "corpus": Path(corpus)}
+    _say_unused(config, progress)
     recipe = config.recorded()
     with artefact.writing(Path(out), "importance", recipe, config.seed, parents) as draft:
         if config.method in ("random", "middle", "spaced"):
@@ -153,6 +154,22 @@ def make_task(
     )
 
 
+def _say_unused(config: ImportanceConfig, progress: Progress) -> None:
+    """Names the settings that this method does nothing with."""
+    translates = config.method in TRANSLATING
+    unused = {
+        "--workers": not translates and config.workers > 1,
+        "--ray-address": not translates and config.ray_address is not None,
+        "--shortlist": not translates and config.shortlist is not None,
+        "--shortlist-by": config.shortlist is None
+        and config.shortlist_by != config.default("shortlist_by"),
+        "--confidence": config.method != "racing"
+        and config.confidence != config.default("confidence"),
+    }
+    if given := [option for option, is_unused in unused.items() if is_unused]:
+        progress.warn(f"--method {config.method} does nothing with {', '.join(given)}")
+
+
 def _search(
     config: ImportanceConfig,
     speech: SpeechModel,
@@ -170,9 +187,6 @@ def _search(
         shortlist = _shortlist(config, speech, task, cheap, progress)
         ranking = by_translation(config, speech, task, ledger, progress, shortlist)
     else:
-        if config.workers > 1 or config.shortlist is not None:
-            unused = "--workers and --shortlist are not used"
-            progress.warn(f"--method {config.method} translates nothing: {unused}")
         ranking = _cheap(config, config.method, speech, task, config.remove, ledger, progress)
     draft.timing(
         "search",

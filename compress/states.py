@@ -8,18 +8,20 @@ what is in it, so that runs that hear the same audio with the same tower may sha
 
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from halve import environment
 from halve.artefact import identity
 from halve.corpus import Corpus, Segment
 from halve.crew import Crew
@@ -169,9 +171,27 @@ def _encode(speech: SpeechModel, corpus: Corpus, segment: Segment) -> np.ndarray
         return states.float().clamp(-_LARGEST, _LARGEST).half().cpu().numpy()
 
 
+def _front_end(speech: SpeechModel) -> dict[str, Any]:
+    """What turns audio into states beside the tower's weights: settings, family, and code by its versions."""
+    extractor = getattr(speech.processor, "feature_extractor", None)
+    tower = (
+        getattr(speech.part(speech.family.audio_tower), "config", None)
+        if speech.family.audio_tower
+        else None
+    )
+    known = environment.versions()
+    return {
+        "family": speech.family.name,
+        "features": extractor.to_dict() if extractor is not None else {},
+        "tower": tower.to_dict() if tower is not None else {},
+        "versions": {name: known.get(name) for name in ("halve", "transformers")},
+    }
+
+
 def _key(speech: SpeechModel, corpus: Corpus, segments: Sequence[Segment]) -> str:
-    """Stands for the tower's weights, their type, the corpus and the segments in their order."""
+    """Stands for the tower's weights, their type, the front end, the corpus and the segments in their order."""
     digest = hashlib.sha256(f"{identity(corpus.path)} {speech.dtype}\n".encode())
+    digest.update(json.dumps(_front_end(speech), sort_keys=True, default=str).encode())
     # A family without a tower hands frames on as they are.
     tower = speech.part(speech.family.audio_tower).state_dict() if speech.family.audio_tower else {}
     for name, tensor in sorted(tower.items()):

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from compress import parallel
 from compress.adapters import put_adapter_on
 from compress.config import TeachConfig, TrainingConfig
-from compress.gradients import arithmetic
+from compress.gradients import arithmetic, settle, settled
 from compress.loop import Scores, Training, checkpoint_activations, train
 from compress.parallel import Team
 from compress.rows import build_sequences, reference_rows, segments_for
@@ -67,6 +67,8 @@ def run_teach(
         data = read_corpus(corpus)
         folder = states_dir or draft.work
         training = _prepare(config, speech, data, draft, folder, team, progress)
+        if team.is_main:
+            settle("bfloat16" if training.autocast else config.weights, draft.work)
         state = train(training, progress)
         if not team.is_main:
             return parallel.published(team, Path(out), "teacher")
@@ -179,7 +181,8 @@ def _prepare(
         team=team,
         projector=projector,
         autocast=config.weights == "float32"
-        and arithmetic(config.precision, speech.device, progress) == "bfloat16",
+        and settled(arithmetic(config.precision, speech.device, progress), draft.work, progress)
+        == "bfloat16",
         max_minutes=config.max_minutes,
         projector_factor=config.projector_factor,
         projector_only_steps=config.projector_only_steps,

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from compress import parallel
 from compress.adapters import decoder_linears, put_adapter_on
 from compress.config import TuneConfig
-from compress.gradients import arithmetic
+from compress.gradients import arithmetic, settle, settled
 from compress.logits import LogitLoss, StoredLogits
 from compress.loop import Training, checkpoint_activations, train
 from compress.parallel import Team
@@ -78,6 +78,7 @@ def run_tune(
     progress = progress if team.is_main else SILENT
     with parallel.writing(team, Path(out), kind, recipe, config.seed, parents) as draft:
         computed = arithmetic(config.precision, team.device or config.device, progress)
+        computed = settled(computed, draft.work, progress)
         speech = _load(config, base, team, computed)
         data = read_corpus(corpus)
         segments, rows = _material(config, data, translations)
@@ -85,6 +86,8 @@ def run_tune(
         folder = states_dir or draft.work
         training = _prepare(config, speech, data, segments, rows, draft, folder, team, progress)
         training.soft, training.autocast = soft, computed == "bfloat16"
+        if team.is_main:
+            settle(computed, draft.work)
         state = train(training, progress)
         if not team.is_main:
             return parallel.published(team, Path(out), kind)

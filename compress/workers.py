@@ -386,8 +386,8 @@ class RayWorkers(CandidatePool):
             raise WorkersDiedError(
                 f"{self._deaths} workers died, the last {lost} ({_first_line(error)})",
                 expected="workers that live: short of memory, the system kills them",
-                mend="use fewer --workers or a smaller --memory-gb, and run the same command again: "
-                "finished candidates are kept",
+                mend="run the same command with fewer --workers: finished candidates are kept; "
+                "or begin anew with a smaller --memory-gb",
             )
         self._progress.warn(f"A worker died {lost}; that work is done again by another.")
         self._start()

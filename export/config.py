@@ -129,6 +129,7 @@ def check_possible(config: PackageConfig) -> None:
             expected=f"one of {', '.join(known)}",
         )
     _check_rounding(config)
+    _check_quantise(config)
 
 
 def _check_rounding(config: PackageConfig) -> None:
@@ -139,6 +140,17 @@ def _check_rounding(config: PackageConfig) -> None:
             f"{' and '.join(given)} cannot be chosen for target {config.target} in {config.precision}",
             expected="target onnx or gguf in int8 or int4",
             mend=f"leave {' and '.join(given)} out",
+        )
+
+
+def _check_quantise(config: PackageConfig) -> None:
+    """Refuses a way of rounding to 4 bits where nothing has so few."""
+    widths = (config.encoder_bits, config.head_bits, config.embedding_bits)
+    if config.precision == "int8" and 4 not in widths and config.quantise not in ("auto", "rtn"):
+        raise InputError(
+            f"Nothing of this package has 4 bits, and 8 are rounded to nearest, not by {config.quantise}",
+            expected="--precision int4, or a part in 4 bits",
+            mend="leave --quantise out",
         )
 
 

@@ -7,6 +7,7 @@ machine go to `timings.jsonl`, which no hash covers, so that a repeated run has 
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,9 +22,12 @@ from halve.hashing import file_sha256, sha256_of
 from halve.json_files import append_jsonl, read_json, write_json
 
 SCHEMA_VERSION = 1
+REVISIONS: Mapping[str, int] = {"translations": 2}
+"""By kind: raised whenever a change of the code changes what a stage makes of the same inputs, so that it is made again."""
 RECORD = partials.RECORD
 TIMINGS = "timings.jsonl"
 _UNHASHED = {RECORD, TIMINGS, partials.CLAIM}
+log = logging.getLogger(__name__)
 _LEFT_BEHIND = {".cache", ".DS_Store", ".ipynb_checkpoints"}
 
 
@@ -207,6 +211,7 @@ def _fingerprint(
         "parents": parents,
         "schema_version": SCHEMA_VERSION,
         "code": environment.halve_version(),
+        **({"revision": REVISIONS[kind]} if kind in REVISIONS else {}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -363,6 +368,9 @@ def _open_draft(partial: Path, claim: str) -> Draft:
                 return Draft(partial, resumed=True)
         except (ValueError, KeyError):
             pass
+        work = partial / partials.WORK
+        if work.is_dir() and any(work.iterdir()):
+            log.warning("%s was begun with other settings, inputs or code: it starts anew", partial)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_json(record, {"fingerprint": claim})

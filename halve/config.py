@@ -1,6 +1,6 @@
 """The base of every stage's settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -33,16 +33,21 @@ class Config(BaseModel):
         return {
             name: value
             for name, value in values.items()
-            if name not in self.ADDED_LATER or value != self._default(name)
+            if name not in self.ADDED_LATER or value != self.default(name)
         }
 
-    def differs_from(self, record: Mapping[str, Any]) -> bool:
-        """Whether an artefact with this record was made with other settings; one that it lacks had its default."""
-        values = self.model_dump(mode="json", exclude=set(self.DECIDES_NOTHING))
-        return any(record.get(name, self._default(name)) != value for name, value in values.items())
+    def differs_from(self, record: Mapping[str, Any], apart: Iterable[str] = ()) -> bool:
+        """Whether an artefact with this record was made with other settings; one that it lacks had its default.
+
+        Args:
+            apart: settings that may differ.
+        """
+        values = self.model_dump(mode="json", exclude={*self.DECIDES_NOTHING, *apart})
+        return any(record.get(name, self.default(name)) != value for name, value in values.items())
 
     @classmethod
-    def _default(cls, name: str) -> Any:
+    def default(cls, name: str) -> Any:
+        """A setting's default, as a record has it."""
         default = cls.model_fields[name].get_default(call_default_factory=True)
         return default if default is PydanticUndefined else to_jsonable_python(default)
 

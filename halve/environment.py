@@ -82,6 +82,14 @@ def machine() -> dict[str, Any]:
     return facts
 
 
+def measured_on() -> dict[str, Any]:
+    """What a timing depends on beside its settings: it is on the record of benches that time, and decides whether one is current."""
+    names = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu")
+    known = versions()
+    facts = {key: value for key, value in machine().items() if key in ("cpu", "cores", "gpu")}
+    return {"measured_on": facts | {name: known[name] for name in names if name in known}}
+
+
 def gpu_in_use() -> dict[str, str]:
     """The GPU that torch has computed on in this process, as {"gpu": name}; nothing where it has not."""
     torch = sys.modules.get("torch")

@@ -309,7 +309,8 @@ def _from_pretrained(
     if quantization or stored:
         keep_trainable_on_cpu(model)
         if dtype == "float32":
-            _widen(model, not environment.computes_bfloat16(device))
+            # What is quantised here is asked to compute so; what is stored says itself what it computes in.
+            _widen(model, quantization is not None or not environment.computes_bfloat16(device))
         return model
     return model if device == "split" else model.to(device)
 

@@ -285,6 +285,8 @@ def plan(
     Raises:
         InputError: no size, an unknown language, nothing fits, or no such choice.
     """
+    if choice is not None and write is None:
+        raise InputError("--choice says which one to write, and --write is not there")
     budget_bytes = parse_bytes(budget)
     code = language(lang).code if lang is not None else None
     # Of a model on the hub the config tells the sizes, and the tokenizer what its vocabulary can lose.

@@ -130,6 +130,7 @@ _PATHS = (
     ("base",),
     ("corpus", "source"),
     ("bench", "quality", "comet_checkpoint"),
+    ("bench", "quality", "comet_python"),
     ("bench", "quality", "embedding_model"),
 )
 
@@ -322,7 +323,7 @@ def _section(values: Any, kind: type[Config], langs: Any, seed: Any) -> Any:
 
 
 def _with_paths(recipe: Recipe, root: Path) -> Recipe:
-    values = recipe.model_dump()
+    values = recipe.model_dump(exclude_unset=True)  # what was not said stays unsaid
     for place in _PATHS:
         holder: Any = values
         for part in place[:-1]:

@@ -32,7 +32,7 @@ def place(out: Path | None, stage: str, config: Config, *inputs: Any) -> Path:
     """--out, or a folder under runs/ that the same command finds again."""
     if out is not None:
         return out
-    facts = [config.model_dump(mode="json"), [str(Path(str(item)).absolute()) for item in inputs]]
+    facts = [config.recorded(), [str(Path(str(item)).absolute()) for item in inputs]]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return environment.runs_dir() / f"{stage}-{key}"
 

@@ -20,7 +20,7 @@ from compress.config import (
     TuneConfig,
 )
 from export.config import MergeConfig, PackageConfig
-from halve import artefact
+from halve import artefact, environment
 from halve.artefact import Artefact
 from halve.config import Config
 from halve.importers import CorpusConfig, inputs_of, noted_of
@@ -43,7 +43,7 @@ class Step:
     lacks: Callable[[Path], bool] | None = None
     """Whether something that was asked for is wanting in what was made, and could be had by now."""
     roles: Mapping[str, Model] = field(default_factory=dict)
-    """Inputs that could change places unseen, by the first word of the names they have on record."""
+    """Inputs that could change places unseen, by the names that they have on record or the first word of these."""
     noted: Mapping[str, Any] = field(default_factory=dict)
     """What the stage puts on record beside its settings, and that must be the same."""
 
@@ -184,7 +184,8 @@ def quality(
 
         return lacks_comet(config, made)
 
-    inputs = (teacher, *students, speech)
+    scorers = [Path(path) for path in (config.comet_checkpoint, config.embedding_model) if path]
+    inputs = (teacher, *students, speech, *scorers)
     roles = {"teacher": teacher}
     return Step("bench", "results", out, config, inputs, work, lacks, roles)
 
@@ -199,7 +200,7 @@ def longform(
 
         return run_longform(config, list(hypotheses), references, out)
 
-    roles = {"references": references}
+    roles = {"references": references, "first": hypotheses[0]}
     return Step("bench", "results", out, config, (*hypotheses, references), work, roles=roles)
 
 
@@ -211,7 +212,9 @@ def latency(config: LatencyConfig, models: Sequence[Model], speech: Path, out: P
 
         return run_latency(config, list(models), speech, out, progress)
 
-    return Step("bench", "results", out, config, (*models, speech), work)
+    roles = {f"model {place}": model for place, model in enumerate(models)}
+    noted = environment.measured_on()
+    return Step("bench", "results", out, config, (*models, speech), work, roles=roles, noted=noted)
 
 
 def importance_bench(config: ImportanceBenchConfig, model: Model, speech: Path, out: Path) -> Step:
@@ -222,7 +225,8 @@ def importance_bench(config: ImportanceBenchConfig, model: Model, speech: Path, 
 
         return run_importance_bench(config, model, speech, out, progress)
 
-    return Step("bench", "results", out, config, (model, speech), work)
+    noted = environment.measured_on()
+    return Step("bench", "results", out, config, (model, speech), work, noted=noted)
 
 
 def serve_bench(
@@ -236,7 +240,8 @@ def serve_bench(
         return run_serve_bench(config, model, teacher, speech, out, progress)
 
     inputs = (model, *([teacher] if teacher else []), speech)
-    return Step("bench", "results", out, config, inputs, work, roles={"model": model})
+    roles, noted = {"model": model}, environment.measured_on()
+    return Step("bench", "results", out, config, inputs, work, roles=roles, noted=noted)
 
 
 def report(results: Sequence[Path], out: Path, speech: Path | None = None) -> Step:
@@ -291,7 +296,8 @@ def _parents(step: Step, made: Artefact, fetch: bool) -> dict[str, Path] | None:
     if set(made.parents.values()) != set(hashes.values()):
         return None
     for role, item in step.roles.items():
-        recorded = {found for name, found in made.parents.items() if name.split()[0] == role}
+        names = [name for name in made.parents if role in (name, name.split()[0])]
+        recorded = {made.parents[name] for name in names}
         # Results of earlier versions name none.
         if recorded and recorded != {hashes[item]}:
             return None

@@ -273,7 +273,10 @@ class Registry:
             ApiError: there is none (404).
         """
         if model_id in self.models:
-            return self.models[model_id]
+            model = self.models[model_id]
+            if model.engine is None:
+                self._look_again(model)
+            return model
         raise ApiError(
             404,
             f"The model {model_id[:80]!r} does not exist here. "
@@ -374,14 +377,21 @@ class Registry:
         engine.ready.add_done_callback(lambda _: self._opening.discard(engine))
         # Who stops waiting must not cancel the future that the engine's thread will resolve.
         translator = await asyncio.shield(asyncio.wrap_future(engine.ready))
+        self._look_again(model)  # a hub id's weights are on this machine only now
+        model.languages = model.languages or tuple(translator.languages)
         if model.default_lang is None and len(translator.languages) == 1:
             model.default_lang = translator.languages[0]
-        model.languages = model.languages or tuple(translator.languages)
         model.max_audio_s = translator.max_audio_s
-        if not Path(model.path).is_dir():  # a hub id's weights are on this machine only now
-            model.size_bytes = _describe(model.id, model.path, self._settings).size_bytes
         model.engine = engine
         log.info("%s: loaded", model.id)
+
+    def _look_again(self, model: Model) -> None:
+        """A package may have been made anew in its place since it was looked at."""
+        with contextlib.suppress(HalveError, OSError):  # loading it tells what is wrong
+            now = _describe(model.id, model.path, self._settings)
+            model.size_bytes = now.size_bytes or model.size_bytes
+            if now.languages:
+                model.languages, model.default_lang = now.languages, now.default_lang
 
     async def _make_room(self, wanted: Model, evicted: list[Model]) -> None:
         """Unloads what is in the way, and adds it to `evicted`."""

@@ -78,6 +78,10 @@ def runner_for(translator: Translator, batch_size: int, reserve: bool = False) -
     """
     if hasattr(translator, "open_batch"):
         return ContinuousRunner(translator, batch_size, reserve)
+    if reserve:
+        log.warning(
+            "nothing is reserved: only packages in ONNX or GGUF have rows to reserve memory for"
+        )
     return BatchRunner(translator, batch_size)
 
 

@@ -78,6 +78,27 @@ def test_current_follows_recipe_seed_and_parents(tmp_path: Path) -> None:
     assert not artefact.is_current(tmp_path / "out", "results", **current)
 
 
+def test_what_newer_code_makes_otherwise_is_not_current(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "out")
+    current = {"recipe": {"n": 1}, "seed": 0, "parents": {}}
+    assert artefact.is_current(tmp_path / "out", "results", **current)
+    monkeypatch.setattr(artefact, "REVISIONS", {"results": 2})
+    assert not artefact.is_current(tmp_path / "out", "results", **current)
+
+
+def test_who_begins_anew_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(2):
+        with (
+            pytest.raises(ValueError),
+            artefact.writing(tmp_path / "out", "results", {"n": number}, 0, {}) as draft,
+        ):
+            append_jsonl(draft.work / "done.jsonl", {"step": 1})
+            raise ValueError
+    assert ["it starts anew" in record.message for record in caplog.records] == [True]
+
+
 def test_an_error_leaves_finished_work_and_nothing_else(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError),

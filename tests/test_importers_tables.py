@@ -44,6 +44,18 @@ def test_tsv(tmp_path: Path) -> None:
     assert read_corpus(made.path).audio(segments[1]).shape == (32_000,)
 
 
+def test_settings_without_effect_are_told(tmp_path: Path) -> None:
+    sound(tmp_path / "source" / "a.wav")
+    table = tsv(tmp_path, "a\ta.wav\tone\teins\ttrain\tg", "b\ta.wav\ttwo\tzwei\ttest\th")
+    heard = Heard()
+    config = CorpusConfig(format="tsv", test_share=0.3, text_column="said_{lang}")
+    run_corpus(config, table, tmp_path / "c", heard)
+    assert any("--test-share, --text-column" in warning for warning in heard.warnings)
+    again = Heard()
+    run_corpus(CorpusConfig(format="tsv"), table, tmp_path / "d", again)
+    assert not any("nothing is done" in warning for warning in again.warnings)
+
+
 def test_a_tsv_has_no_quoting_and_no_longest_cell(tmp_path: Path) -> None:
     sound(tmp_path / "source" / "a.wav")
     long = "lang " * 40_000

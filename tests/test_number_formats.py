@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.config import TuneConfig
+from compress.config import TeachConfig, TuneConfig
+from compress.gradients import settle, settled
 from compress.tune import run_tune
 from export.config import PackageConfig
 from export.package import run_package
@@ -28,6 +29,16 @@ class Told(Progress):
 
     def message(self, text: str) -> None:
         self.messages.append(text)
+
+
+class Warned(Progress):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 @pytest.fixture(params=[True, False], ids=["with units", "without"])
@@ -69,6 +80,33 @@ def test_qlora_computes_in_what_the_processor_has(
     forced = run_tune(asked, tiny_model, tiny_corpus, None, tmp_path / "forced")
     assert forced.extra["arithmetic"] == "bfloat16"
     assert artefact.read(tuned.path).recipe["precision"] == "auto"
+
+
+def test_what_is_asked_for_is_computed_in(units: bool, tiny_model: Path) -> None:
+    model = load_model(tiny_model, dtype="float32", quantization="nf4").model
+    formats = {each.compute_dtype for each in model.modules() if hasattr(each, "compute_dtype")}
+    assert formats == {torch.float32}
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_format(tmp_path: Path) -> None:
+    warned = Warned()
+    assert settled("bfloat16", tmp_path, warned) == "bfloat16", "nothing is begun yet"
+    settle("float32", tmp_path)
+    assert settled("float32", tmp_path, warned) == "float32" and not warned.warnings
+    assert settled("bfloat16", tmp_path, warned) == "float32"
+    assert "goes on in float32" in warned.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank": 8, "dropout": 0.1}, "rank, dropout: an adapter's"),
+        ({"weights": "bfloat16", "precision": "float32"}, "compute in bfloat16"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TeachConfig.model_validate({"langs": ["de"], "method": "full", **settings})
 
 
 def test_a_4_bit_package_computes_in_what_the_processor_has(units: bool, package: Path) -> None:

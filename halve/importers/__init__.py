@@ -108,8 +108,25 @@ def run_corpus(
                 "Talks straddle the splits: scores on test are higher than on unheard talks."
             )
         named = config.split in (None, "given") and any(row.split for row in found.rows)
+        _say_unused(config, named, progress)
         _warn_of_empty(final, named, progress)
     return artefact.read(out, "corpus")
+
+
+def _say_unused(config: CorpusConfig, named: bool, progress: Progress) -> None:
+    """Names the settings that this source does nothing with."""
+    of_others = ["select_share", "test_share"] if named else []
+    if config.format != "hf":
+        of_others += ["subset", "audio_column", "text_column", "group_column"]
+    given = [name for name in of_others if getattr(config, name) != config.default(name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        why = (
+            "a source that names its splits"
+            if named and "share" in options
+            else f"--format {config.format}"
+        )
+        progress.warn(f"{options}: nothing is done with it for {why}")
 
 
 def _warn_of_empty(segments: Sequence[Segment], named: bool, progress: Progress) -> None:

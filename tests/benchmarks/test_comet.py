@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,10 +39,10 @@ def no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
-    path = tmp_path / "checkpoints" / "model.ckpt"
-    path.parent.mkdir()
+    path = tmp_path / "comet-model" / "checkpoints" / "model.ckpt"
+    path.parent.mkdir(parents=True)
     path.write_bytes(b"weights")
-    return str(tmp_path)
+    return str(tmp_path / "comet-model")
 
 
 def _measure(checkpoint: str | None, python: str | None, worker: Path) -> comet.Comet:
@@ -134,8 +135,13 @@ def test_a_finished_environment_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HALVE_COMET", str(folder))
     assert comet_environment.installed() is None
     (folder / "bin").mkdir(parents=True)
-    (folder / ".complete").touch()
+    needed = "".join(f"{each}\n" for each in comet_environment.REQUIREMENTS)
+    (folder / ".complete").write_text(needed)
+    assert comet_environment.installed() is None, "its interpreter has gone"
+    (folder / "bin" / "python").touch()
     assert comet_environment.installed() == comet_environment.install() == folder / "bin" / "python"
+    (folder / ".complete").write_text("unbabel-comet==1.0\n")
+    assert comet_environment.installed() is None, "of earlier requirements"
 
 
 def test_of_a_mean_of_nothing_no_share_is_kept() -> None:
@@ -178,6 +184,35 @@ def test_comet_that_could_not_be_measured_is_measured_when_it_can(
     assert ran and read_json(made.path / "quality.json")["comet"]["measured"]
     assert (made.path / "hypotheses" / "tiny.txt").read_bytes() == before
     assert not steps.carry_out(step, SILENT)[1]
+
+
+def test_only_what_scores_is_done_again(
+    checkpoint: str,
+    tiny_model: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def step(**settings: Any) -> steps.Step:
+        config = QualityConfig(lang="de", limit=4, controls=False, **settings)
+        return steps.quality(config, tiny_model, [], tiny_corpus, tmp_path / "out")
+
+    made, ran = steps.carry_out(step(), SILENT)
+    before = (made.path / "hypotheses" / "tiny.txt").read_bytes()
+    monkeypatch.setattr(comet, "_installed", lambda: sys.executable)
+    worker = partial(comet.measure, worker=_script(tmp_path, STAND_IN))
+    monkeypatch.setattr(comet, "measure", worker)
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.quality.open_translator", None)  # nothing is translated again
+        scored = step(comet_checkpoint=checkpoint, resamples=200)
+        made, ran = steps.carry_out(scored, SILENT)
+    assert ran and read_json(made.path / "quality.json")["comet"]["measured"]
+    assert (made.path / "hypotheses" / "tiny.txt").read_bytes() == before
+    assert steps.up_to_date(scored)
+    file = next(path for path in sorted(Path(checkpoint).rglob("*")) if path.is_file())
+    file.write_bytes(file.read_bytes() + b"\n")
+    assert not steps.up_to_date(scored), "another checkpoint in its place"
+    assert steps.carry_out(step(beams=2), SILENT)[1], "other texts are made"
 
 
 def test_a_worker_that_fails_is_not_asked_again_each_time(checkpoint: str, tmp_path: Path) -> None:

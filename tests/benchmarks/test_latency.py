@@ -15,9 +15,11 @@ import pytest
 from benchmarks import latency_worker, size, speed
 from benchmarks.config import LatencyConfig
 from benchmarks.latency import percentiles, pinned_environment, run_latency
+from halve import artefact, environment
 from halve.errors import ArtefactError, InputError
 from halve.families import FAMILIES
 from halve.translate import Translation
+from pipeline import steps
 from serve.registry import find_models
 from serve.settings import ServeSettings
 from tests.families import text_models
@@ -97,6 +99,28 @@ def test_a_gpu_is_compared_with_nothing_on_the_processor() -> None:
     assert not {"times_faster_than_baseline", "times_faster_than", "bandwidth_limit"} & set(entry)
     speed.compare(entry, _timed(9.0, device="cuda"), [peer])
     assert entry["times_faster_than_baseline"]["short"]["tpot_ms"] == 9.0
+
+
+def test_times_are_of_their_machine_and_of_the_first_model(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    (other / "notes.txt").write_text("another model")
+    config, models = LatencyConfig(lang="de"), [tiny_model, other]
+    parents = {"corpus": tiny_corpus, "model 0": tiny_model, "model 1": other}
+    settings = config.recorded() | environment.measured_on()
+    with artefact.writing(tmp_path / "out", "results", settings, 0, parents):
+        pass
+
+    def is_made(config: LatencyConfig, models: list[Path]) -> bool:
+        return steps.up_to_date(steps.latency(config, models, tiny_corpus, tmp_path / "out"))
+
+    assert is_made(config, models)
+    assert is_made(LatencyConfig(lang="de", timeout_s=7.0), models), "no time depends on it"
+    assert not is_made(config, models[::-1]), "the first one is the baseline's"
+    there = {"measured_on": {**environment.measured_on()["measured_on"], "cores": 99}}
+    monkeypatch.setattr(environment, "measured_on", lambda: there)
+    assert not is_made(config, models)
 
 
 def test_a_path_without_a_model_is_refused(tiny_corpus: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from benchmarks.report import run_report
 from halve import artefact
 from halve.errors import InputError, MissingExtraError
 from halve.metrics import score
+from pipeline import steps
 from pipeline.cli import main
 
 REFERENCES = [
@@ -86,6 +87,11 @@ def test_the_command_scores_each_text(
         "signature": again.signature,
     }
     assert second["retention"]["chrf++"]["percent"] < 100
+    config = LongformConfig(lang="de")
+    good, worse_one = (Path(each) for each in texts)
+    for order, is_made in (((good, worse_one), True), ((worse_one, good), False)):
+        step = steps.longform(config, order, tmp_path / "refs.txt", out)
+        assert steps.up_to_date(step) is is_made, "all are measured against the first"
     report = run_report([out], tmp_path / "report").path
     page = (report / "report.md").read_text(encoding="utf8")
     assert "| worse |" in page and "mweralign" in page

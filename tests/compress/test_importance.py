@@ -24,6 +24,7 @@ from halve import artefact
 from halve.errors import ArtefactError, CorpusError, InputError
 from halve.json_files import read_json, read_jsonl
 from halve.languages import token_limit
+from halve.progress import Progress
 from tests import tiny
 from tests.compress.damage import spoilt
 from tests.compress.search_models import Scripted, scripted_task
@@ -97,6 +98,20 @@ def test_cheap_methods_make_plans(
     assert len(plan["removed"]) == 2
     again = ranked(method, tiny_model, tiny_corpus, tmp_path / "again", remove=2, segments=3)
     assert again == plan
+
+
+def test_a_choice_without_looking_says_what_it_does_nothing_with(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    warned: list[str] = []
+
+    class Told(Progress):
+        def warn(self, text: str) -> None:
+            warned.append(text)
+
+    config = ImportanceConfig(remove=2, lang="de", method="middle", workers=2, confidence=0.9)
+    run_importance(config, tiny_model, tiny_corpus, tmp_path / "out", Told())
+    assert warned == ["--method middle does nothing with --workers, --confidence"]
 
 
 def test_loss_keeps_to_the_memory_and_forgets_the_layers_behind(

@@ -253,6 +253,20 @@ def test_states_are_kept_between_runs(tiny_model: Path, tiny_corpus: Path, tmp_p
     kills.same_files(tmp_path / "one", tmp_path / "two")
 
 
+def test_states_are_of_their_front_end(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speech, corpus = load_model(tiny_model), read_corpus(tiny_corpus)
+    segments = corpus.split("train")[:2]
+    counted = []
+    for hop_length in (160, 160, 200):
+        monkeypatch.setattr(speech.processor.feature_extractor, "hop_length", hop_length)
+        progress = Collected()
+        store_states(speech, corpus, segments, tmp_path, progress)
+        counted.append([count for label, count in progress.tasks if "Encoding" in label])
+    assert counted == [[0], [2], [0]], "frames of another length are other states"
+
+
 def test_two_that_want_the_same_states_make_them_once(
     tiny_model: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:

@@ -170,6 +170,13 @@ def test_refuses_ways_to_round_what_is_not_rounded_so(
     check_possible(PackageConfig(target=target, precision=precision))
 
 
+def test_refuses_4_bit_rounding_where_nothing_has_4_bits() -> None:
+    with pytest.raises(InputError, match="8 are rounded to nearest, not by gptq"):
+        check_possible(PackageConfig(target="onnx", precision="int8", quantise="gptq"))
+    check_possible(PackageConfig(target="onnx", precision="int8", quantise="rtn"))
+    check_possible(PackageConfig(target="onnx", precision="int8", quantise="gptq", head_bits=4))
+
+
 def test_refuses_a_decoder_of_another_layout(tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "m", hidden_act="gelu")
     with pytest.raises(FamilyError, match="activation"):

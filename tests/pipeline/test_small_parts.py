@@ -47,6 +47,11 @@ def test_a_budget_takes_the_most_layers_that_fit(tiny_model: Path) -> None:
         budget.plan(str(tiny_model), "100kB", "de")
 
 
+def test_a_choice_that_is_not_written_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="--write is not there"):
+        budget.plan(str(tiny_model), "1GB", "de", choice=2)
+
+
 def test_what_a_search_measured_ranks_the_choices(tiny_model: Path) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
     steep = budget.Table("chrf++", (40.0, 20.0, 10.0))

@@ -144,6 +144,22 @@ def test_a_model_of_the_hub_counts_once_it_is_here(
         assert models["some/new"].engine is None, "both are more than is allowed"
 
 
+def test_a_package_made_anew_is_served_as_it_now_is(tmp_path: Path) -> None:
+    def open_fake(path: str, settings: ServeSettings) -> FakeTranslator:
+        return FakeTranslator()
+
+    paths = tuple(make(tmp_path / name) for name in ("one", "two"))
+    settings = ServeSettings(models=paths, memory_gb=0.002)
+    with serving(settings, open_fake) as server:
+        models = server.service.registry.models
+        assert models["one"].languages == ("de",)
+        (tmp_path / "one" / "package.json").write_text(json.dumps({"languages": ["zh"]}))
+        assert server.post(wav(0.5), model="one", to_language="zh").status_code == 400, "loaded"
+        assert server.post(wav(0.5), model="two").status_code == 200, "the first one is evicted"
+        assert server.post(wav(0.5), model="one", to_language="zh").status_code == 200
+        assert (models["one"].languages, models["one"].default_lang) == (("zh",), "zh")
+
+
 def test_a_float32_package_counts_as_what_it_holds(tmp_path: Path) -> None:
     """Its weights lie in 16 bits where that loses nothing, and are wide once they are loaded."""
     sizes = []

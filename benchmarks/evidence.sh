@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Makes README's students again, all of them, from the committed teacher: hours on a GPU, about a day on two cores.
+#   bash benchmarks/evidence.sh          then commit runs/students as benchmarks/results/DATE-students*, and python -m benchmarks.readme --write
+# Each step keeps what it has finished; a killed run goes on. On processors without bfloat16: DTYPE=float32.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+students() { bash benchmarks/students.sh "$@"; }
+
+# C and D learn from all clips, the others from 6,000.
+export OUT=runs/students-half
+GROUPS_OF_STUDENTS=half students corpus plans translations C D baselines select test
+
+export OUT=runs/students LIMIT=6000 STEPS_A=1800 STEPS_B=1800 STEPS_AGAIN=500
+BATCH_QLORA=16 students plans translations searched B B_twice B_searched baselines
+for SEED in 0 1 2; do SEED=$SEED BATCH_QLORA=32 students A; done
+SEED=2 BATCH_QLORA=32 students A_fine
+SEED=2 BATCH_QLORA=16 students A_searched
+SEED=0 GROUPS_OF_STUDENTS="quarter seeds" students select test
+SEED=2 GROUPS_OF_STUDENTS=fine students select test
+SEED=0 SEED_A=2 GROUPS_OF_STUDENTS=searched students select test
+for CODE in de zh; do cp -r "runs/students-half/test-$CODE-half" runs/students; done
+students table

@@ -63,9 +63,12 @@ def read_chat(body: bytes) -> ChatRequest:
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MOST_MARKS:
         raise ApiError(400, f"The body holds more than {MOST_MARKS:,} values.", code="too_long")
     try:
-        return ChatRequest.model_validate_json(body)
+        chat = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         raise faults(error) from None
+    if chat.model_extra:  # only the names of unknown fields are told
+        chat.model_extra.update(dict.fromkeys(chat.model_extra))
+    return chat
 
 
 def read_message(messages: list[Message]) -> tuple[str, list[str]]:

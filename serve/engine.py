@@ -2,8 +2,9 @@
 
 Requests come as pieces: stretches of audio no longer than the model can hear. Each piece has a due
 time, its request's arrival plus half a second for each second of that request's audio up to its
-end. The earliest due goes first: a short request overtakes the later pieces of a long one, and no
-piece is overtaken for ever, since due times do not move while new requests' do.
+end, but at least half its own length after it comes. The earliest due goes first: a short request
+overtakes the later pieces of long ones, however late these are, and no piece is overtaken for ever,
+since due times do not move while new requests' do.
 """
 
 import contextlib
@@ -50,7 +51,10 @@ class Engine:
         """Puts a piece in the queue; its future is resolved from the engine's thread."""
         ticket = piece.ticket
         ticket.audio_s += piece.duration_s
-        piece.due_s = ticket.arrival_s + DUE_PER_AUDIO_S * ticket.audio_s
+        piece.due_s = max(
+            ticket.arrival_s + DUE_PER_AUDIO_S * ticket.audio_s,
+            time.monotonic() + DUE_PER_AUDIO_S * piece.duration_s,
+        )
         with self._changed:
             if self._closing:
                 fail(piece, unavailable("The model is being unloaded; try again."))
@@ -58,6 +62,11 @@ class Engine:
             self._waiting.append(piece)
             self._watcher.queued(self.name, len(self._waiting))
             self._changed.notify()
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so many wait that long requests should hold back."""
+        return self.waiting >= max(2, self._batch_size // 2)
 
     @property
     def waiting(self) -> int:
@@ -101,9 +110,10 @@ class Engine:
             if piece.future.set_running_or_notify_cancel():
                 piece.started_s = time.monotonic()
                 runner.add(piece)
-        if runner.size:
-            self._watcher.stepped(self.name, runner.size)
-        for finished in runner.step(crowded=bool(self._waiting)):
+        left = runner.step(crowded=bool(self._waiting))
+        if runner.stepped:
+            self._watcher.stepped(self.name, runner.stepped)
+        for finished in left:
             self._finish(finished)
 
     def _take(self, runner: Runner) -> list[Piece]:

@@ -40,8 +40,10 @@ class ApiError(Exception):
         return {"error": error}
 
     def headers(self) -> dict[str, str]:
-        """Retry-After, where trying again makes sense."""
-        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        """Retry-After, where trying again makes sense; OpenAI's clients try all else from 500 on again unless told."""
+        if self.retry_after_s is not None:
+            return {"retry-after": str(self.retry_after_s)}
+        return {"x-should-retry": "false"} if self.code == "timeout" else {}
 
 
 def bad_field(param: str, message: str) -> ApiError:

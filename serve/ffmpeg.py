@@ -76,6 +76,7 @@ def blocks(
         stderr=subprocess.DEVNULL,
         cwd="/",
         env={"PATH": os.defpath},
+        start_new_session=True,  # Ctrl-C is the server's, which lets running requests end
     )
     try:
         _confine(process.pid)
@@ -102,10 +103,12 @@ def _samples(
 ) -> Iterator[NDArray[np.float32]]:
     assert process.stdout is not None
     descriptor, rest = process.stdout.fileno(), b""
+    poll = select.poll()  # select() knows no descriptors from 1,024 on
+    poll.register(descriptor, select.POLLIN)
     until_s = time.monotonic() + STALL_S
     while True:
         check()
-        if not select.select([descriptor], [], [], POLL_S)[0]:
+        if not poll.poll(1000 * POLL_S):
             if time.monotonic() > until_s:
                 raise bad_audio("The audio file cannot be decoded in reasonable time.")
             continue

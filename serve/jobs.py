@@ -17,9 +17,7 @@ from serve.pieces import Outcome, Piece, Ticket
 from serve.registry import Model
 
 AHEAD = 8
-"""Stretches of one request in the engine at once, which bounds the memory of long audio…"""
-CROWDED = 64
-"""…unless so many wait already: then one."""
+"""Stretches of one request in the engine at once, which bounds the memory of long audio; one where many wait already."""
 
 
 @dataclass(eq=False)
@@ -39,6 +37,7 @@ class Job:
     """Called in the event loop with text as it appears."""
     ignored: tuple[str, ...] = ()
     _has_told: bool = False
+    _has_submitted: bool = False
     _reading: "Future[Stretch | None] | None" = None
 
     async def run(self) -> Transcript:
@@ -87,7 +86,7 @@ class Job:
             if stretch is not None and len(waiting) < self._ahead():
                 following = await self._next(source)
                 only = only and following is None
-                waiting.append(self._submit(stretch, only, len(done) + len(waiting)))
+                waiting.append(self._submit(stretch, only))
                 stretch = following
                 continue
             done.append(await self._finish(waiting.popleft()))
@@ -102,9 +101,9 @@ class Job:
     def _ahead(self) -> int:
         if self.on_text is not None or self.token_limit is not None:
             return 1
-        return 1 if self.engine.waiting >= CROWDED else AHEAD
+        return 1 if self.engine.is_crowded else AHEAD
 
-    def _submit(self, stretch: Stretch, only: bool, number: int) -> "Waiting":
+    def _submit(self, stretch: Stretch, only: bool) -> "Waiting":
         if self.token_limit == 0:
             return Waiting(stretch, "limit", None)
         if stretch.is_silent and not only:
@@ -116,8 +115,9 @@ class Job:
             self.lang,
             limit=self.token_limit,
             on_text=None if self.on_text is None else self._teller(),
-            is_first=number == 0,
+            is_first=not self._has_submitted,
         )
+        self._has_submitted = True
         self.engine.submit(piece)
         future = asyncio.wrap_future(piece.future)
         future.add_done_callback(_take_note)

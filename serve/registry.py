@@ -343,6 +343,11 @@ class Registry:
                 if model.engine is None:
                     await self._make_room(model, evicted)
                     await self._start(model)
+        except _NobodyWaitsError:
+            self._restoring = asyncio.create_task(self._restore(evicted))
+            raise unavailable(
+                f"The model {model.id} was not loaded: nobody waited for it."
+            ) from None
         except Exception as error:
             if isinstance(error, HalveError):
                 log.error("%s: cannot be loaded: %s", model.id, error)
@@ -394,12 +399,18 @@ class Registry:
                 model.languages, model.default_lang = now.languages, now.default_lang
 
     async def _make_room(self, wanted: Model, evicted: list[Model]) -> None:
-        """Unloads what is in the way, and adds it to `evicted`."""
+        """Unloads what is in the way, and adds it to `evicted`.
+
+        Raises:
+            _NobodyWaitsError: those who wanted the model have left.
+        """
         if self._settings.memory_gb is None:
             return
         patient_until_s = time.monotonic() + PATIENCE_S
         try:
             while not self._fits(wanted):
+                if not wanted.users:
+                    raise _NobodyWaitsError
                 loaded = [m for m in self.models.values() if m.engine is not None]
                 idle = [m for m in loaded if not m.users]
                 if idle:
@@ -436,6 +447,10 @@ class Registry:
             model.engine = None
         closing = [asyncio.to_thread(engine.close, wait_s) for engine in engines]
         return all(await asyncio.gather(*closing)) and not self._opening
+
+
+class _NobodyWaitsError(Exception):
+    """There is no one left to load a model for."""
 
 
 def _check_retry(model: Model) -> None:

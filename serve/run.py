@@ -192,9 +192,11 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         log.info("draining: %d requests run", self._service.running)
-        if not await self._service.drain():
-            log.warning("%d requests were not finished in time", self._service.running)
-        self.should_exit = True
+        try:
+            if not await self._service.drain():
+                log.warning("%d requests were not finished in time", self._service.running)
+        finally:
+            self.should_exit = True
 
 
 class _ProgressHandler(logging.Handler):

@@ -49,8 +49,8 @@ class Runner(Protocol):
         ...
 
     @property
-    def size(self) -> int:
-        """Pieces in it."""
+    def stepped(self) -> int:
+        """Pieces that the last step computed together."""
         ...
 
     def choose(self, waiting: list[Piece]) -> list[Piece]:
@@ -101,14 +101,15 @@ class ContinuousRunner:
         self._encoding: deque[tuple[Piece, Future[Any]]] = deque()
         self._rows: list[tuple[Piece, Any, TextStream]] = []
         self._left: list[Finished] = []
+        self._stepped = 0
 
     @property
     def is_busy(self) -> bool:
         return bool(self._rows or self._left or self._encoding)
 
     @property
-    def size(self) -> int:
-        return len(self._rows)
+    def stepped(self) -> int:
+        return self._stepped
 
     def choose(self, waiting: list[Piece]) -> list[Piece]:
         places = min(ENCODED_AHEAD, self._batch.free) - len(self._encoding)
@@ -139,6 +140,7 @@ class ContinuousRunner:
         # One a step: reading a prompt holds up the rows that are being written.
         if self._encoding and (self._encoding[0][1].done() or not (self._rows or self._left)):
             self._join(*self._encoding.popleft())
+        self._stepped = len(self._rows)
         try:
             self._batch.step()
             self._read_rows()
@@ -219,14 +221,15 @@ class BatchRunner:
         self._translator = translator
         self._batch_size = batch_size
         self._batch: list[Piece] = []
+        self._stepped = 0
 
     @property
     def is_busy(self) -> bool:
         return bool(self._batch)
 
     @property
-    def size(self) -> int:
-        return len(self._batch)
+    def stepped(self) -> int:
+        return self._stepped
 
     def choose(self, waiting: list[Piece]) -> list[Piece]:
         return pick_batch(waiting, self._batch_size)
@@ -236,6 +239,7 @@ class BatchRunner:
 
     def step(self, crowded: bool) -> list[Finished]:
         batch, self._batch = self._batch, []
+        self._stepped = len(batch)
         if not batch:
             return []
         # Text as it appears costs the others their batch, so it is given while nobody waits.

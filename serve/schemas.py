@@ -57,6 +57,14 @@ class InputAudio(_Request):
     format: str | None = Field(default=None, max_length=20)
     """Not needed: the file's first bytes decide."""
 
+    @field_validator("data")
+    @classmethod
+    def _ascii(cls, value: str) -> str:
+        # One other letter can make a text take four times the bytes that it came in.
+        if not value.isascii():
+            raise ValueError("not base64")
+        return value
+
 
 class AudioPart(_Request):
     type: Literal["input_audio"]

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from halve import environment
@@ -103,7 +103,8 @@ class Service:
         # Those who still wait hear 503 instead of a closed connection.
         self._gave_up = True
         for limit in self._limits:
-            limit.reschedule(asyncio.get_running_loop().time())
+            with suppress(RuntimeError):  # one that is just running out by itself
+                limit.reschedule(asyncio.get_running_loop().time())
         return False
 
     async def stop(self, wait_s: float = 5.0) -> bool:

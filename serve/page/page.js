@@ -8,6 +8,7 @@ let audio = null;
 let models = [];
 let stopRecording = null;
 let running = null;
+let choices = 0;
 
 function say(text, isFault = false) {
   byId("status").textContent = text;
@@ -74,13 +75,13 @@ function use(file) {
 
 async function choose(file) {
   if (!file) return;
-  if (READ_BY_SERVER.test(file.name)) return use(file);
-  try {
-    use(await toWav(file, file.name));
-  } catch {
+  const choice = ++choices;
+  let found = file;
+  if (!READ_BY_SERVER.test(file.name)) {
     // The server may read what the browser cannot.
-    use(file);
+    found = await toWav(file, file.name).catch(() => file);
   }
+  if (choice === choices) use(found); // nothing was chosen while it was converted
 }
 
 async function toggleRecording() {
@@ -92,7 +93,9 @@ async function toggleRecording() {
     if (stopRecording) {
       const stop = stopRecording;
       stopRecording = null;
+      choices += 1;
       use(await stop());
+      byId("file").value = ""; // so that the same file can be chosen again
     } else {
       stopRecording = await startRecording();
       say("Recording…");
@@ -148,22 +151,21 @@ function fact(node, name, value) {
   node.querySelector(".facts").append(row);
 }
 
-async function translateWith(model, signal) {
-  const language = byId("language").value;
+async function translateWith(model, language, clip, signal) {
   const node = card(model, language);
   node.classList.add("runs");
   try {
-    return await receive(node, model, language, signal);
+    return await receive(node, model, language, clip, signal);
   } finally {
     node.classList.remove("runs");
   }
 }
 
 /** Sends the audio and shows what comes; the milliseconds that it took. */
-async function receive(node, model, language, signal) {
+async function receive(node, model, language, clip, signal) {
   const text = node.querySelector(".text");
   const body = new FormData();
-  body.append("file", audio, audio.name);
+  body.append("file", clip, clip.name);
   body.append("model", model);
   body.append("stream", "true");
   if (language) body.append("to_language", language);
@@ -219,7 +221,7 @@ function clock(seconds) {
 }
 
 /** Bars as long as each model took, and who was faster; of a request that loaded its model, time tells no speed. */
-function compare(chosen, totals, cold) {
+function compare(chosen, totals, cold, evicted) {
   const longest = Math.max(...totals);
   document.querySelectorAll(".bar span").forEach((bar, place) => {
     bar.style.width = `${Math.max(1, (100 * totals[place]) / longest)}%`;
@@ -227,6 +229,10 @@ function compare(chosen, totals, cold) {
   if (totals.length < 2) return;
   const line = byId("comparison");
   line.hidden = false;
+  if (cold.length && evicted.length) {
+    line.textContent = "No comparison: the two models do not fit into the server's memory together.";
+    return;
+  }
   if (cold.length) {
     line.textContent = `${cold.join(" and ")} had to be loaded first. Translate again to compare.`;
     return;
@@ -240,12 +246,18 @@ async function translate(submit) {
   submit.preventDefault();
   if (!audio || running) return;
   running = new AbortController();
+  const hadFocus = document.activeElement === byId("translate");
   byId("translate").disabled = true;
   byId("stop").hidden = false;
+  if (hadFocus) byId("stop").focus();
   byId("results").replaceChildren();
   byId("comparison").hidden = true;
   try {
+    if (!models.length) await loadModels();
     const chosen = [byId("model-a").value, byId("model-b").value].filter(Boolean);
+    if (!chosen.length) throw new Error("The server has no model.");
+    // The same for both models, whatever is chosen meanwhile.
+    const [clip, language] = [audio, byId("language").value];
     // One after another: side by side they would slow each other down.
     const totals = [];
     const cold = [];
@@ -254,21 +266,24 @@ async function translate(submit) {
       await updateModels(running.signal);
       const known = models.find((m) => m.id === model);
       if (known?.loaded === false) cold.push(model);
-      totals.push(await translateWith(model, running.signal));
+      totals.push(await translateWith(model, language, clip, running.signal));
     }
-    compare(chosen, totals, cold);
+    await updateModels(running.signal);
+    const evicted = chosen.filter((id) => models.find((m) => m.id === id)?.loaded === false);
+    compare(chosen, totals, cold, evicted);
     say("Done.");
   } catch (error) {
     say(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");
   }
   running = null;
   byId("translate").disabled = false;
+  if (document.activeElement === byId("stop")) byId("translate").focus();
   byId("stop").hidden = true;
   updateModels().catch(() => {}); // what went wrong has been said
 }
 
 function start() {
-  const refresh = () => loadModels().catch((error) => say(error.message, true));
+  const refresh = () => loadModels().then(() => say(""), (error) => say(error.message, true));
   byId("form").addEventListener("submit", translate);
   byId("stop").addEventListener("click", () => running?.abort());
   byId("record").addEventListener("click", toggleRecording);
@@ -284,6 +299,7 @@ function start() {
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     over(false);
+    byId("file").value = "";
     choose(event.dataTransfer.files[0]);
   });
   refresh();

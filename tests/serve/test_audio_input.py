@@ -1,8 +1,11 @@
 """Uploads may hold anything; what is not audio is refused and what is audio is heard as it is."""
 
 import io
+import os
+import resource
 import struct
 import subprocess
+import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -282,6 +285,33 @@ def test_an_ffmpeg_that_gives_nothing_is_given_up(
     monkeypatch.setattr(ffmpeg, "find", lambda: str(stuck))
     monkeypatch.setattr(ffmpeg, "STALL_S", 0.3)
     assert refusal(b"\x00\x00\x00\x20ftypM4A " + bytes(100)).code == "invalid_audio"
+
+
+def test_ffmpeg_is_read_however_many_descriptors_are_open(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "samples"
+    program.write_text(
+        f"#!{sys.executable}\nimport os, sys\n"
+        f"open({str(tmp_path / 'group')!r}, 'w').write(str(os.getpgrp()))\n"
+        "sys.stdout.buffer.write(bytes(8))\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(ffmpeg, "find", lambda: str(program))
+    monkeypatch.setattr(ffmpeg, "_confine", lambda pid: None)
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with open(os.devnull, "rb") as file:
+            (block,) = ffmpeg.blocks(file, "aac", 10.0, lambda: None)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    assert block.tolist() == [0.0, 0.0]
+    # Ctrl-C goes to the server's own group.
+    assert int((tmp_path / "group").read_text()) != os.getpgrp()
 
 
 def test_ffmpeg_may_write_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -161,6 +161,17 @@ def test_a_fault_is_named_by_its_place(serve_fake) -> None:
         assert "required" in answer.json()["error"]["message"]
 
 
+def test_letters_that_take_four_bytes_are_not_kept(serve_fake) -> None:
+    audio = {"type": "input_audio", "input_audio": {"data": "A" * 1000 + "\U0001f600"}}
+    body = {"model": "fake", "messages": [{"role": "user", "content": [audio]}]}
+    with serve_fake() as server:
+        answer = HTTP.post(f"{server.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and "base64" in answer.json()["error"]["message"]
+    known = {"model": "fake", "messages": [{"role": "user", "content": "hello"}]}
+    chat = read_chat(json.dumps(known | {"metadata": "\U0001f600" * 1000}).encode())
+    assert chat.model_extra == {"metadata": None}
+
+
 def test_texts_have_a_bound(serve_fake) -> None:
     long = "x" * MOST_TEXT
     with serve_fake() as server:

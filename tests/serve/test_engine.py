@@ -81,10 +81,25 @@ def test_a_short_request_overtakes_the_rest_of_a_long_one(
     assert fake.batches[1] == [2.0]
 
 
+def test_a_short_request_overtakes_long_ones_that_are_late(
+    engine: Engine, fake: FakeTranslator
+) -> None:
+    first = held(engine, fake)
+    late = Ticket(first.ticket.arrival_s - 600)  # it should have been done long ago
+    for _ in range(4):
+        engine.submit(piece(30, late))
+    short = piece(2)
+    engine.submit(short)
+    fake.gate.set()
+    short.future.result(WAIT_S)
+    assert fake.batches[1] == [2.0]
+
+
 def test_a_long_request_is_not_overtaken_for_ever(engine: Engine, fake: FakeTranslator) -> None:
     first = held(engine, fake)
-    old = Ticket(first.ticket.arrival_s - 60)
-    engine.submit(piece(30, old))
+    old = piece(30, Ticket(first.ticket.arrival_s - 60))
+    engine.submit(old)
+    old.due_s -= 60  # it came with its request
     for _ in range(6):
         engine.submit(piece(2))
     fake.gate.set()

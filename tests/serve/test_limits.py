@@ -6,6 +6,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -148,7 +149,9 @@ def test_the_queue_is_full_while_a_model_makes_room(
 def test_too_slow(serve_fake, fake: FakeTranslator) -> None:
     fake.gate.clear()
     with serve_fake(request_timeout_s=0.5) as server:
-        refused(server.post(wav(0.5)), 504, "timeout")
+        answer = server.post(wav(0.5))
+        refused(answer, 504, "timeout")
+        assert answer.headers["x-should-retry"] == "false", "OpenAI's client would ask thrice"
         refused(server.post(wav(0.5), stream="true"), 504, "timeout")
         fake.gate.set()
         eventually(server.nothing_left)
@@ -309,6 +312,44 @@ def test_a_model_in_constant_use_makes_room_for_another(
         assert answers == [200, 200]
         assert all(client.result() == {200} for client in busy)
         assert not any(model.is_leaving for model in models.values())
+
+
+def test_a_model_that_nobody_waits_for_pushes_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.registry.PATIENCE_S", 0.2)
+    opened: list[str] = []
+    busy = FakeTranslator()
+
+    def open_fake(path: str, settings: ServeSettings) -> FakeTranslator:
+        opened.append(Path(path).name)
+        return busy
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(bytes(1_000_000))
+        (tmp_path / name / "package.json").write_text(json.dumps({"languages": ["de"]}))
+    settings = ServeSettings(models=(str(tmp_path / "a"), str(tmp_path / "b")), memory_gb=0.002)
+    with serving(settings, open_fake) as server, ThreadPoolExecutor(2) as pool:
+        models = server.service.registry.models
+        busy.gate.clear()
+        running = pool.submit(server.post, wav(0.5), model="a")
+        assert busy.entered.wait(60)
+        with pytest.raises(httpx.ReadTimeout):
+            leave(server, model="b")
+        eventually(lambda: models["b"].loading is None)
+        assert models["a"].engine is not None and not models["a"].is_leaving
+        busy.gate.set()
+        assert running.result().status_code == 200
+        assert server.post(wav(0.5), model="a").status_code == 200
+        assert opened == ["a"], "b was wanted by nobody any more"
+        assert server.post(wav(0.5), model="b").status_code == 200, "and can be had at once"
+
+
+def leave(server: Any, model: str) -> None:
+    """A client that gives up after a second."""
+    files, data = {"file": ("a.wav", wav(0.5))}, {"model": model}
+    httpx.post(f"{server.url}/v1/audio/translations", files=files, data=data, timeout=1.0)
 
 
 def test_large_chat_bodies_have_a_bound_together(serve_fake) -> None:

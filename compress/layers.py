@@ -176,15 +176,28 @@ def _reordered(part: nn.Linear, then: str = "none") -> Linear:
     return apply
 
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _only(module: Any, known: Sequence[str]) -> bool:
+    return isinstance(module, nn.Module) and {name for name, _ in module.named_children()} <= set(
+        known
+    )
+
+
 def _has_parts(module: Any) -> bool:
     attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
-    linear = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
-    linear += [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
-    norms = [
-        getattr(module, name, None) for name in ("input_layernorm", "post_attention_layernorm")
-    ]
+    linear = [getattr(attention, name, None) for name in _ATTENTION]
+    linear += [getattr(mlp, name, None) for name in _MLP[:3]]
+    norms = [getattr(module, name, None) for name in _NORMS]
     return (
         all(type(part) is nn.Linear for part in linear)
+        # Norms of queries and keys (Qwen3) and all else that is not put together here; in 16 bits the probe may not tell.
+        and _only(attention, _ATTENTION)
+        and _only(mlp, _MLP)
+        and _only(module, ("self_attn", "mlp", *_NORMS))
         and all(hasattr(norm, "variance_epsilon") for norm in norms)
         and all(hasattr(attention, name) for name in ("layer_idx", "head_dim", "scaling"))
         # A window that only the config knows of shows on long rows alone: the probe's are short.

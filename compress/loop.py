@@ -305,7 +305,9 @@ def _optimizer(training: Training) -> torch.optim.Optimizer:
     config = training.config
     groups: dict[tuple[bool, bool], list[Parameter]] = {}
     for name, parameter in training.weights.items():
-        groups.setdefault((name in training.projector, parameter.dim() > 1), []).append(parameter)
+        # Norms of queries and keys may have a row a head.
+        decays = parameter.dim() > 1 and not name.endswith("norm.weight")
+        groups.setdefault((name in training.projector, decays), []).append(parameter)
     return torch.optim.AdamW(
         [
             {

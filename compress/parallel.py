@@ -63,11 +63,17 @@ class Team:
         return float(held.item())
 
     def sum(self, loss: float, gradients: list[Tensor | None], like: Sequence[Tensor]) -> float:
-        """Adds up losses and, in place, gradients over all processes; missing ones count as zero."""
+        """Adds up losses and, in place, gradients over all processes; one that some lack counts as zero there."""
         if self.size == 1:
             return loss
+        there = torch.tensor([float(one is not None) for one in gradients], device=self.device)
+        torch.distributed.all_reduce(there)
         for place, weight in enumerate(like):
             gradient = gradients[place]
+            if not there[
+                place
+            ]:  # nobody's: the optimiser leaves the weight alone, as with one process
+                continue
             if gradient is None:
                 gradient = torch.zeros_like(weight)
             torch.distributed.all_reduce(gradient)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -81,12 +82,21 @@ def run_teach(
             "langs": list(config.langs),
             "family": speech.family.name,
             "origin": origin(base),
+            **carried(base),
         }
         draft.timing("training", state.elapsed_s, steps=state.step)
         if adapter is not None:
             speech.model = adapter.merge_and_unload(safe_merge=True)
         save_model(speech, base, draft.path)
     return artefact.read(out, "teacher")
+
+
+def carried(base: Path) -> dict[str, Any]:
+    """What a model's record says that holds for what is trained from it."""
+    if not (base / artefact.RECORD).is_file():
+        return {}
+    extra = artefact.read(base).extra
+    return {key: extra[key] for key in ("removed", "kept", "base_model") if key in extra}
 
 
 def check_unquantised(base: Path) -> None:
@@ -200,11 +210,13 @@ def select_weights(
 ) -> tuple[dict[str, Parameter], frozenset[str]]:
     """What full fine-tuning trains, by name, and which of it is the projector; the rest is frozen."""
     tower = f"{speech.family.audio_tower}."
+    images = tuple(f"{part}." for part in speech.family.images)
     weights = {}
     for name, parameter in speech.model.named_parameters():
         # The tower's sinusoid positions say themselves that they do not train.
         is_tower = bool(speech.family.audio_tower) and name.startswith(tower)
-        if is_tower and (freeze_audio or not parameter.requires_grad):
+        sees = name.startswith(images)
+        if sees or (is_tower and (freeze_audio or not parameter.requires_grad)):
             parameter.requires_grad_(False)
         else:
             weights[name] = parameter

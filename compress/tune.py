@@ -19,6 +19,7 @@ from compress.parallel import Team
 from compress.rows import Row, build_sequences, evenly, read_rows, reference_rows, segments_for
 from compress.states import open_states
 from compress.teach import (
+    carried,
     check_unquantised,
     run_teach,
     save_model,
@@ -34,8 +35,6 @@ from halve.errors import ArtefactError, InputError
 from halve.models import SpeechModel, load_model, resolve_model
 from halve.progress import SILENT, Progress
 from halve.sources import check_sources, warn_of_speech
-
-_CARRIED = ("removed", "kept", "base_model")
 
 
 def run_tune(
@@ -216,12 +215,8 @@ def base_name(base: Path) -> str:
 def _facts(config: TuneConfig, training: Training, rows: list[Row], base: Path) -> dict[str, Any]:
     """What the artefact's record says beside its files."""
     origins = [row.origin for row in rows]
-    carried = {}
-    if (base / artefact.RECORD).is_file():
-        extra = artefact.read(base).extra
-        carried = {key: extra[key] for key in _CARRIED if key in extra}
     return {
-        **carried,
+        **carried(base),
         "method": config.method,
         "langs": list(config.langs),
         "family": training.speech.family.name,

@@ -21,8 +21,10 @@ WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _REFUSED = (
     "use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "alpha_pattern", "rank_pattern",
-    "trainable_token_indices", "target_parameters", "layer_replication",
+    "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
 )  # fmt: skip
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva")
+"""Ways to begin an adapter that leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
 
 
 def is_adapter(path: Path) -> bool:
@@ -109,6 +111,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             mend="tune again, or copy it again",
         )
     refused = [name for name in _REFUSED if config.get(name)]
+    if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
+        refused.append(f"init_lora_weights {start!r}")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or refused:
         raise ArtefactError(
             f"{path} is an adapter of type {config.get('peft_type')} with {', '.join(refused) or 'biases'}",

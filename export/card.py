@@ -148,7 +148,7 @@ def _size(config: Mapping[str, Any], folder: Path, facts: Mapping[str, Any]) -> 
     return [
         "## Size",
         "",
-        f"- Stored bytes: {stored_bytes(folder):,} (all files but this card and artefact.json)",
+        f"- Stored bytes: {stored_bytes(folder):,} (all files but this card, artefact.json and a statement of size)",
         f"- Logical parameters: {facts.get('logical_parameters') or counts.total:,}",
         f"- Before any trimming: audio tower {counts.audio_tower:,}, decoder layers {counts.decoder:,}, "
         f"embeddings {counts.embeddings:,}, head {counts.head:,}",

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +58,17 @@ def write_plain(
         ArtefactError: weights missing, damaged, stored in 4 bits, or not finite in that type.
     """
     config = _plain_config(source)
-    parts = [_part(stored, _KINDS[dtype], change(stored)) for stored in iter_stored(source)]
+    kept = _read_by_stock_code(source, config)
+    parts = [_part(stored, _KINDS[dtype], change(stored)) for stored in kept]
     write_shards(target, parts, max_shard_bytes)
     copy_side_files(source, target)
     write_config(target, with_dtype(config, dtype))
+
+
+def _read_by_stock_code(source: Path, config: Mapping[str, Any]) -> Iterator[Stored]:
+    """The tensors without those that stock code ignores (the second copy of a tied head)."""
+    family = family_for(config)
+    return (stored for stored in iter_stored(source) if not family.is_surplus(config, stored.key))
 
 
 def _plain_config(source: Path) -> dict[str, Any]:
@@ -127,7 +134,7 @@ def write_nf4(source: Path, target: Path, max_shard_bytes: int) -> None:
     config = _plain_config(source)
     family = family_for(config)
     parts: list[Part] = []
-    for stored in iter_stored(source):
+    for stored in _read_by_stock_code(source, config):
         if nf4.is_quantised(family, stored):
             parts += nf4.parts_of(stored)
         else:

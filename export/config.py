@@ -82,7 +82,7 @@ class PackageConfig(Config):
     """Bits of the embedding table; those of `precision` where None."""
     trim_vocab: bool = False
     """ONNX and GGUF of models that hear: keeps only the tokens that the corpus's translations into `langs` need
-    (`train` and `select`), and every single byte or character."""
+    (`train` and `select`), and every single byte or character. The same texts, greedily; a beam search weighs the kept tokens alone."""
     encoder_bits: Literal[4, 8, 32] | None = None
     """Bits of the audio encoder's linear layers in an int8 or int4 package. Where None, those of
     `precision` if the weights are calibrated, else 8."""

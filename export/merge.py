@@ -264,8 +264,15 @@ def _verify(config: MergeConfig, model: Path, student: Path) -> None:
         speech = load_model(student, dtype=config.dtype, device="cpu")
         del speech
         return
+    config_of = read_config(model)
+    family = family_for(config_of)
     shapes = [
-        {key: shape for key, (shape, _) in tensor_shapes(path).items()} for path in (model, student)
+        {
+            key: shape
+            for key, (shape, _) in tensor_shapes(path).items()
+            if not family.is_surplus(config_of, key)
+        }
+        for path in (model, student)
     ]
     if shapes[0] != shapes[1]:
         raise ArtefactError(f"{student}: the merged tensors are not those of {model}")

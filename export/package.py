@@ -11,7 +11,7 @@ from export.calibrate import Calibrated, Calibration, DataFree, Quantiser, read_
 from export.card import write_card
 from export.checkpoint import DTYPES, write_nf4, write_plain
 from export.config import PackageConfig, check_family, check_possible
-from export.contest import check_contest, write_contest
+from export.contest import check_contest, write_contest, write_scripts
 from export.gguf_runtime import check_installed
 from export.manifest import Manifest, write_manifest
 from export.parity import check_parity
@@ -96,6 +96,8 @@ def run_package(
             if facts.get(key)
         }
         draft.extra["parity_passed"] = manifest.parity["passed"]
+        if config.contest:
+            write_scripts(draft.path, config)  # before the card, which says how much is stored
         write_card(draft.path, source=model, kind="package", facts=facts)
         if config.contest:
             facts["trimmed"] = config.trim_vocab

@@ -29,6 +29,13 @@ WEIGHTS_SHARE = 0.8
 """Of the main memory: the most that weights widened to 32 bits may take."""
 
 
+_MEMORY_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+"""Where Linux tells a container's limit (control groups 2 and 1)."""
+
+
 @cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that can change a result."""
@@ -57,8 +64,17 @@ def cpu_model() -> str:
 
 
 def memory_bytes() -> int:
-    """The machine's main memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The main memory that this process may use: the machine's, or its container's where that is less."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([whole, *(limit for path in _MEMORY_LIMITS if (limit := _number(path)))])
+
+
+def _number(path: str) -> int | None:
+    try:
+        text = Path(path).read_text(encoding="utf8").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
 
 
 def cores() -> int:

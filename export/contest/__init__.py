@@ -77,15 +77,13 @@ def check_contest(config: PackageConfig, family: Family) -> None:
 def write_contest(
     folder: Path, config: PackageConfig, facts: Mapping[str, Any], parameters: int
 ) -> None:
-    """Writes the statement of size and, for WMT, all that its organisers run.
+    """Writes the statement of size, and what the card says of the contest.
 
     Args:
         folder: the package, complete but for this.
         facts: how the student was made: removed, tuned, target, precision, trimmed.
         parameters: logical parameters.
     """
-    if config.contest == "wmt":
-        _write_scripts(folder, config)
     with (folder / CARD).open("a", encoding="utf8") as card:
         card.write(_ENTRIES[str(config.contest)])
     statement = {
@@ -131,7 +129,10 @@ def _stored_bytes(folder: Path) -> int:
     )
 
 
-def _write_scripts(folder: Path, config: PackageConfig) -> None:
+def write_scripts(folder: Path, config: PackageConfig) -> None:
+    """For WMT, all that its organisers run."""
+    if config.contest != "wmt":
+        return
     templates = Path(__file__).parent
     for name in _SCRIPTS:
         shutil.copyfile(templates / name, folder / name)

@@ -108,6 +108,8 @@ class Family(ABC):
     """Why neither an ONNX nor a GGUF package of this family can be written; empty where its graphs are known."""
     unquantised: tuple[str, ...] = ()
     """Further parts with linear layers that are none of the decoder layers'."""
+    images: tuple[str, ...] = ()
+    """Parts that see, which no training touches."""
     text_defaults: Mapping[str, Any] = MappingProxyType({})
     """What stock code takes for decoder settings that a config leaves out, as released ones do."""
     released: Mapping[str, Mapping[str, Any]] = MappingProxyType({})

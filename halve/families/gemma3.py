@@ -34,7 +34,7 @@ class Gemma3(Text):
     decoder = "model.language_model"
     embeddings = "model.language_model.embed_tokens"
     norm = "model.language_model.norm"
-    unquantised = ("model.vision_tower", "model.multi_modal_projector")
+    unquantised = images = ("model.vision_tower", "model.multi_modal_projector")
 
     disk_layers = "language_model.model.layers."
     disk_embeddings = "language_model.model.embed_tokens."

@@ -69,9 +69,9 @@ class Gemma4(Family):
     audio_tower = "model.audio_tower"
     projector = "model.embed_audio"
     no_onnx = "shared keys and values, per-layer embeddings and two kinds of attention heads have no graph yet"
+    images: tuple[str, ...] = ("model.vision_tower", "model.embed_vision")
     unquantised: tuple[str, ...] = (
-        "model.vision_tower",
-        "model.embed_vision",
+        *images,
         "model.language_model.per_layer_model_projection",
     )
 

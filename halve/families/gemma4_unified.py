@@ -24,7 +24,7 @@ class Gemma4Unified(Gemma4):
 
     audio_tower = ""
     disk_audio_tower = ""
-    unquantised = ("model.embed_vision",)
+    unquantised = images = ("model.embed_vision",)
 
     def encode(self, model: Any, processor: Any, audio: Any) -> "torch.Tensor":
         """The clip's frames as they are: (positions, samples), 25 positions a second."""

@@ -56,7 +56,7 @@ class Qwen25Omni(Qwen2Audio):
     gguf_layouts: Mapping[str, GgufLayout] = MappingProxyType({})
     no_onnx = "its encoder works in pieces of 2 s, which have no graph yet"
     projector = ""
-    unquantised = ("model.visual",)
+    unquantised = images = ("model.visual",)
 
     disk_layers = "model.layers."
     disk_embeddings = "model.embed_tokens."

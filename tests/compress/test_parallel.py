@@ -74,7 +74,8 @@ def test_lora_teaching_merges_into_an_ordinary_directory(
     tiny_model: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     config = TeachConfig.model_validate(
-        SETTINGS | {"method": "lora", "rank": 4, "alpha": 8, "weights": "bfloat16"}
+        SETTINGS
+        | {"method": "lora", "rank": 4, "alpha": 8, "weights": "bfloat16", "precision": "auto"}
     )
     run_teach(config, tiny_model, tiny_corpus, tmp_path / "teacher")
     load_model(tmp_path / "teacher")  # refuses missing and unexpected keys

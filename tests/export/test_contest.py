@@ -71,6 +71,10 @@ def test_wmt_package_states_its_size(wmt: Path) -> None:
     assert stated["stored_bytes"] == sum(
         path.stat().st_size for path in shipped if path.name not in records
     )
+    # The card counts the scripts too.
+    card = (wmt / "README.md").read_text(encoding="utf8")
+    listed = sum(p.stat().st_size for p in shipped if p.name not in (*records, "README.md"))
+    assert f"Stored bytes: {listed:,} " in card
     assert stated["logical_parameters"] > 0
     assert artefact.verify(wmt) == []
     card = (wmt / "README.md").read_text(encoding="utf8")

@@ -168,6 +168,12 @@ def test_refuses_dora_and_auto_without_a_corpus(
     (dora / "adapter_model.safetensors").write_bytes(
         (adapter / "adapter_model.safetensors").read_bytes()
     )
+    pissa = shutil.copytree(adapter, tmp_path / "pissa")
+    (pissa / "adapter_config.json").write_text(
+        json.dumps({**settings, "init_lora_weights": "pissa_niter_4"})
+    )
+    with pytest.raises(ArtefactError, match="init_lora_weights 'pissa_niter_4'"):
+        run_merge(MergeConfig(), tiny_model, pissa, None, tmp_path / "s")
     with pytest.raises(ArtefactError, match="use_dora"):
         run_merge(MergeConfig(), tiny_model, dora, None, tmp_path / "s")
 

@@ -23,11 +23,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 STUDENTS = {
     "teacher-int4": "teacher, ONNX int4",
-    "teacher-int4-A": "the same, tower and head in 8 bits",
+    "teacher-int4-A": "teacher, ONNX int4, tower and head in 8 bits",
     "A-fine-2": "nothing pruned, QLoRA, ONNX int4, tower and head in 8 bits, finer blocks",
-    "B-twice-0": "a quarter of the layers pruned, QLoRA twice, tower and head in 8 bits",
+    "B-twice-0": "a quarter of the layers pruned, QLoRA twice, ONNX int4, tower and head in 8 bits",
     "C-0": "half of the layers pruned, trained in full, bf16",
-    "D-0": "the same, ONNX int4, head in 8 bits",
+    "D-0": "half of the layers pruned, trained in full, ONNX int4, head in 8 bits",
 }
 """The students that README shows, in its order."""
 DEMO = {

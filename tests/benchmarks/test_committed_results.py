@@ -32,7 +32,7 @@ def test_scores_follow_from_the_hypotheses(result: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("result", filter(_is_long, QUALITY), ids=lambda path: path.name)
+@pytest.mark.parametrize("result", list(filter(_is_long, QUALITY)), ids=lambda path: path.name)
 def test_edit_rates_follow_from_the_hypotheses(result: Path) -> None:
     assert recompute_faults(result, metrics=["ter"]) == []
     assert conditions.faults(read_result(result), metrics=["ter"]) == []

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import soundfile
 
-from halve.audio import SAMPLE_RATE_HZ
+from halve.audio import SAMPLE_RATE_HZ, probe
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import CorpusError
 
+_SLACK_S = 0.1
+"""A file so much longer than its segment has more in it."""
 _AS_IS_BYTES = 60_000
 """A recording that is one whole segment goes in as it is up to so many bytes; others as FLAC."""
 _TYPES = {".opus": "audio/ogg", ".ogg": "audio/ogg", ".mp3": "audio/mpeg", ".flac": "audio/flac"}
@@ -43,6 +45,7 @@ class Clips:
         kind = _TYPES.get(path.suffix.lower())
         try:
             whole = segment.audio not in self._shared and segment.offset_s == 0.0
+            whole = whole and abs(probe(path).duration_s - segment.duration_s) < _SLACK_S
             if kind and whole and path.stat().st_size <= _AS_IS_BYTES:
                 return _uri(kind, path.read_bytes())
             sound = io.BytesIO()

@@ -86,6 +86,42 @@ def _pairs(
     return pairs + (named or in_order)
 
 
+def _of_segments(
+    first: scoring.ResultFiles,
+    second: scoring.ResultFiles,
+    name: str,
+    other: str,
+    places: list[tuple[int, int]],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Metrics that are means of segment scores, where both results have them of the same model that scores."""
+    found = {}
+    for metric in ("comet", "embedding_similarity"):
+        kinds = [
+            one.result["teacher"]["scores"].get(metric, {}).get("signature")
+            for one in (first, second)
+        ]
+        if kinds[0] is None or kinds[0] != kinds[1]:
+            continue
+        one, two = (
+            [float(line) for line in scoring.read_lines(files.path / metric / f"{of}.txt")]
+            for files, of in ((first, name), (second, other))
+        )
+        numbers = scoring.mean_retention(
+            [one[i] for i, _ in places], [two[j] for _, j in places], resamples=resamples, seed=seed
+        )
+        found[metric] = {
+            "difference": numbers["difference"],
+            "low": numbers["difference_low"],
+            "high": numbers["difference_high"],
+            "p_value": numbers["p_value"],
+            "p_randomised": numbers["p_randomised"],
+            "significant": max(numbers["p_value"], numbers["p_randomised"]) < _SIGNIFICANT,
+        }
+    return found
+
+
 def _compare_models(
     first: scoring.ResultFiles,
     second: scoring.ResultFiles,
@@ -112,6 +148,7 @@ def _compare_models(
             "significant": texts_a != texts_b
             and max(numbers["p_value"], numbers["p_randomised"]) < _SIGNIFICANT,
         }
+    metrics |= _of_segments(first, second, a["name"], b["name"], places, resamples, seed)
     return {
         "first": a["name"],
         "second": b["name"],

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ class Timing:
     tokens: int
     """With the one that ended them, which took a step as the others did."""
     text: str
+    first_tokens: int = 1
+    """Tokens that stood at `first_s`: a first character may take several."""
 
     @property
     def token_s(self) -> float:
-        """Time for each token after the first."""
-        return (self.total_s - self.first_s) / max(1, self.tokens - 1)
+        """Time for each token after the first piece of text."""
+        return (self.total_s - self.first_s) / max(1, self.tokens - self.first_tokens)
 
 
 Run = Callable[[FloatArray, int], Timing]
@@ -112,13 +114,24 @@ def _stream_run(translator: Any, lang: str) -> Run:
             try:
                 pieces.append(next(stream))
             except StopIteration as end:
-                tokens = len(end.value.tokens) + (end.value.stopped == "end")
+                said = end.value.tokens
+                tokens = len(said) + (end.value.stopped == "end")
                 break
             first_s = first_s or time.perf_counter() - started
         total_s = time.perf_counter() - started
-        return Timing(total_s, first_s or total_s, tokens, "".join(pieces))
+        shown = _until_text(translator, said) if first_s else tokens
+        return Timing(total_s, first_s or total_s, tokens, "".join(pieces), shown)
 
     return run
+
+
+def _until_text(translator: Any, tokens: Sequence[int]) -> int:
+    """How many tokens it takes until there is text to show."""
+    from halve.translate import TextStream
+
+    stream = TextStream(translator.text)
+    counts = range(1, len(tokens) + 1)
+    return next((count for count in counts if stream.push(tokens[:count])), max(1, len(tokens)))
 
 
 def _exact_run(translator: Any, lang: str) -> Run:

@@ -38,7 +38,7 @@ _WORD = re.compile(r"\S+")
 _CJK = r"\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
 _CHARACTER = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 """A CJK character or mark by itself, other scripts by words."""
-_UNSPACED = {"zh", "ja"}
+_THAI = re.compile(r"\S")
 
 
 def run_longform(
@@ -133,7 +133,9 @@ def _align(references: str, hypothesis: str) -> list[int]:
 
 
 def _tokens(text: str, lang: str) -> Any:
-    return (_CHARACTER if lang in _UNSPACED else _WORD).finditer(text)
+    if language(lang).joiner:
+        return _WORD.finditer(text)
+    return (_THAI if lang == "th" else _CHARACTER).finditer(text)
 
 
 def _result(
@@ -164,7 +166,7 @@ def _result(
         "metric": metric,
         "segments": len(references),
         "systems": systems,
-        "aligner": {"name": "mweralign", "unit": "character" if lang in _UNSPACED else "word"},
+        "aligner": {"name": "mweralign", "unit": "word" if language(lang).joiner else "character"},
         "machine": environment.machine(),
         "versions": environment.versions(),
     }

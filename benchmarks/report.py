@@ -207,13 +207,13 @@ def _points(
     return points
 
 
-def _costs(timed: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Times by the models' paths, and by their directories' names where these tell them apart."""
+def _costs(timed: Sequence[Mapping[str, Any]], one_run: bool) -> dict[str, float]:
+    """Times by the models' paths; within one run by their directories' names, too, where these tell them apart."""
     names = Counter(Path(entry["path"]).name for entry in timed)
     found: dict[str, float] = {}
     for entry in timed:
         path = Path(entry["path"])
-        keys = [str(path), *([path.name] if names[path.name] == 1 else [])]
+        keys = [str(path), *([path.name] if one_run and names[path.name] == 1 else [])]
         found.update(dict.fromkeys(keys, entry["tpot_ms"]["p50"]))
     return found
 
@@ -226,10 +226,14 @@ def _tradeoffs(gathered: Gathered) -> list[Section]:
     """Latency against quality, for models that both a latency and a quality bench have measured."""
     sections = []
     for timed, latency in gathered.of_bench("latency"):
-        costs = _costs(latency["models"])
         for scored, files in gathered.quality:
+            if timed.run != scored.run and timed.run and scored.run:
+                continue  # models of one name are others there
             metric = language(files.result["lang"]).selection_metric
-            points = _points(files.result, metric, costs)
+            # What a GPU does is no point on the processor's plot.
+            here = latency["models"][0].get("device", "cpu")
+            alike = [entry for entry in latency["models"] if entry.get("device", "cpu") == here]
+            points = _points(files.result, metric, _costs(alike, timed.run == scored.run))
             if len(points) < 2:
                 continue
             title = tables.METRIC_TITLES[metric]
@@ -248,8 +252,10 @@ def _latency_section(source: Source, result: Mapping[str, Any]) -> Section:
     baseline = result.get("baseline")
     entries = [*([baseline] if baseline else []), *result["models"]]
     names = tables.short_names([entry["path"] for entry in result["models"]])
+    several = len({entry.get("device", "cpu") for entry in entries}) > 1
     labels = [
         f"{names[entry['path']]}, {entry['precision']}"
+        + (f", {entry.get('device', 'cpu')}" if several else "")
         + (" (stock transformers)" if entry is baseline else "")
         for entry in entries
     ]

@@ -91,12 +91,19 @@ def collect(folder: Path) -> dict[str, Any]:
         raise ArtefactError(
             f"{folder} holds no quality run on `test`", mend="run the step `test` of students.sh"
         )
-    students, teacher, segments = [], None, {}
+    students, teacher = [], None
+    segments: dict[str, int] = {}
     for group in groups:
         runs = {lang: _quality(folder, lang, group) for lang in LANGS}
         teacher = _same_teacher(teacher, runs)
-        segments = {lang: run["segments"] for lang, run in runs.items()}
-        students += [_student(index, runs) for index in range(len(runs[LANGS[0]]["students"]))]
+        here = {lang: run["segments"] for lang, run in runs.items()}
+        if segments not in ({}, here):
+            raise ArtefactError(
+                f"{group} was measured on {here} segments, the groups before on {segments}",
+                mend="measure all groups on the same segments",
+            )
+        segments = here
+        students += [_student(one["name"], group, runs) for one in runs[LANGS[0]]["students"]]
     names = [student["name"] for student in students]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ArtefactError(
@@ -155,9 +162,18 @@ def _scores(entry: dict[str, Any], lang: str) -> dict[str, float]:
     return {name: entry["scores"][name]["score"] for name in wanted}
 
 
-def _student(index: int, runs: dict[str, Any]) -> dict[str, Any]:
+def _entry(name: str, group: str, lang: str, run: dict[str, Any]) -> dict[str, Any]:
+    for entry in run["students"]:
+        if entry["name"] == name:
+            return dict(entry)
+    raise ArtefactError(
+        f"{name} is not in test-{lang}-{group}", mend="measure the same students in every language"
+    )
+
+
+def _student(name: str, group: str, runs: dict[str, Any]) -> dict[str, Any]:
     teacher = runs[LANGS[0]]["teacher"]
-    first = runs[LANGS[0]]["students"][index]
+    first = _entry(name, group, LANGS[0], runs[LANGS[0]])
     found = {
         "name": first["name"],
         "stored_bytes": first["stored_bytes"],
@@ -168,7 +184,7 @@ def _student(index: int, runs: dict[str, Any]) -> dict[str, Any]:
         "langs": {},
     }
     for lang, run in runs.items():
-        entry = run["students"][index]
+        entry = _entry(name, group, lang, run)
         kept = entry["retention"][language(lang).selection_metric]
         found["langs"][lang] = {
             "scores": _scores(entry, lang),

@@ -98,7 +98,7 @@ def quality_table(result: Mapping[str, Any]) -> Table:
             f"{model['logical_parameters'] / 1e6:.2f}",
         ]
         row += [_score(metric, model["scores"][metric]["score"]) for metric in metrics]
-        row += _kept(model.get("retention", {}).get(selection))
+        row += _kept(selection, model.get("retention", {}).get(selection))
         rows.append(row)
     used = segments_text(result["segments"], result.get("segments_in_split"), result["split"])
     return Table(
@@ -119,8 +119,9 @@ def _score(metric: str, value: float) -> str:
     return f"{value:.4f}" if metric in _OF_ONE else f"{value:.2f}"
 
 
-def _kept(retention: Mapping[str, float] | None) -> list[str]:
-    points = f"{retention['difference']:+.2f}" if retention else ""
+def _kept(metric: str, retention: Mapping[str, float] | None) -> list[str]:
+    digits = 4 if metric in _OF_ONE else 2
+    points = f"{retention['difference']:+.{digits}f}" if retention else ""
     return [scoring.kept_text(retention), points]
 
 
@@ -131,7 +132,7 @@ def retention_table(result: Mapping[str, Any]) -> Table:
         [
             student["name"],
             METRIC_TITLES[metric],
-            *_kept(student["retention"][metric]),
+            *_kept(metric, student["retention"][metric]),
             _p_values(student["retention"][metric]),
         ]
         for student in result["students"]
@@ -245,13 +246,16 @@ def latency_table(result: Mapping[str, Any], clip: str) -> Table:
     header += ["tokens", "peak memory MB", "times faster (first token, a token, RTF)"]
     rows = []
     baseline = result.get("baseline")
+    gpu = result["machine"].get("gpu")
     names = short_names([entry["path"] for entry in result["models"]])
     for entry in [*([baseline] if baseline else []), *result["models"]]:
         timed = entry["clips"][clip]
         faster = entry.get("times_faster_than_baseline", {}).get(clip, {})
         rows.append(
             [
-                names[entry["path"]] + (" (stock transformers)" if entry is baseline else ""),
+                names[entry["path"]]
+                + (" (stock transformers)" if entry is baseline else "")
+                + (" on the GPU" if entry.get("device", "cpu") != "cpu" else ""),
                 str(entry["layers"]),
                 entry["precision"],
                 f"{entry['load_s']:.2f}",
@@ -259,7 +263,7 @@ def latency_table(result: Mapping[str, Any], clip: str) -> Table:
                 _spread(timed["tpot_ms"], 2),
                 _spread(timed["rtf"], 3),
                 str(timed["tokens"]),
-                megabytes(entry["peak_memory_bytes"]),
+                megabytes(entry["peak_memory_bytes"]) + _on_gpu(entry),
                 ", ".join(f"{faster[metric]:.1f}" for metric in _SPEEDS if metric in faster),
             ]
         )
@@ -269,8 +273,13 @@ def latency_table(result: Mapping[str, Any], clip: str) -> Table:
         header,
         rows,
         note=f"p50 (p95) of {result['repeats']} runs after {result['warmup']} to warm up; each model "
-        f"in a process of its own, on {result['machine']['cpu']}.",
+        f"in a process of its own, on {result['machine']['cpu']}{f' and {gpu}' if gpu else ''}.",
     )
+
+
+def _on_gpu(entry: Mapping[str, Any]) -> str:
+    most = entry.get("peak_gpu_memory_bytes")
+    return f" + {megabytes(most)} on the GPU" if most else ""
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
@@ -289,25 +298,36 @@ def _spread(value: Mapping[str, float], digits: int) -> str:
 def serve_table(result: Mapping[str, Any]) -> Table:
     """Requests to a server, and to the plain one."""
     sides = [("halve serve", result)]
+    if result.get("one_at_a_time"):
+        sides.append(("the same, one request at a time", result["one_at_a_time"]))
     if result.get("baseline"):
         sides.append(("baseline (--engine plain)", result["baseline"]))
     rows = [
         [
-            name,
+            title,
             key.removeprefix("clients_"),
             f"{side[key]['p50_ms']:.0f}",
             f"{side[key]['p95_ms']:.0f}",
             f"{side[key]['throughput_rps']:.2f}",
+            *(str(side.get(name, "")) for name in ("errors", "wrong_texts", "tie_texts")),
         ]
-        for name, side in sides
+        for title, side in sides
         for key in sorted((k for k in side if k.startswith("clients_")), key=lambda k: int(k[8:]))
     ]
     return Table(
         "Server under load",
-        ["server", "clients", "p50 ms", "p95 ms", "requests/s"],
+        [
+            "server",
+            "clients",
+            "p50 ms",
+            "p95 ms",
+            "requests/s",
+            "errors",
+            "wrong texts",
+            "from a near tie on",
+        ],
         rows,
-        note=f"{result['errors']} errors, {result['wrong_texts']} wrong texts, "
-        f"{result['tie_texts']} texts that differ from a near tie on.",
+        note="Errors and texts: of each server in all, at either number of clients.",
     )
 
 
@@ -377,6 +397,12 @@ def _search_note(source: Source, rows: Sequence[Mapping[str, Any]], plan: Mappin
     return " ".join(parts)
 
 
+def _interval(metric: str, numbers: Mapping[str, float]) -> str:
+    digits = 4 if metric in _OF_ONE else 2
+    difference, low, high = (f"{numbers[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+    return f"{difference} [{low}, {high}]"
+
+
 def comparison_table(first: str, second: str, found: Mapping[str, Any]) -> Table:
     """Two results: the second minus the first."""
     rows = [
@@ -385,7 +411,7 @@ def comparison_table(first: str, second: str, found: Mapping[str, Any]) -> Table
             if pair["first"] == pair["second"]
             else f"{pair['first']} → {pair['second']}",
             METRIC_TITLES[metric],
-            f"{numbers['difference']:+.2f} [{numbers['low']:+.2f}, {numbers['high']:+.2f}]",
+            _interval(metric, numbers),
             f"{numbers['p_value']:.3f}, {numbers['p_randomised']:.3f}",
             "yes" if numbers["significant"] else "no",
         ]

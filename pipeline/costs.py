@@ -5,6 +5,7 @@ how many this machine does a second; the efficiencies below are rough. In one ru
 estimates were 1.4 (importance) to 2.5 (tune) times what the long stages took. Parameter counts are exact.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -350,6 +351,14 @@ def _steps_of(config: Any, rows: int) -> float:
     return epochs
 
 
+def _scoring(of: Estimator, counts: Counts, config: Any, rows: int, checked: int) -> float:
+    """Seconds of translating `select`: once before training, then as often as the settings say."""
+    an_epoch = max(1, math.ceil(rows / config.batch_size))
+    steps = math.ceil(_steps_of(config, rows) * an_epoch)
+    rounds = 1 + math.ceil(steps / (config.eval_every or an_epoch))
+    return rounds * of.translating(counts, checked, 16) * len(config.langs) if checked else 0.0
+
+
 def _tune(of: Estimator, step: "Step") -> Cost:
     config: Any = step.config
     counts = of.student
@@ -359,8 +368,7 @@ def _tune(of: Estimator, step: "Step") -> Cost:
     rows = segments * len(config.langs) * (1 + (distilled.hypotheses if distilled else 0))
     time_s = of.training(counts, rows, _steps_of(config, rows), 6 if config.method == "full" else 4)
     checked = of.speech.count("select", config.select_segments)
-    rounds = config.epochs + 1
-    time_s += rounds * of.translating(counts, checked, 16) * len(config.langs)
+    time_s += _scoring(of, counts, config, rows, checked)
     time_s += LOAD_S + segments * 2 * counts.audio_tower * of.speech.mean_s * 50 / of.flops / 0.3
     heard, kept = of.states_bytes(segments + checked), of.activations_bytes(counts, config)
     if config.method == "full":
@@ -390,6 +398,7 @@ def _teach(of: Estimator, step: "Step") -> Cost:
     time_s = of.training(counts, rows, _steps_of(config, rows), 4 if lora else 6)
     if config.max_minutes is not None:
         time_s = min(time_s, config.max_minutes * 60)
+    time_s += _scoring(of, counts, config, rows, checked)
     heard = of.states_bytes(segments + checked) if lora or config.freeze_audio else 0
     each, disk = _bytes(config.weights), counts.total * 2 + heard
     kept = of.activations_bytes(counts, config)
@@ -432,7 +441,8 @@ def _bench(of: Estimator, step: "Step") -> Cost:
     config: Any = step.config
     teacher, student = of.teacher, of.student
     assert teacher is not None and student is not None
-    models = len(step.inputs) - 2
+    scorers = [getattr(config, name, None) for name in ("comet_checkpoint", "embedding_model")]
+    models = len(step.inputs) - 2 - sum(map(bool, scorers))
     memory = 1e9 + teacher.total * 4
     if hasattr(config, "repeats"):
         runs = config.repeats + config.warmup

@@ -158,6 +158,27 @@ def test_what_is_no_segment_is_named(tmp_path: Path, item: str, fault: str) -> N
     assert (kept.id, kept.references, kept.offset_s) == ("train-00002", {"de": "zwei"}, 0.5)
 
 
+def test_talks_in_another_order_than_told_are_refused(tmp_path: Path) -> None:
+    """The texts follow the YAML: with the talks in another order each segment would get another's text."""
+    source = tmp_path / "source"
+    iwslt_set(source, "test", {"a": 2, "b": 1})
+    text(source / "test" / "FILE_ORDER", "b", "a")
+    message = faults_of(CorpusConfig(format="iwslt"), source, tmp_path / "c")
+    assert "another order than" in message and "FILE_ORDER" in message
+    text(source / "test" / "FILE_ORDER", "a", "b")
+    made = run_corpus(CorpusConfig(format="iwslt"), source, tmp_path / "d")
+    found = {each.source_text for each in read_corpus(made.path).segments}
+    assert found == {"sentence test 0", "sentence test 1", "sentence test 2"}
+
+
+def test_talks_of_one_name_in_two_sets_are_two(tmp_path: Path) -> None:
+    for name in ("train", "dev"):
+        iwslt_set(tmp_path / "source", name, {"talk1": 2})
+    made = run_corpus(CorpusConfig(format="iwslt"), tmp_path / "source", tmp_path / "c")
+    groups = {(each.split, each.group) for each in read_corpus(made.path).segments}
+    assert groups == {("train", "train/talk1"), ("select", "dev/talk1")}
+
+
 def test_a_whole_set_is_never_dropped(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for name in ("train", "dev"):
@@ -185,7 +206,7 @@ def test_iwslt_file_order(tmp_path: Path) -> None:
     for talk in ("a", "b"):
         sound(source / f"{talk}.wav", 1.0)
         text(source / f"{talk}.yaml", f"- {{wav: {talk}.wav, offset: 0.0, duration: 1.0}}")
-    text(source / "FILE_ORDER", "b", "a")
+    text(source / "test" / "FILE_ORDER", "b", "a")
     text(source / "tst.en", "second file first", "then the first")
     text(source / "tst.de.txt", "zweite Datei zuerst", "dann die erste")
     made = run_corpus(CorpusConfig(format="iwslt", split="given"), source, tmp_path / "corpus")
@@ -201,7 +222,7 @@ def test_text_beside_a_yaml_counts_as_input(tmp_path: Path) -> None:
     for talk in ("a", "b"):
         sound(source / f"{talk}.wav", 1.0)
         text(source / f"{talk}.yaml", f"- {{wav: {talk}.wav, offset: 0.0, duration: 1.0}}")
-    text(source / "FILE_ORDER", "b", "a")
+    text(source / "test" / "FILE_ORDER", "b", "a")
     text(source / "txt" / "tst.en", "one", "two")
     german = text(tmp_path / "txt" / "tst.de", "eins", "zwei")
     french = text(tmp_path / "txt" / "tst.fr", "un", "deux")

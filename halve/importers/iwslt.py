@@ -7,8 +7,8 @@ must then name the files of FILE_ORDER in that order.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +292,21 @@ def import_iwslt(source: str, config: CorpusConfig) -> Rows:
         items = [item for path in one.yamls for item in read[path]]
         here = [lang for lang in targets if lang in texts]
         _import_set(one, items, texts, here, index, config, found)
+    found.rows[:] = _apart(found.rows)
     return found
+
+
+def _apart(rows: Sequence[Row]) -> list[Row]:
+    """Talks of one name in several sets are groups of their own where they are files of their own."""
+    files: dict[str | None, set[str]] = {}
+    for row in rows:
+        files.setdefault(row.group, set()).add(str(row.audio))
+    return [
+        row
+        if len(files[row.group]) == 1
+        else replace(row, group=f"{row.id.rpartition('-')[0]}/{row.group}")
+        for row in rows
+    ]
 
 
 def _with_text(
@@ -335,6 +349,12 @@ def _import_set(
         )
         found.set_faults += more
         if faults or more:
+            return
+        # The texts' lines are the YAML's: another order of the talks would shift them unseen.
+        if len(one.yamls) == 1 and ordered != items:
+            found.set_faults.append(
+                f"{one.yamls[0]} names its talks in another order than {one.order}, and its texts' lines cannot be told"
+            )
             return
         entries = list(ordered)
     else:

@@ -63,9 +63,31 @@ def test_the_token_that_ends_a_text_counts(stopped: str, tokens: int) -> None:
         yield " Datei"
         return Translation("Die Datei", [7, 8], stopped)
 
-    timing = latency_worker._stream_run(SimpleNamespace(stream=stream), "de")(np.zeros(9), 5)
+    words = {7: "Die", 8: " Datei"}
+
+    def text(tokens: list[int]) -> str:
+        return "".join(words[each] for each in tokens)
+
+    translator = SimpleNamespace(stream=stream, text=text)
+    timing = latency_worker._stream_run(translator, "de")(np.zeros(9), 5)
     assert timing.tokens == tokens
     assert timing.token_s == (timing.total_s - timing.first_s) / (tokens - 1)
+
+
+def test_a_first_character_of_several_tokens_is_no_gain() -> None:
+    """Bytes of one character: text stands after the third of five steps."""
+    said = [1, 2, 3, 4]
+    shown = {1: "\ufffd", 2: "\ufffd", 3: "\u5f00", 4: "\u5f00\u59cb"}
+
+    def stream(*_: object, limit: int) -> Generator[str, None, Translation]:
+        yield "\u5f00"
+        yield "\u59cb"
+        return Translation("\u5f00\u59cb", said, "end")
+
+    translator = SimpleNamespace(stream=stream, text=lambda tokens: shown[len(tokens)])
+    timing = latency_worker._stream_run(translator, "zh")(np.zeros(9), 5)
+    assert (timing.tokens, timing.first_tokens) == (5, 3)
+    assert timing.token_s == (timing.total_s - timing.first_s) / 2
 
 
 def _timed(tpot_ms: float, **facts: object) -> dict[str, Any]:

@@ -253,6 +253,45 @@ def test_latency_is_drawn_against_quality(
     assert "Time per output token against chrF++" in markdown
 
 
+def test_times_of_one_run_are_not_drawn_against_another_s_quality(
+    quality_result: Path, latency: Path, tmp_path: Path
+) -> None:
+    result = json.loads((latency / "latency.json").read_text())
+    scored = json.loads((quality_result / "quality.json").read_text())
+    names = [model["name"] for model in [scored["teacher"], *scored["students"]]]
+    result["models"] = [result["models"][0] | {"path": f"runs/{name}"} for name in names]
+    for run in "ab":
+        shutil.copytree(quality_result, tmp_path / run / "results" / "quality")
+        with artefact.writing(
+            tmp_path / run / "results" / "latency", "results", {}, 0, {}
+        ) as draft:
+            write_json(draft.path / "latency.json", result)
+    run_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report")
+    markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf8")
+    drawn = [line for line in markdown.splitlines() if "Latency and quality" in line]
+    assert len(drawn) == 2, "each run's own"
+
+
+def test_scores_of_segments_are_compared_where_the_same_model_gave_them(
+    quality_result: Path, tmp_path: Path
+) -> None:
+    compared = []
+    for name, signature in (("one", "x"), ("two", "x"), ("three", "y")):
+        place = shutil.copytree(quality_result, tmp_path / name)
+        result = json.loads((place / "quality.json").read_text())
+        models = [result["teacher"], *result["students"]]
+        for number, model in enumerate(models):
+            model["scores"]["comet"] = {"score": 0.5, "signature": signature}
+            lines = [str(0.5 + 0.01 * number * len(name))] * result["segments"]
+            scoring.write_lines(place / "comet" / f"{model['name']}.txt", lines)
+        write_json(place / "quality.json", result)
+        compared.append(scoring.read_result(place))
+    same = compare.compare(compared[0], compared[1])["models"]
+    assert [pair["metrics"]["comet"]["difference"] for pair in same] == [0.0, 0.0]
+    other = compare.compare(compared[0], compared[2])["models"]
+    assert "comet" not in other[0]["metrics"]
+
+
 def _other_run(quality_result: Path, out: Path, hypotheses: list[str]) -> Path:
     """The same result with other hypotheses of the student."""
     with artefact.writing(out, "results", {}, 0, {}) as draft:
@@ -355,9 +394,11 @@ def test_models_of_one_name_keep_their_own_times() -> None:
         {"path": path, "tpot_ms": {"p50": cost}}
         for path, cost in (("runs/a/student", 1.0), ("runs/b/student", 2.0), ("teacher", 3.0))
     ]
-    costs = _costs(timed)
+    costs = _costs(timed, True)
     found = [
         _cost_of({"path": path}, costs)
         for path in ("runs/a/student", "runs/b/student", "runs/c/student", "elsewhere/teacher")
     ]
     assert found == [1.0, 2.0, None, 3.0]
+    apart = _costs([{"path": "runs/a/teacher", "tpot_ms": {"p50": 3.0}}], False)
+    assert _cost_of({"path": "elsewhere/teacher"}, apart) is None

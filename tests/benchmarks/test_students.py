@@ -90,6 +90,22 @@ def test_a_bar_is_met_by_size_and_retention_in_both_languages(
     assert collect(tmp_path)["students"] == found["students"]
 
 
+def test_languages_are_paired_by_name(tmp_path: Path) -> None:
+    for lang, metric in METRICS.items():
+        scores = {"bleu": {"score": 15.0}, metric: {"score": 42.0}}
+        run = {"segments": 9, "teacher": {"stored_bytes": 1000, "scores": scores}}
+        both = [student("C-0", 500, 99.0, 98.0, lang), student("D-0", 250, 90.0, 88.0, lang)]
+        if lang == "zh":
+            both.reverse()
+        put(tmp_path / f"test-{lang}-half" / "quality.json", run | {"students": both})
+    large, small = collect(tmp_path)["students"]
+    assert [large["langs"][lang]["retention"]["percent"] for lang in METRICS] == [99.0, 99.0]
+    assert [small["langs"][lang]["retention"]["percent"] for lang in METRICS] == [90.0, 90.0]
+    put(tmp_path / "test-zh-half" / "quality.json", run | {"students": both[:1]})
+    with pytest.raises(ArtefactError, match="C-0 is not in test-zh-half"):
+        collect(tmp_path)
+
+
 def test_what_is_missing_is_said_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

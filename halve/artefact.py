@@ -28,7 +28,7 @@ RECORD = partials.RECORD
 TIMINGS = "timings.jsonl"
 _UNHASHED = {RECORD, TIMINGS, partials.CLAIM}
 log = logging.getLogger(__name__)
-_LEFT_BEHIND = {".cache", ".DS_Store", ".ipynb_checkpoints"}
+_LEFT_BEHIND = {".cache", ".gitattributes", ".DS_Store", ".ipynb_checkpoints"}
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def verify(path: str | Path) -> list[str]:
     artefact = read(path)
     present = set(_files(artefact.path))
     faults = [f"{name}: missing" for name in artefact.files if name not in present]
-    faults += [f"{name}: not in the record" for name in sorted(present - set(artefact.files))]
+    beside = sorted(present - set(artefact.files))
+    faults += [f"{name}: not in the record" for name in beside if not _is_left_behind(name)]
     whole = []
     for name in sorted(present & set(artefact.files)):
         size, wanted = (artefact.path / name).stat().st_size, artefact.files[name].size_bytes
@@ -380,7 +381,10 @@ def _open_draft(partial: Path, claim: str) -> Draft:
 def _finish_publishing(out: Path) -> None:
     """A run killed after its record was written had only the renaming left to do; a living one does it itself."""
     if (out / RECORD).is_file():
-        (out / partials.CLAIM).unlink(missing_ok=True)
+        if (
+            out / partials.CLAIM
+        ).exists():  # a read-only place refuses to unlink even what is not there
+            (out / partials.CLAIM).unlink(missing_ok=True)
         partials.drop_aside(out)
     partial = partials.partial_path(out)
     if not (partial / RECORD).is_file():

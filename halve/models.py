@@ -53,7 +53,7 @@ def resolve_model(model: str | Path, weights: bool = True) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
-    _need_hub_id(path, str(model))
+    _need_hub_id(path, model)
     unwanted = FOREIGN_WEIGHTS if weights else WEIGHTS
     return _download(str(model), ignore_patterns=[f"*{ending}" for ending in unwanted])
 
@@ -73,7 +73,7 @@ def find_config(model: str | Path) -> dict[str, Any]:
     known = released_config(str(model))
     if known is not None:
         return known
-    _need_hub_id(Path(model), str(model))
+    _need_hub_id(Path(model), model)
     return read_config(_download(str(model), allow_patterns="config.json"))
 
 
@@ -81,7 +81,7 @@ def local_model(model: str | Path) -> Path | None:
     """A model's directory without asking the hub: a local one, or one that holds its config in the hub's cache."""
     if Path(model).is_dir():
         return Path(model)
-    if not _is_hub_id(str(model)):
+    if not _is_hub_id(model):
         return None
     from huggingface_hub import try_to_load_from_cache
 
@@ -92,7 +92,7 @@ def local_model(model: str | Path) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _need_hub_id(path: Path, model: str) -> None:
+def _need_hub_id(path: Path, model: str | Path) -> None:
     if path.exists() or not _is_hub_id(model):
         raise ArtefactError(f"{model} is no model directory", mend="check the path")
 
@@ -126,8 +126,9 @@ def _download(model: str, **patterns: Any) -> Path:
         ) from None
 
 
-def _is_hub_id(model: str) -> bool:
-    return (
+def _is_hub_id(model: str | Path) -> bool:
+    """Whether a name can be one of the hub's: what is known to be a path is none."""
+    return isinstance(model, str) and (
         model.count("/") == 1 and not model.startswith((".", "/", "~")) and os.sep * 2 not in model
     )
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halve import artefact, partials
-from halve.errors import InputError
+from halve.errors import ArtefactError, InputError
 from pipeline.console import Result, size, table
 
 # What a finished run no longer needs: its student, packages and results stand without them. An adapter is small,
 # cost the most, and is in the report; one that is a whole model is another matter.
-_INTERMEDIATE = ("pruned", "translations")
 _REPLACED = "an older version that was being replaced"
 _UNFINISHED = "unfinished: a run that was stopped would go on from here"
 
@@ -69,12 +68,30 @@ def _why(path: Path) -> str:
     is_old = path.name.startswith(".") and path.name.endswith(".old")
     if is_old and (_is_whole(path) or not any(path.iterdir())):
         return _REPLACED
-    if path.name in _INTERMEDIATE and _is_whole(path) and _is_whole(path.parent / "student"):
+    student, adapter = path.parent / "student", path.parent / "adapter"
+    if not (_is_whole(path) and _is_whole(student)):
+        return ""
+    # The student may be an earlier run's: of what was made since, this may be all that there is.
+    is_used = {
+        "pruned": _was_made_of(student, path),
+        "translations": _was_made_of(adapter, path) and _was_made_of(student, adapter),
+    }
+    if is_used.get(path.name):
         return "made on the way to the student, which is finished; `halve run --from package` goes on without it"
-    is_model = path.name == "adapter" and (path / "config.json").is_file()
-    if is_model and _is_whole(path.parent / "student") and _is_whole(path.parent / "report"):
+    is_model = path == adapter and (path / "config.json").is_file()
+    if is_model and _was_made_of(student, path) and _is_whole(path.parent / "report"):
         return "tuned in full: the student is its copy, and the report has its history"
     return ""
+
+
+def _was_made_of(made: Path, parent: Path) -> bool:
+    """Whether an artefact's record names another one, as it now is, among what it was made of."""
+    if not (_is_whole(made) and _is_whole(parent)):
+        return False
+    try:
+        return artefact.identity(parent) in artefact.read(made).parents.values()
+    except ArtefactError:  # a damaged record
+        return False
 
 
 def _is_whole(path: Path) -> bool:

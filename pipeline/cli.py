@@ -107,6 +107,8 @@ def run(
     name = recipe.resolve().parent.name if recipe.stem == "recipe" else recipe.stem
     place = out or environment.runs_dir() / name
     whole = stages.Run(read_recipe(recipe), place)
+    if out is None:
+        shell.keep_apart(place, recipe, dry_run)
     if dry_run:
         planned, estimator = stages.plan(whole, first, last)
         return summary.of_plan(whole, planned, estimator)
@@ -202,7 +204,7 @@ def merge(
     out: Out = None,
 ) -> Result:
     """Merges an adapter into its base model: the student."""
-    place = shell.place(out, "student", config, model, adapter)
+    place = shell.place(out, "student", config, model, adapter, *([corpus] if corpus else []))
     return shell.do(steps.merge(config, model, adapter, corpus, place))
 
 
@@ -211,7 +213,8 @@ def package(
     config: PackageConfig, model: Model, corpus: MaybeCorpus = None, out: Out = None
 ) -> Result:
     """Packages a student for one target, checked against the student first."""
-    place = shell.place(out, f"package-{config.target}-{config.precision}", config, model)
+    name = f"package-{config.target}-{config.precision}"
+    place = shell.place(out, name, config, model, *([corpus] if corpus else []))
     return shell.do(steps.package(config, model, corpus, place))
 
 

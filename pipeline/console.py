@@ -46,7 +46,7 @@ class Lines(Result):
                 if not as_json:
                     sys.stdout.write(f"{text}\n")
                     sys.stdout.flush()
-        except Exception:
+        except BaseException:  # Ctrl-C, too
             if as_json and records:
                 Result("", records).show(as_json)
             raise

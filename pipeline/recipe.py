@@ -329,12 +329,20 @@ def _with_paths(recipe: Recipe, root: Path) -> Recipe:
         for part in place[:-1]:
             holder = (holder or {}).get(part)
         if holder and isinstance(holder.get(place[-1]), str):
-            holder[place[-1]] = _placed(holder[place[-1]], root)
+            is_named = place in (("teacher",), ("base",)) or (
+                place == ("corpus", "source") and holder.get("format") == "hf"
+            )
+            holder[place[-1]] = _placed(holder[place[-1]], root, is_named)
     return Recipe.model_validate(values)
 
 
-def _placed(text: str, root: Path) -> str:
-    """A path from the recipe's folder; the id of something on the hub stays as it is."""
-    path = root / Path(text).expanduser()
-    looks_like_id = text.count("/") == 1 and not text.startswith((".", "/", "~"))
-    return text if looks_like_id and not path.exists() else str(path)
+def _placed(text: str, root: Path, may_be_id: bool) -> str:
+    """A path from the recipe's folder, written so that it is taken for nothing else; the id of something on the hub stays."""
+    try:
+        path = root / Path(text).expanduser()
+    except RuntimeError:
+        raise RecipeError(f"{text}: there is no such user") from None
+    looks_like_id = may_be_id and text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    if looks_like_id and not path.exists():
+        return text
+    return str(path) if path.is_absolute() or str(path).startswith(".") else f"./{path}"

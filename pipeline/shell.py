@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -35,6 +36,25 @@ def place(out: Path | None, stage: str, config: Config, *inputs: Any) -> Path:
     facts = [config.recorded(), [str(Path(str(item)).absolute()) for item in inputs]]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return environment.runs_dir() / f"{stage}-{key}"
+
+
+def keep_apart(place: Path, recipe: Path, looks_only: bool) -> None:
+    """Refuses the default folder of a run where another recipe of the same name has filled it.
+
+    Raises:
+        InputError: it has, and is still there.
+    """
+    note = place / ".recipe"
+    own = os.path.relpath(recipe.resolve(), place.resolve())
+    known = note.read_text(encoding="utf8").strip() if note.is_file() else own
+    if known != own and (place / known).is_file():
+        raise InputError(
+            f"{place} holds the run of another recipe, {os.path.normpath(place / known)}",
+            mend="name another place with --out",
+        )
+    if not looks_only:
+        place.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{own}\n", encoding="utf8")
 
 
 def do(step: Step) -> Result:
@@ -123,6 +143,7 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> None:
     given = list(arguments)
     debug = "--debug" in given
     _quieten(debug)
+    _open_streams()
     try:
         code = app(args=spread_lists(given), prog_name="halve", standalone_mode=False)
     except _UsageError as error:
@@ -131,10 +152,31 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     except (Exception, KeyboardInterrupt, typer.Abort) as error:
-        failure = failures.explain(KeyboardInterrupt() if isinstance(error, typer.Abort) else error)
+        failure = failures.explain(_behind(error))
         _complain(failure.message, error, debug)
         code = failure.exit_code
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _behind(error: BaseException) -> BaseException:
+    """What typer's Abort stands for: Ctrl-C, or a file that ended too early."""
+    if not isinstance(error, typer.Abort):
+        return error
+    if not isinstance(error.__cause__, EOFError):
+        return KeyboardInterrupt()
+    return InputError(
+        "A file ends before what it should hold",
+        mend="copy or make it again (--debug shows where it was read)",
+    )
+
+
+def _open_streams() -> None:
+    """Streams that the caller closed lead nowhere; what is no terminal takes UTF-8, whatever the locale."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _usage(error: Any) -> str:

@@ -72,6 +72,8 @@ def check_contest(config: PackageConfig, family: Family) -> None:
             f"A package with target {config.target} cannot enter WMT's compression track",
             expected=f"target {' or '.join(_TARGET_NEEDS)}",
         )
+    if config.contest == "wmt":
+        _requirements(config)  # before hours of work
 
 
 def write_contest(
@@ -139,10 +141,7 @@ def write_scripts(folder: Path, config: PackageConfig) -> None:
         if name.endswith(".sh"):
             place = folder / name
             place.chmod(place.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
-    needs = [*_TARGET_NEEDS[config.target], *_ALWAYS]
-    if config.precision == "nf4":
-        needs.append("bitsandbytes")
-    lines = [f"{name}=={_version(name)}" for name in sorted(set(needs))]
+    lines = _requirements(config)
     (folder / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf8")
     for package in ("halve", "export"):
         shutil.copytree(
@@ -152,6 +151,26 @@ def write_scripts(folder: Path, config: PackageConfig) -> None:
         )
 
 
+def _requirements(config: PackageConfig) -> list[str]:
+    needs = [*_TARGET_NEEDS[config.target], *_ALWAYS]
+    if config.precision == "nf4":
+        needs.append("bitsandbytes")
+    return [f"{name}=={_version(name)}" for name in sorted(set(needs))]
+
+
 def _version(name: str) -> str:
-    # A local build's suffix (+cpu) is not on any index.
-    return importlib.metadata.version(name).partition("+")[0]
+    """The version of what is installed here; onnxruntime may be there in its build for GPUs.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    for installed in (name, f"{name}-gpu"):
+        try:
+            # A local build's suffix (+cpu) is not on any index.
+            return importlib.metadata.version(installed).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise InputError(
+        f"{name} is not installed here, and the organisers' environment is to have the version that was tested",
+        mend=f"pip install {name}",
+    )

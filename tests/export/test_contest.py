@@ -1,5 +1,6 @@
 """Contest packages: what the organisers run works in an environment that has nothing of ours."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -12,12 +13,13 @@ import torch
 from transformers import AutoModelForMultimodalLM
 
 from export.config import PackageConfig
+from export.contest import check_contest
 from export.package import run_package
 from export.runtime import open_translator
 from halve import artefact
 from halve.checks import doubtful_lines
 from halve.errors import InputError
-from halve.families import SourceText
+from halve.families import FAMILIES, SourceText
 from tests.families.text_models import make_corpus as make_text_corpus
 from tests.families.text_models import make_model as make_text_model
 
@@ -62,6 +64,30 @@ def test_wmt_package_runs_in_an_empty_environment(wmt: Path, tmp_path: Path) -> 
     assert bad.returncode == 1
     assert bad.stderr.startswith("error: ")
     assert "Traceback" not in bad.stderr
+
+
+def test_what_the_organisers_need_is_looked_for_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = PackageConfig(target="onnx", precision="fp32", langs=("de",), contest="wmt")
+    version = importlib.metadata.version
+
+    def without_tokenizers(name: str) -> str:
+        if name.startswith("tokenizers"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", without_tokenizers)
+    with pytest.raises(InputError, match="tokenizers is not installed here"):
+        check_contest(config, FAMILIES["text"])
+
+    def on_a_gpu(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.2.3" if name == "onnxruntime-gpu" else version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", on_a_gpu)
+    check_contest(config, FAMILIES["text"])
 
 
 def test_wmt_package_states_its_size(wmt: Path) -> None:

@@ -13,12 +13,12 @@ import pytest
 import soundfile
 
 from halve.artefact import writing
-from halve.errors import CorpusError
+from halve.errors import CorpusError, InputError
 from pipeline import doctor, document_cli, failures
 from pipeline.clean import find
 from pipeline.cli import main
 from pipeline.options import settings_from
-from pipeline.shell import spread_lists
+from pipeline.shell import keep_apart, spread_lists
 from pipeline.translate import pieces_of_segments
 from tests import tiny
 from tests.pipeline.conftest import ROOT, Halve, environment
@@ -84,6 +84,52 @@ def test_failures_are_explained(error: BaseException, code: int, word: str) -> N
     failure = failures.explain(error)
     assert (failure.exit_code, "\n" in failure.message) == (code, False)
     assert word in failure.message
+
+
+def test_a_file_that_ends_too_early_is_not_ctrl_c(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object) -> None:
+        raise EOFError("No data left in file")
+
+    monkeypatch.setattr("pipeline.inspect_artefact.inspect", ended)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "."])
+    assert stop.value.code == 2
+    assert "ends before what it should hold" in capsys.readouterr().err
+
+
+def test_output_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    place = tmp_path / "開始"
+    place.mkdir()
+    command = [sys.executable, "-m", "pipeline.cli", "clean", str(place)]
+    found = environment() | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, env=found, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "開始" in done.stdout.decode("utf8")
+
+
+def test_closed_streams_change_no_exit_code(tmp_path: Path) -> None:
+    command = f"exec {sys.executable} -m pipeline.cli inspect {tmp_path / 'nothing'} 2>&- <&-"
+    done = subprocess.run(["sh", "-c", command], env=environment(), check=False)
+    assert done.returncode == 2
+
+
+def test_recipes_of_one_name_do_not_share_a_folder(tmp_path: Path) -> None:
+    place = tmp_path / "runs" / "my"
+    recipes = []
+    for name in "ab":
+        recipes.append(tmp_path / name / "my.yaml")
+        recipes[-1].parent.mkdir()
+        recipes[-1].touch()
+    keep_apart(place, recipes[0], looks_only=True)
+    assert not place.exists()
+    for _ in range(2):
+        keep_apart(place, recipes[0], looks_only=False)
+    with pytest.raises(InputError, match=r"the run of another recipe, .*a/my\.yaml"):
+        keep_apart(place, recipes[1], looks_only=True)
+    recipes[0].unlink()  # it was renamed, or moved
+    keep_apart(place, recipes[1], looks_only=False)
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,8 +211,8 @@ def test_clean_leaves_a_run_that_is_under_way(tmp_path: Path) -> None:
     def removable(keep_unfinished: bool = False) -> list[str]:
         return [one.path.name for one in find(tmp_path, keep_unfinished)]
 
-    for name in ("student", "pruned"):
-        with writing(tmp_path / name, "student", {}, 0, {}) as draft:
+    for name, parents in (("pruned", {}), ("student", {"model": tmp_path / "pruned"})):
+        with writing(tmp_path / name, "student", {}, 0, parents) as draft:
             (draft.path / "file").touch()
     assert removable() == ["pruned"]
     writer = "from halve.artefact import writing; from pathlib import Path; import time\n"
@@ -183,7 +229,15 @@ def test_clean_leaves_a_run_that_is_under_way(tmp_path: Path) -> None:
     for name in ("report", "adapter"):
         with writing(tmp_path / name, name, {}, 0, {}) as draft:
             (draft.path / "config.json").touch()
+    assert removable(keep_unfinished=True) == ["pruned"], "the student is not of this adapter"
+    parents = {"model": tmp_path / "pruned", "adapter": tmp_path / "adapter"}
+    with writing(tmp_path / "student", "student", {"n": 2}, 0, parents) as draft:
+        (draft.path / "file").touch()
     assert removable(keep_unfinished=True) == ["adapter", "pruned"]
+    # Made anew for another student, which is not there yet: there is no other copy.
+    with writing(tmp_path / "pruned", "student", {"n": 2}, 0, {}) as draft:
+        (draft.path / "file").write_text("another")
+    assert removable(keep_unfinished=True) == ["adapter"]
 
 
 def test_translate_reads_the_organisers_layout(

@@ -97,6 +97,14 @@ def test_a_foreign_tokenizer_is_named_without_a_record(
         inspect(tmp_path / "model")
 
 
+def test_what_a_downloader_leaves_is_no_harm(whole: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    (copy / ".cache" / "huggingface").mkdir(parents=True)
+    (copy / ".cache" / "huggingface" / "download.lock").touch()
+    (copy / ".gitattributes").touch()
+    assert artefact.verify(copy) == []
+
+
 def test_weights_without_a_record_are_looked_at(whole: Path, tmp_path: Path) -> None:
     model = shutil.copytree(whole, tmp_path / "model")
     (model / artefact.RECORD).unlink()

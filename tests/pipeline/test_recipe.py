@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from halve.errors import RecipeError
+from halve.errors import ArtefactError, RecipeError
+from halve.models import find_config, local_model
 from pipeline.recipe import read_recipe
 from tests.pipeline.conftest import ROOT
 
@@ -35,6 +36,30 @@ def test_the_papers_recipe_is_the_papers() -> None:
         True,
     )
     assert recipe.corpus.source.endswith("recipes/data")
+
+
+def test_a_path_is_never_taken_for_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the folder above, `teacher` of demo/recipe.yaml reads demo/teacher, which a hub could have, too."""
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(
+        "lang: de\nteacher: teacher\ncorpus: {source: data/talks, format: iwslt}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "talks").mkdir(parents=True)
+    recipe = read_recipe(Path("demo/recipe.yaml"))
+    assert recipe.teacher == "./demo/teacher"
+    assert recipe.corpus.source == "./demo/data/talks", "not what lies in the working directory"
+    assert find_model_is_refused(str(recipe.teacher))
+    assert find_model_is_refused(Path("demo/teacher"))
+
+
+def find_model_is_refused(model: str | Path) -> bool:
+    with pytest.raises(ArtefactError, match="no model directory"):
+        find_config(model)
+    return local_model(model) is None
 
 
 FAULTY = """\

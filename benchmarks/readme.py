@@ -24,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 STUDENTS = {
     "teacher-int4": "teacher, ONNX int4",
     "teacher-int4-A": "teacher, ONNX int4, tower and head in 8 bits",
+    "teacher-int4-fine": "teacher, ONNX int4, tower and head in 8 bits, finer blocks",
     "A-fine-2": "nothing pruned, QLoRA, ONNX int4, tower and head in 8 bits, finer blocks",
     "B-twice-0": "a quarter of the layers pruned, QLoRA twice, ONNX int4, tower and head in 8 bits",
     "C-0": "half of the layers pruned, trained in full, bf16",

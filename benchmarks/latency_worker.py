@@ -129,7 +129,7 @@ def _until_text(translator: Any, tokens: Sequence[int]) -> int:
     """How many tokens it takes until there is text to show."""
     from halve.translate import TextStream
 
-    stream = TextStream(translator.text)
+    stream = TextStream(getattr(translator, "text", None) or translator.decode)
     counts = range(1, len(tokens) + 1)
     return next((count for count in counts if stream.push(tokens[:count])), max(1, len(tokens)))
 

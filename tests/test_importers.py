@@ -206,7 +206,7 @@ def test_iwslt_file_order(tmp_path: Path) -> None:
     for talk in ("a", "b"):
         sound(source / f"{talk}.wav", 1.0)
         text(source / f"{talk}.yaml", f"- {{wav: {talk}.wav, offset: 0.0, duration: 1.0}}")
-    text(source / "test" / "FILE_ORDER", "b", "a")
+    text(source / "FILE_ORDER", "b", "a")
     text(source / "tst.en", "second file first", "then the first")
     text(source / "tst.de.txt", "zweite Datei zuerst", "dann die erste")
     made = run_corpus(CorpusConfig(format="iwslt", split="given"), source, tmp_path / "corpus")
@@ -222,7 +222,7 @@ def test_text_beside_a_yaml_counts_as_input(tmp_path: Path) -> None:
     for talk in ("a", "b"):
         sound(source / f"{talk}.wav", 1.0)
         text(source / f"{talk}.yaml", f"- {{wav: {talk}.wav, offset: 0.0, duration: 1.0}}")
-    text(source / "test" / "FILE_ORDER", "b", "a")
+    text(source / "FILE_ORDER", "b", "a")
     text(source / "txt" / "tst.en", "one", "two")
     german = text(tmp_path / "txt" / "tst.de", "eins", "zwei")
     french = text(tmp_path / "txt" / "tst.fr", "un", "deux")

@@ -150,7 +150,7 @@ def test_pieces_that_fail_together_print_nothing(tmp_path: Path) -> None:
     class Failing:
         """An engine that fails all pieces of a long recording at once."""
 
-        waiting = 0
+        is_crowded = False
 
         def submit(self, piece: Piece) -> None:
             pieces.append(piece)

@@ -1,5 +1,6 @@
 """The fast search gives the tokens that stock transformers gives, one by one."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from tests.compress.search_models import opened
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
+SHAPES_DRAWN = int(os.environ.get("HALVE_TEST_SHAPES", "4"))
 SHAPES: dict[str, dict[str, Any]] = {
-    "grouped-query": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "odd": {
         "hidden_size": 60,
         "intermediate_size": 77,
@@ -26,7 +27,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
         "num_hidden_layers": 5,
     },
-    "all-heads": {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3},
     "window": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
 }
 
@@ -71,15 +71,13 @@ def test_any_shape_has_the_reference_tokens(
 ) -> None:
     lengths = set()
 
-    @settings(max_examples=8, derandomize=True, deadline=None)
+    @settings(max_examples=SHAPES_DRAWN, derandomize=True, deadline=None)
     @given(shape=shapes(), tied=st.booleans(), data=st.data())
-    @example(shape=SHAPES["grouped-query"], tied=False, data=None)
     @example(shape=SHAPES["odd"], tied=True, data=None)
-    @example(shape=SHAPES["all-heads"], tied=False, data=None)
     @example(shape=SHAPES["window"], tied=False, data=None)
     def check(shape: dict[str, Any], tied: bool, data: Any) -> None:
         folder = tmp_path_factory.mktemp("shape")
-        speech, task = opened(folder, tiny_corpus, seed=sum(shape.values()), **shape)
+        speech, task = opened(folder, tiny_corpus, seed=sum(shape.values()), segments=3, **shape)
         if tied:
             tie(speech)
         layers = list(range(len(speech.part(speech.family.layers))))

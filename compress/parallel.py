@@ -70,9 +70,8 @@ class Team:
         torch.distributed.all_reduce(there)
         for place, weight in enumerate(like):
             gradient = gradients[place]
-            if not there[
-                place
-            ]:  # nobody's: the optimiser leaves the weight alone, as with one process
+            # Nobody's: the optimiser leaves the weight alone, as with one process.
+            if not there[place]:
                 continue
             if gradient is None:
                 gradient = torch.zeros_like(weight)

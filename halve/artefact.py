@@ -381,10 +381,9 @@ def _open_draft(partial: Path, claim: str) -> Draft:
 def _finish_publishing(out: Path) -> None:
     """A run killed after its record was written had only the renaming left to do; a living one does it itself."""
     if (out / RECORD).is_file():
-        if (
-            out / partials.CLAIM
-        ).exists():  # a read-only place refuses to unlink even what is not there
-            (out / partials.CLAIM).unlink(missing_ok=True)
+        claim = out / partials.CLAIM
+        if claim.exists():  # a read-only place refuses to unlink even what is not there
+            claim.unlink(missing_ok=True)
         partials.drop_aside(out)
     partial = partials.partial_path(out)
     if not (partial / RECORD).is_file():

@@ -163,6 +163,13 @@ def test_what_is_named_and_not_there_stops_a_bench_before_it_translates(
     assert not list(tmp_path.iterdir())
 
 
+def _install_stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From now on there is an environment, whose worker is the stand-in."""
+    monkeypatch.setattr(comet, "_installed", lambda: sys.executable)
+    worker = partial(comet.measure, worker=_script(tmp_path, STAND_IN))
+    monkeypatch.setattr(comet, "measure", worker)
+
+
 def test_comet_that_could_not_be_measured_is_measured_when_it_can(
     checkpoint: str,
     tiny_model: Path,
@@ -176,9 +183,7 @@ def test_comet_that_could_not_be_measured_is_measured_when_it_can(
     before = (made.path / "hypotheses" / "tiny.txt").read_bytes()
     assert ran and not read_json(made.path / "quality.json")["comet"]["measured"]
     assert not steps.carry_out(step, SILENT)[1], "there is still no environment"
-    monkeypatch.setattr(comet, "_installed", lambda: sys.executable)
-    worker = partial(comet.measure, worker=_script(tmp_path, STAND_IN))
-    monkeypatch.setattr(comet, "measure", worker)
+    _install_stand_in(monkeypatch, tmp_path)
     monkeypatch.setattr("benchmarks.quality.open_translator", None)  # nothing is translated again
     made, ran = steps.carry_out(step, SILENT)
     assert ran and read_json(made.path / "quality.json")["comet"]["measured"]
@@ -199,9 +204,7 @@ def test_only_what_scores_is_done_again(
 
     made, ran = steps.carry_out(step(), SILENT)
     before = (made.path / "hypotheses" / "tiny.txt").read_bytes()
-    monkeypatch.setattr(comet, "_installed", lambda: sys.executable)
-    worker = partial(comet.measure, worker=_script(tmp_path, STAND_IN))
-    monkeypatch.setattr(comet, "measure", worker)
+    _install_stand_in(monkeypatch, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("benchmarks.quality.open_translator", None)  # nothing is translated again
         scored = step(comet_checkpoint=checkpoint, resamples=200)

@@ -67,27 +67,14 @@ def test_what_waits_is_translated_together(engine: Engine, fake: FakeTranslator)
     assert fake.batches == [[1.0], [1.0, 1.1, 1.2, 1.3], [1.4]]
 
 
+@pytest.mark.parametrize("late_s", [0, 600])  # the second should have been done long ago
 def test_a_short_request_overtakes_the_rest_of_a_long_one(
-    engine: Engine, fake: FakeTranslator
+    late_s: int, engine: Engine, fake: FakeTranslator
 ) -> None:
     first = held(engine, fake)
-    long = Ticket(first.ticket.arrival_s)
+    long = Ticket(first.ticket.arrival_s - late_s)
     for _ in range(4):
         engine.submit(piece(30, long))
-    short = piece(2)
-    engine.submit(short)
-    fake.gate.set()
-    short.future.result(WAIT_S)
-    assert fake.batches[1] == [2.0]
-
-
-def test_a_short_request_overtakes_long_ones_that_are_late(
-    engine: Engine, fake: FakeTranslator
-) -> None:
-    first = held(engine, fake)
-    late = Ticket(first.ticket.arrival_s - 600)  # it should have been done long ago
-    for _ in range(4):
-        engine.submit(piece(30, late))
     short = piece(2)
     engine.submit(short)
     fake.gate.set()

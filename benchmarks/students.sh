@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
-# Steps: corpus plans translations searched A A_fine A_searched B B_twice B_searched C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
+# Steps: corpus unheard plans translations searched untranslated A A_fine A_searched A_unheard B B_twice B_searched B_unheard C D baselines select test table
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard-A A_unheard, unheard-B B_unheard, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
@@ -10,6 +10,7 @@
 #   B_twice  B, merged, and tuned as long again
 #   B_searched  B, merged, and tuned as long again on the best of the teacher's five beams
 #   A_searched  A, merged, and tuned for STEPS_AGAIN on the best of five beams; stored as A_fine
+#   A_unheard, B_unheard  the same on the teacher's translations of speech that it was not trained on (untranslated, from the GIMP help)
 #   A_fine   A in finer blocks, for which its bar leaves room
 #   C  half of the layers pruned, trained in full with distillation, bf16
 #   D  C as ONNX in 4 bits
@@ -19,6 +20,7 @@ HALVE=${HALVE:-.venv/bin/halve}
 PYTHON=${HALVE%halve}python
 TEACHER=${TEACHER:-demo/teacher}
 CORPUS=${CORPUS:-runs/demo-corpus}
+UNHEARD=${UNHEARD:-runs/unheard}
 OUT=${OUT:-runs/students}
 QUARTER=${QUARTER:-3}
 HALF=${HALF:-6}
@@ -61,13 +63,15 @@ plans() {
         "$HALVE" prune --model "$TEACHER" --layers "$(cat "$OUT/layers-$SIZE.txt")" --verify full --out "$OUT/pruned-$SIZE"
     done
 }
-distilled() { # NAME OPTIONS…
-    missing "$OUT/$1" || return 0
-    "$HALVE" distill --model "$TEACHER" --corpus "$CORPUS" "${LANGS[@]}" --dtype "${DTYPE:-bfloat16}" --logits 8 \
-        ${LIMIT:+--limit "$LIMIT"} --states-dir "$OUT/states" --out "$OUT/$1" "${@:2}"
+unheard() { missing "$UNHEARD" || return 0; "$PYTHON" -m demo.unheard --corpus "$CORPUS" --out "$UNHEARD"; }
+distilled() { # CORPUS NAME OPTIONS…
+    missing "$OUT/$2" || return 0
+    "$HALVE" distill --model "$TEACHER" --corpus "$1" "${LANGS[@]}" --dtype "${DTYPE:-bfloat16}" --logits 8 \
+        ${LIMIT:+--limit "$LIMIT"} --states-dir "$OUT/states" --out "$OUT/$2" "${@:3}"
 }
-translations() { distilled translations --batch-size 128; }
-searched() { distilled translations-beam5 --batch-size 160 --beams 5; }
+translations() { distilled "$CORPUS" translations --batch-size 128; }
+searched() { distilled "$CORPUS" translations-beam5 --batch-size 160 --beams 5; }
+untranslated() { distilled "$UNHEARD" translations-unheard --batch-size 128 --untranslated; }
 A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED" "${ROOM[@]}"; }
 B() { tune "$OUT/pruned-quarter" B "$STEPS_B" "${QLORA[@]}"; merge "$OUT/pruned-quarter" B; package "$OUT/merged/B-$SEED" "B-$SEED" "${ROOM[@]}"; }
 again() { # BASE NAME STEPS OPTIONS…: a merged student is tuned once more, with other batches
@@ -81,6 +85,17 @@ B_searched() {
 A_searched() {
     again "$OUT/merged/A-$SEED" A-searched "$STEPS_AGAIN" --translations "$OUT/translations-beam5"
     package "$OUT/merged/A-searched-$SEED" "A-searched-$SEED" "${ROOM[@]}" --block-size 16
+}
+on_unheard() { # BASE NAME STEPS
+    again "$1" "$2" "$3" --corpus "$UNHEARD" --translations "$OUT/translations-unheard"
+}
+B_unheard() {
+    on_unheard "$OUT/merged/B-$SEED" B-unheard "$STEPS_B"
+    package "$OUT/merged/B-unheard-$SEED" "B-unheard-$SEED" "${ROOM[@]}"
+}
+A_unheard() {
+    on_unheard "$OUT/merged/A-$SEED" A-unheard "$STEPS_AGAIN"
+    package "$OUT/merged/A-unheard-$SEED" "A-unheard-$SEED" "${ROOM[@]}" --block-size 16
 }
 A_fine() { package "$OUT/merged/A-$SEED" "A-fine-$SEED" "${ROOM[@]}" --block-size 16; }
 B_twice() {
@@ -108,6 +123,8 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
             quarter) quality "$1" quarter "$OUT/packages/teacher-int4-A" "$OUT/packages/B-$SEED" ;;
             seeds) quality "$1" seeds "$OUT/packages/A-0" "$OUT/packages/A-1" "$OUT/packages/A-2" ;;
             fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;
+            unheard-A) quality "$1" "$GROUP" "$OUT/packages/A-unheard-$SEED" ;;
+            unheard-B) quality "$1" "$GROUP" "$OUT/packages/B-unheard-$SEED" ;;
             equal) quality "$1" equal "$OUT/packages/teacher-int4-fine" ;;
             searched) quality "$1" searched "$OUT/packages/A-searched-${SEED_A:-$SEED}" "$OUT/packages/B-searched-$SEED" ;;
             qlora) quality "$1" qlora "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" ;;

@@ -171,7 +171,7 @@ class PruneConfig(Config):
 class DistillConfig(Config):
     """Sequence-level knowledge distillation: the teacher translates the training audio."""
 
-    ADDED_LATER = frozenset({"beams"})
+    ADDED_LATER = frozenset({"beams", "untranslated"})
 
     langs: Langs
     """Target languages."""
@@ -179,6 +179,8 @@ class DistillConfig(Config):
     """Splits to translate; `test` is never one of them, and `tune` learns `train` alone."""
     limit: Positive | None = None
     """Translate so many segments of each split, spread evenly; all if not given."""
+    untranslated: bool = False
+    """Translate segments that have no reference, too: speech that nobody has translated teaches what the teacher says of it."""
     batch_size: Positive = 32
     """Segments translated at once."""
     hypotheses: Annotated[int, Field(ge=1, le=16)] = 1

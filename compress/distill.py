@@ -66,8 +66,11 @@ def run_distill(
         segments = [
             segment
             for split in dict.fromkeys(config.splits)  # named twice is meant once
-            for segment in segments_for(data, split, config.langs, config.limit)
+            for segment in segments_for(
+                data, split, config.langs, config.limit, config.untranslated
+            )
         ]
+        _tell_of_untranslated(config, data, segments, progress)
         found = _translate(config, base, data, segments, draft, progress)
         counts = write_rows(config, segments, found, draft.path)
         if config.logits:
@@ -86,7 +89,7 @@ def _translate(
     draft: Draft,
     progress: Progress,
 ) -> dict[Key, list[Translation]]:
-    """Every segment in every language that it has a reference in, the best translation first."""
+    """Every segment in every language that is wanted of it, the best translation first."""
     log = draft.work / "batches.jsonl"
     done = read_jsonl(log)
     reads = family_of(base).reads
@@ -130,7 +133,7 @@ def _translate_batch(
     embeddings = translator.encode_all(read_sources(reads, corpus, segments))
     lines = []
     for lang in config.langs:
-        places = [place for place, each in enumerate(segments) if lang in each.references]
+        places = [place for place, each in enumerate(segments) if _is_wanted(config, each, lang)]
         if not places:
             continue
         found = _hypotheses(
@@ -168,6 +171,30 @@ def _hypotheses(
     return [[translation] for translation in greedy]
 
 
+def _is_wanted(config: DistillConfig, segment: Segment, lang: str) -> bool:
+    """Whether a segment is translated into a language: it has a reference, or needs none and is not in it."""
+    return lang in segment.references or (config.untranslated and segment.source_lang != lang)
+
+
+def _tell_of_untranslated(
+    config: DistillConfig, corpus: Corpus, segments: Sequence[Segment], progress: Progress
+) -> None:
+    if not config.untranslated:
+        left = sum(
+            each.split in config.splits
+            and not any(lang in each.references for lang in config.langs)
+            for each in corpus.segments
+        )
+        if left:
+            progress.message(f"{left} segments without a reference are left out: --untranslated")
+        return
+    for lang in config.langs:
+        if without := sum(lang not in each.references for each in segments):
+            progress.message(
+                f"{without} segments have no {lang} reference: the teacher's word alone"
+            )
+
+
 def _line(segment_id: str, lang: str, found: Translation) -> dict[str, Any]:
     return {
         "id": segment_id,
@@ -188,9 +215,9 @@ def write_rows(
     translations, rows, dropped = [], [], []
     for segment in segments:
         for lang in config.langs:
-            if lang not in segment.references:
+            if not _is_wanted(config, segment, lang):
                 continue
-            reference = segment.references[lang].strip()
+            reference = segment.references.get(lang, "").strip()
             if reference:
                 rows.append(Row(segment.id, lang, reference, "reference").record())
             taken, left = {reference}, config.hypotheses
@@ -198,7 +225,8 @@ def write_rows(
                 translations.append(_line(segment.id, lang, translation))
                 if not left:
                     continue
-                reason = drop_reason(config, translation, reference, lang)
+                compared = reference if lang in segment.references else None
+                reason = drop_reason(config, translation, compared, lang)
                 text = translation.text
                 if reason is None and text.strip() in taken:
                     reason = "duplicate"  # of a better hypothesis
@@ -223,19 +251,26 @@ def write_rows(
 
 
 def drop_reason(
-    config: DistillConfig, translation: Translation, reference: str, lang: str
+    config: DistillConfig, translation: Translation, reference: str | None, lang: str
 ) -> str | None:
     """Why a translation is no training row; None for a good one.
 
     empty; looping: it repeats itself, or met its token limit; too long, too short: against the reference;
-    wrong: it has hardly anything of the reference; duplicate: it is the reference.
+    wrong: it has hardly anything of the reference; duplicate: it is the reference. Without a reference only
+    the first two can be told.
     """
     text = translation.text.strip()
+    if not text:
+        return "empty"
+    if translation.stopped != "end" or repeats_itself(translation.tokens):
+        return "looping"
+    return None if reference is None else _against(config, text, reference, lang)
+
+
+def _against(config: DistillConfig, text: str, reference: str, lang: str) -> str | None:
     longest = config.max_length_ratio * len(reference) + SLACK_CHARACTERS
     shortest = (len(reference) - SLACK_CHARACTERS) / config.max_length_ratio
     tests: dict[str, Callable[[], bool]] = {
-        "empty": lambda: not text,
-        "looping": lambda: translation.stopped != "end" or repeats_itself(translation.tokens),
         "duplicate": lambda: text == reference,
         "too long": lambda: len(text) > longest,
         "too short": lambda: len(text) < shortest,

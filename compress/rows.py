@@ -37,13 +37,22 @@ class Row:
 
 
 def segments_for(
-    corpus: Corpus, split: str, langs: Sequence[str], limit: int | None
+    corpus: Corpus,
+    split: str,
+    langs: Sequence[str],
+    limit: int | None,
+    untranslated: bool = False,
 ) -> list[Segment]:
     """Segments of a split that have a reference in any of the languages, in the manifest's order.
+
+    Args:
+        untranslated: those without any reference, too.
 
     Raises:
         CorpusError: a language has none at all, or none among so few.
     """
+    if untranslated:
+        return evenly(corpus.split(split), limit)
     wanted = {segment.id for lang in langs for segment in corpus.split(split, lang)}
     found = [segment for segment in corpus.split(split) if segment.id in wanted]
     found = evenly(found, limit)

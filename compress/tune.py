@@ -133,7 +133,7 @@ def _material(
     if translations is None:
         segments = segments_for(corpus, "train", langs, config.train_segments)
         return segments, reference_rows(segments, langs)
-    segments = segments_for(corpus, "train", langs, None)
+    segments = segments_for(corpus, "train", langs, None, untranslated=True)
     rows = read_rows(translations / "rows.jsonl", segments, langs)
     covered = {row.id for row in rows}
     chosen = evenly([each for each in segments if each.id in covered], config.train_segments)

@@ -24,6 +24,12 @@ INTERFACE_SHA256 = {
     "libreoffice-l10n-zh-cn": "06b2800923811a11ddadc9e1e09ef8bda2a89ba118470403b2f6a897152e0809",
 }
 INTERFACE_ROOT = Path("usr/lib/libreoffice/program/resource")
+# English text that no demo model was trained on (GFDL); nothing of it is committed.
+GIMP_VERSION = "2.10.34-2"
+GIMP_SHA256 = {
+    "gimp-help-en": "a2deec76763aaf2fcdd197bac0736cdcb0770ba993d48d233329e1c92b0bfe36",
+}
+GIMP_ROOT = Path("usr/share/gimp/2.0/help/en")
 RECORDED_VERSION = "0.8+5prealpha+1-15"
 RECORDED_SHA256 = {
     "pocketsphinx-testdata": "eaeb7a01d54f20b799d1a81ef110ec544b2cb47ea006614078220737a33019f0",
@@ -53,6 +59,15 @@ def fetch_interface(cache: Path) -> Path:
     """
     _fetch(cache, INTERFACE_SHA256)
     return cache / "unpacked" / INTERFACE_ROOT
+
+
+def fetch_gimp_help(cache: Path) -> Path:
+    """Unpacks the English GIMP help under `cache`; returns the folder of its pages.
+
+    Raises InputError as `fetch_help` does.
+    """
+    _fetch(cache, GIMP_SHA256, GIMP_VERSION)
+    return cache / "unpacked" / GIMP_ROOT
 
 
 def fetch_recorded(cache: Path) -> Path:

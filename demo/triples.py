@@ -211,7 +211,8 @@ def spoken_form(text: str) -> str:
     return text.replace("’", "'")
 
 
-def _english_can_be_spoken(text: str) -> bool:
+def english_can_be_spoken(text: str) -> bool:
+    """Whether a tidied English text has neither code nor names that nobody would say; of any length."""
     plain = text
     for short in _ABBREVIATED:
         plain = plain.replace(short, short.replace(".", ""))
@@ -250,7 +251,7 @@ def can_be_spoken(en: str, de: str, zh: str) -> bool:
     latin = len(re.findall(r"[A-Za-z]", zh))
     return (
         MIN_WORDS <= words <= MAX_WORDS
-        and _english_can_be_spoken(en)
+        and english_can_be_spoken(en)
         and _GERMAN.fullmatch(de) is not None
         and _CHINESE.fullmatch(zh) is not None
         and not re.search(r"\s[–-]\s", de)

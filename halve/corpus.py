@@ -237,6 +237,7 @@ def segment_faults(
     max_audio_s: float,
     places: Sequence[str],
     audio: Mapping[str, AudioInfo | str],
+    untranslated: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """The faults of single segments, each with the segment's index.
 
@@ -244,10 +245,13 @@ def segment_faults(
         max_audio_s: the longest audio that the model family hears.
         places: "file:line" of each segment.
         audio: by `Segment.audio`, what `decode_all` heard.
+        untranslated: `train` may have segments without a translation.
     """
     seen: dict[str, str] = {}
     texts: dict[tuple[str, str, str], str] = {}
     for index, segment in enumerate(segments):
+        if not segment.references and not (untranslated and segment.split == "train"):
+            yield index, "no translation"
         for fault in _text_faults(segment, seen, texts, places[index]):
             yield index, fault
         if segment.audio:
@@ -287,8 +291,6 @@ def _text_faults(
     if segment.id in seen:
         faults.append(f"id {segment.id!r} is used twice (also {seen[segment.id]})")
     seen.setdefault(segment.id, place)
-    if not segment.references:
-        faults.append("no translation")
     for lang, text in segment.references.items():
         if not text.strip():
             faults.append(f"the {lang} text is empty")

@@ -28,11 +28,15 @@ def text(path: Path, *lines: str) -> Path:
 
 
 class Heard(Progress):
-    """Keeps what was told: warnings, and each task with its total and its steps."""
+    """Keeps what was told: messages, warnings, and each task with its total and its steps."""
 
     def __init__(self) -> None:
+        self.messages: list[str] = []
         self.warnings: list[str] = []
         self.tasks: list[tuple[str, int | None, int]] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)

@@ -191,3 +191,30 @@ def test_an_empty_split_is_told(tmp_path: Path) -> None:
     config = CorpusConfig(format="text", split="segment", select_share=0)
     run_corpus(config, folder, tmp_path / "d", heard)
     assert not [line for line in heard.warnings if "No segment" in line], "it was asked for"
+
+
+def test_untranslated_speech_is_kept_for_train_alone(tmp_path: Path) -> None:
+    sound(tmp_path / "source" / "a.wav", 9.0)
+    lines = [
+        "audio\toffset\tduration\tde\tsplit\tgroup",
+        "a.wav\t0\t1\t\ttrain\tg",
+        "a.wav\t1\t1\tzwei\ttrain\tg",
+        "a.wav\t2\t1\t \ttrain\tg",
+        "a.wav\t3\t1\tvier\tselect\th",
+        "a.wav\t4\t1\tfünf\ttest\ti",
+    ]
+    table = text(tmp_path / "source" / "table.tsv", *lines)
+    keep = CorpusConfig(format="tsv", untranslated="keep")
+    made = run_corpus(keep, table, tmp_path / "corpus")
+    references = [segment.references for segment in read_corpus(made.path).segments]
+    assert references == [{}, {"de": "zwei"}, {}, {"de": "vier"}, {"de": "fünf"}]
+    again = run_corpus(CorpusConfig(format="halve", untranslated="keep"), made.path, tmp_path / "b")
+    assert [each.references for each in read_corpus(again.path).segments] == references
+    assert (
+        faults_of(CorpusConfig(format="halve"), made.path, tmp_path / "c").count("no transl") == 2
+    )
+    assert "table.tsv:2: the de text is empty" in faults_of(
+        CorpusConfig(format="tsv"), table, tmp_path / "c"
+    )
+    text(table, *(line.replace("fünf", "") for line in lines))
+    assert "1 faults" in faults_of(keep, table, tmp_path / "c")

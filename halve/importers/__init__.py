@@ -81,11 +81,13 @@ def run_corpus(
         CorpusError: the source is not of the layout, or segments are faulty; every fault is named.
     """
     parents = inputs_of(config, source)
-    recipe = config.model_dump(mode="json") | noted_of(config, source)
+    recipe = config.recorded() | noted_of(config, source)
     _max_audio_s(config)  # an unknown family is refused before anything is read
     progress.message(f"Reading {source}")
     with artefact.writing(out, "corpus", recipe, config.seed, parents) as draft:
         found = read_source(config, source)
+        if config.untranslated == "keep":
+            found.rows = [_with_what_is_translated(row) for row in found.rows]
         for warning in found.warnings:
             progress.warn(warning)
         paths = [_audio_path(row, draft.path) for row in found.rows]
@@ -111,6 +113,13 @@ def run_corpus(
         _say_unused(config, named, progress)
         _warn_of_empty(final, named, progress)
     return artefact.read(out, "corpus")
+
+
+def _with_what_is_translated(row: Row) -> Row:
+    """A train row without its empty translations; in `select` and `test` they stay faults."""
+    if row.split != "train":
+        return row
+    return replace(row, references={k: text for k, text in row.references.items() if text.strip()})
 
 
 def _say_unused(config: CorpusConfig, named: bool, progress: Progress) -> None:
@@ -230,7 +239,9 @@ def _without_faulty(
     audio = {str(path): info for path, info in heard.items()}
     places = [row.where for row in rows]
     of_rows = [
-        *segment_faults(segments, _max_audio_s(config), places, audio),
+        *segment_faults(
+            segments, _max_audio_s(config), places, audio, config.untranslated == "keep"
+        ),
         *_duplicates(rows, config),
         *_straddling(rows, config),
     ]

@@ -23,6 +23,8 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 class CorpusConfig(Config):
     """How a corpus is imported."""
 
+    ADDED_LATER = frozenset({"untranslated"})
+
     format: Literal["iwslt", "acl6060", "hf", "tsv", "text", "halve"]
     """Layout of the source: see docs/own-data.md."""
     split: Literal["given", "group", "segment", "paper"] | None = None
@@ -43,6 +45,8 @@ class CorpusConfig(Config):
     """refuse: any fault stops the import; drop: faulty segments are left out and listed in dropped.json."""
     duplicates: Literal["refuse", "keep"] = "refuse"
     """Two segments with the same text: a fault, or kept ("Thank you." is said in every talk)."""
+    untranslated: Literal["refuse", "keep"] = "refuse"
+    """A train segment without a translation: a fault, or kept for `halve distill --untranslated`."""
     subset: str | None = None
     """hf: the configuration of the data set, where it has several."""
     audio_column: str = "audio"

@@ -1,5 +1,6 @@
 """Distillation: what is kept, what is dropped and why, and a killed run ends the same."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,13 @@ from compress.config import DistillConfig
 from compress.distill import drop_reason, repeats_itself, run_distill, write_rows
 from compress.rows import reference_rows, segments_for
 from halve import artefact
-from halve.corpus import read_corpus
+from halve.corpus import read_corpus, write_manifest
 from halve.errors import CorpusError
 from halve.json_files import read_jsonl
 from halve.models import load_model
 from halve.translate import TorchTranslator, Translation
 from tests.compress import kills
+from tests.importing import Heard
 
 REFERENCE = "Öffnen Sie die Datei und drucken Sie die Seite."
 CONFIG = DistillConfig(langs=("de",))
@@ -87,6 +89,58 @@ def test_a_language_without_references_is_refused(
     with pytest.raises(CorpusError, match="no train segment with a fr reference"):
         run_distill(DistillConfig(langs=("fr",)), tiny_model, tiny_corpus, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def _without_references(corpus: Path, out: Path, ids: set[str]) -> Path:
+    """A copy of a corpus in which these segments are untranslated."""
+    shutil.copytree(corpus, out)
+    segments = [
+        replace(each, references={}) if each.id in ids else each
+        for each in read_corpus(corpus).segments
+    ]
+    write_manifest(out, segments)
+    return out
+
+
+def test_untranslated_speech_teaches_what_the_teacher_says(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    train = read_corpus(tiny_corpus).split("train")
+    plain = {each.id for each in train[::2]}
+    corpus = _without_references(tiny_corpus, tmp_path / "corpus", plain)
+    config = DistillConfig(langs=("de",), untranslated=True, min_score=0.0, logits=2)
+    made = run_distill(config, tiny_model, corpus, tmp_path / "all")
+    translations, rows, dropped = (
+        read_jsonl(made.path / f"{name}.jsonl") for name in ("translations", "rows", "dropped")
+    )
+    assert [line["id"] for line in translations] == [each.id for each in train]
+    assert {row["id"] for row in rows if row["origin"] == "reference"}.isdisjoint(plain)
+    told = {line["id"]: line["text"] for line in translations}
+    of_plain = {row["id"]: row["text"] for row in rows if row["id"] in plain}
+    left = {line["id"]: line["reason"] for line in dropped if line["id"] in plain}
+    assert of_plain.keys() | left.keys() == plain and set(left.values()) <= {"looping", "empty"}
+    assert of_plain == {name: told[name] for name in of_plain}
+
+    config = DistillConfig(langs=("de",), min_score=0.0)
+    heard = Heard()
+    fewer = run_distill(config, tiny_model, corpus, tmp_path / "fewer", heard)
+    found = read_jsonl(fewer.path / "translations.jsonl")
+    assert [line["id"] for line in found] == [each.id for each in train if each.id not in plain]
+    assert any(f"{len(plain)} segments without a reference" in told for told in heard.messages)
+
+
+def test_speech_in_the_wanted_language_is_not_translated(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    first, second = read_corpus(tiny_corpus).split("train")[:2]
+    german = replace(first, source_lang="de", references={})
+    config = DistillConfig(langs=("de", "zh"), untranslated=True)
+    said = Translation("Drei Wörter hier", [5, 6, 7], "end")
+    found = {(german.id, "zh"): [said], (second.id, "de"): [said], (second.id, "zh"): [said]}
+    write_rows(config, [german, replace(second, references={})], found, tmp_path)
+    rows = read_jsonl(tmp_path / "rows.jsonl")
+    wanted = [(german.id, "zh"), (second.id, "de"), (second.id, "zh")]
+    assert [(row["id"], row["lang"]) for row in rows] == wanted
 
 
 def test_a_killed_distill_ends_with_the_same_bytes(

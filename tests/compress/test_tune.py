@@ -421,6 +421,30 @@ def test_translations_of_another_corpus_are_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "other"]
 
 
+def test_untranslated_speech_is_learnt_from(
+    taught: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    corpus = shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    segments = [
+        replace(each, references={}) if each.split == "train" else each
+        for each in read_corpus(tiny_corpus).segments
+    ]
+    write_manifest(corpus, segments)
+    distil = DistillConfig(langs=("de",), untranslated=True, logits=2)
+    made = run_distill(distil, taught, corpus, tmp_path / "translations")
+    config = TuneConfig(
+        langs=("de",), method="lora", max_steps=3, batch_size=4, rank=4, select_segments=2,
+        logit_weight=0.5,
+    )  # fmt: skip
+    tuned = run_tune(config, taught, corpus, made.path, tmp_path / "adapter")
+    assert tuned.extra["rows"] == {"teacher": made.extra["rows"]}
+    assert tuned.extra["rows"]["teacher"] > 8, "the taught model says something of nearly all"
+    with pytest.raises(CorpusError, match="no train segment with a de reference"):
+        run_tune(
+            config.model_copy(update={"logit_weight": 0.0}), taught, corpus, None, tmp_path / "b"
+        )
+
+
 @pytest.mark.parametrize("rank", [65, 100_000])
 def test_a_rank_that_no_layer_has_is_refused(
     rank: int, tiny_model: Path, tiny_corpus: Path, tmp_path: Path

@@ -1,10 +1,11 @@
 """Compares two quality results: what changed, and is the difference more than chance."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from benchmarks import scoring
+from halve.artefact import Artefact
 from halve.metrics import METRICS, retention
 
 _SIGNIFICANT = 0.05
@@ -53,6 +54,23 @@ def _settings(result: Mapping[str, Any]) -> dict[str, Any]:
     versions = {f"version of {name}": value for name, value in result.get("versions", {}).items()}
     beams = {"beams": result.get("beams", 1)}  # earlier results were all greedy
     return {key: result.get(key) for key in keys} | beams | versions
+
+
+def changed_recipes(first: Sequence[Artefact], second: Sequence[Artefact]) -> dict[str, list[Any]]:
+    """Settings and seeds that differ between two runs' artefacts of the same kind and name, but for their benches."""
+    others = {(one.kind, one.path.name): one for one in second}
+    found: dict[str, list[Any]] = {}
+    for one in first:
+        other = others.get((one.kind, one.path.name))
+        if other is not None and one.kind not in ("results", "report"):
+            named = _changed(_made(one), _made(other))
+            found |= {f"{one.path.name} {key}": values for key, values in named.items()}
+    return found
+
+
+def _made(one: Artefact) -> dict[str, Any]:
+    facts: dict[str, Any] = {key: one.extra[key] for key in ("removed", "onto") if key in one.extra}
+    return {**one.recipe, **facts, "seed": one.seed}
 
 
 def _changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -25,7 +25,18 @@ FAULTS=0
 "$BIN/schemathesis" --no-color run "$URL/openapi.json" --max-examples "$EXAMPLES" --seed 0 --continue-on-failure \
     --exclude-checks positive_data_acceptance --request-timeout 60 | tee "$OUT/schemathesis.txt" || FAULTS=1
 kill -0 "$SERVER" || { echo "The server is gone"; exit 1; }
-"$BIN/python" -c "import sys, urllib.request; print('After it:', urllib.request.urlopen(sys.argv[1] + '/health').read().decode())" "$URL"
+"$BIN/python" - "$URL" << 'END' | tee "$OUT/after.txt"
+import sys
+import urllib.request
+
+
+def read(path: str) -> str:
+    return urllib.request.urlopen(sys.argv[1] + path).read().decode()
+
+
+print("After it:", read("/health"))
+print(*(line for line in read("/metrics").splitlines() if line.startswith("halve_requests_total")), sep="\n")
+END
 kill -TERM "$SERVER"
 STATUS=0
 wait "$SERVER" || STATUS=$?

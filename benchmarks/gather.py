@@ -12,6 +12,8 @@ from halve.json_files import read_json, read_jsonl
 
 DATA = "data"
 """Folder of a report with copies of the small artefacts it was made of."""
+HISTORY = "history.jsonl"
+"""Scores while tuning: beside an adapter, or a student that was tuned in full."""
 _BENCHES = ("quality", "latency", "serve", "importance", "longform")
 _SHOWN = ("results", "importance", "pruned", "adapter", "package", "report")
 
@@ -43,6 +45,7 @@ class Gathered:
     )
     """Importance searches: candidates' scores and plan."""
     adapters: list[tuple[Source, list[dict[str, Any]]]] = field(default_factory=list)
+    """What was tuned, adapters and whole students, with the scores on the way."""
     packages: list[tuple[Source, dict[str, Any]]] = field(default_factory=list)
     pruned: list[Source] = field(default_factory=list)
     merged: list[Source] = field(default_factory=list)
@@ -96,8 +99,14 @@ def _children(path: Path, run: str) -> Iterator[tuple[str, Artefact]]:
 
 
 def _is_shown(artefact: Artefact) -> bool:
-    """Of students, those alone whose merge was chosen by scores."""
-    return artefact.kind in _SHOWN or (artefact.kind == "student" and "merge" in artefact.extra)
+    """Of students, those alone that were tuned in full, or whose merge was chosen by scores."""
+    return artefact.kind in _SHOWN or (
+        artefact.kind == "student" and ("merge" in artefact.extra or _is_tuned_in_full(artefact))
+    )
+
+
+def _is_tuned_in_full(artefact: Artefact) -> bool:
+    return (artefact.path / HISTORY).is_file()
 
 
 def _labelled(found: Sequence[tuple[str, Artefact]]) -> list[Source]:
@@ -122,8 +131,8 @@ def _sort(source: Source, gathered: Gathered) -> None:
         gathered.searches.append(
             (source, read_jsonl(path / "importance.jsonl"), read_json(path / "plan.json"))
         )
-    elif kind == "adapter":
-        gathered.adapters.append((source, read_jsonl(path / "history.jsonl")))
+    elif kind == "adapter" or (kind == "student" and _is_tuned_in_full(source.artefact)):
+        gathered.adapters.append((source, read_jsonl(path / HISTORY)))
     elif kind == "package":
         gathered.packages.append((source, read_json(path / "package.json")))
     elif kind == "pruned":

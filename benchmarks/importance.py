@@ -20,15 +20,16 @@ from benchmarks.config import ImportanceBenchConfig
 from compress.config import ImportanceConfig
 from compress.importance import by_translation, make_task
 from compress.reference import StockTranslator, greedy_config, only_layers
-from compress.search import Ledger, Ranking
+from compress.search import Ledger, Ranking, removable
 from compress.task import SearchTask
 from halve import environment, metrics
 from halve.artefact import Artefact, Draft, read, writing
 from halve.corpus import read_corpus
 from halve.json_files import append_jsonl, read_jsonl, write_json
 from halve.languages import language
-from halve.models import SpeechModel, load_model, resolve_model
+from halve.models import SpeechModel, load_model, read_config, resolve_model
 from halve.progress import SILENT, Progress
+from halve.sources import asked
 
 RESULT = "importance.json"
 MOST_NEAR_TIES = 0.01
@@ -74,7 +75,9 @@ def run_importance_bench(
         speech = load_model(model, dtype=config.dtype)
         metric = language(config.lang).selection_metric
         task = make_task(speech, heard, segments, config.lang, metric)
-        layers = list(range(1, len(speech.part(speech.family.layers)) - 1))
+        num_layers = len(speech.part(speech.family.layers))
+        stay = speech.family.must_stay(read_config(model))
+        layers = removable(range(num_layers), num_layers, stay)
         _warm_up(speech, task)
         with progress.task("importance bench", 2 * len(layers) + 1 + len(config.also)) as advance:
             sides = {
@@ -114,7 +117,7 @@ def _one_by_one(
     for layer in layers:
         if layer not in done:
             started = time.perf_counter()
-            tokens = _candidate(name, speech, task, layer, len(layers) + 2)
+            tokens = _candidate(name, speech, task, layer)
             seconds = time.perf_counter() - started
             done[layer] = {"layer": layer, "seconds": seconds, "tokens": tokens}
             append_jsonl(store, done[layer])
@@ -124,9 +127,8 @@ def _one_by_one(
     return Side(seconds, {layer: done[layer]["tokens"] for layer in layers})
 
 
-def _candidate(
-    name: str, speech: SpeechModel, task: SearchTask, layer: int, num_layers: int
-) -> Tokens:
+def _candidate(name: str, speech: SpeechModel, task: SearchTask, layer: int) -> Tokens:
+    num_layers = len(speech.part(speech.family.layers))
     kept = [other for other in range(num_layers) if other != layer]
     if name == "reference":
         translator = StockTranslator(speech, task)
@@ -138,18 +140,14 @@ def _candidate(
 
 def stock_loop(speech: SpeechModel, task: SearchTask) -> Iterator[list[int]]:
     """What one would write with transformers alone: processor and `generate`, a segment at a time."""
-    processor, model = speech.processor, speech.model
-    prompt = speech.family.prompt_text(processor, speech.family.instruction(language(task.lang)))
-    for audio, limit in zip(task.audio, task.limits, strict=True):
-        inputs = processor(
-            text=prompt,
-            audio=audio,
-            sampling_rate=processor.feature_extractor.sampling_rate,
-            return_tensors="pt",
-        ).to(speech.device)
+    family, dtype = speech.family, getattr(torch, speech.dtype)
+    for source, limit in zip(task.audio, task.limits, strict=True):
+        instruction = asked(family, task.lang, source)
+        inputs = family.stock_inputs(speech.processor, source, instruction, dtype)
+        inputs = {key: value.to(speech.device) for key, value in inputs.items()}
+        settings = greedy_config(speech, limit)
         with torch.inference_mode():
-            output = model.generate(**inputs, generation_config=greedy_config(speech, limit))
-        yield output[0, inputs["input_ids"].shape[1] :].tolist()
+            yield family.stock_generate(speech.model, inputs, generation_config=settings)
 
 
 def _searched(

@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from export.card import stored_bytes
 from export.config import PackageConfig
 from export.package import run_package
 from export.runtime import OnnxTranslator
 from export.scoring import SelectSet, open_select_sets
+from halve.card import stored_bytes
 from halve.environment import machine, versions
 from halve.metrics import retention, score
 

@@ -25,7 +25,7 @@ _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _WORST_SHOWN = 50
 _COPIED_BYTES = 20_000_000
 """An artefact's text files are copied into the report up to so much."""
-_COPIED_SUFFIXES = (".json", ".jsonl", ".txt")
+_COPIED_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".txt")
 
 
 def run_report(
@@ -55,7 +55,7 @@ def run_report(
     parents |= {"corpus": corpus} if corpus else {}
     clips = Clips(corpus) if corpus else None
     with writing(out, "report", {"results": [s.label for s in sources]}, 0, parents) as draft:
-        comparisons = _compare(gathered, progress)
+        comparisons = _compare(sources, gathered, progress)
         worst = _regressions(gathered)
         sections = _sections(gathered, comparisons, worst, clips)
         record = {
@@ -105,12 +105,20 @@ def _data(gathered: Gathered) -> dict[str, Any]:
     }
 
 
-def _compare(gathered: Gathered, progress: Progress) -> list[dict[str, Any]]:
+def _compare(
+    sources: Sequence[Source], gathered: Gathered, progress: Progress
+) -> list[dict[str, Any]]:
+    runs: dict[str, list[Artefact]] = {}
+    for source in sources:
+        runs.setdefault(source.run, []).append(source.artefact)
     found = []
     for (a, first), (b, second) in combinations(gathered.quality, 2):
         if first.result["lang"] == second.result["lang"]:
             progress.message(f"compare: {a.label} with {b.label}")
-            found.append({"first": a.label, "second": b.label, **compare.compare(first, second)})
+            one = {"first": a.label, "second": b.label, **compare.compare(first, second)}
+            if a.run and b.run and a.run != b.run:
+                one["changed"] |= compare.changed_recipes(runs[a.run], runs[b.run])
+            found.append(one)
     return found
 
 

@@ -359,7 +359,8 @@ def removed_table(
         cells.append([str(len(cells) + 1), str(layer), score, str(len(candidates)), str(early)])
     used = len(plan.get("max_new_tokens", {}))
     total = source.artefact.extra.get("segments_in_split")
-    subset = segments_text(used, total, "select")
+    split = source.artefact.recipe.get("split", "select")
+    subset = segments_text(used, total, split)
     if total is None and source.artefact.recipe.get("segments"):
         subset += " (a subset: the search was told to use so many)"
     metric = METRIC_TITLES.get(str(rows[0]["metric"]), str(rows[0]["metric"])) if rows else "score"
@@ -440,5 +441,5 @@ def comparison_table(first: str, second: str, found: Mapping[str, Any]) -> Table
             "significant at 5 %",
         ],
         rows,
-        note=f"{note} What else changed: {changed or 'nothing'}.",
+        note=f"{note} What else changed, as far as it is on record here: {changed or 'nothing'}.",
     )

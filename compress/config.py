@@ -120,7 +120,7 @@ class ImportanceConfig(Config):
     lang: str
     """Target language whose translations are scored."""
     metric: str | None = None
-    """Selection metric; the language's own if not given (chrF++, or chrF for Chinese)."""
+    """Selection metric: bleu, chrf or chrf++; the language's own if not given (chrf++, or chrf for Chinese)."""
     method: Literal[
         "exact",
         "reference",

@@ -17,12 +17,13 @@ from compress.states import open_states
 from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
+from halve.errors import InputError
 from halve.json_files import append_jsonl, read_jsonl
 from halve.languages import language
 from halve.metrics import score
 from halve.models import family_of, load_model, resolve_model
 from halve.progress import SILENT, Progress
-from halve.sources import read_sources, segment_limit, warn_of_speech
+from halve.sources import check_sources, read_sources, segment_limit, warn_of_speech
 from halve.translate import TorchTranslator, Translation, plan_batches
 
 REPEATS = 4
@@ -70,9 +71,11 @@ def run_distill(
                 data, split, config.langs, config.limit, config.untranslated
             )
         ]
+        check_sources(family_of(base).reads, data, segments)
         _tell_of_untranslated(config, data, segments, progress)
         found = _translate(config, base, data, segments, draft, progress)
         counts = write_rows(config, segments, found, draft.path)
+        _check_rows(config, draft.path, counts)
         if config.logits:
             folder = states_dir or draft.work
             _keep_logits(config, base, data, segments, draft, folder, progress)
@@ -173,7 +176,7 @@ def _hypotheses(
 
 def _is_wanted(config: DistillConfig, segment: Segment, lang: str) -> bool:
     """Whether a segment is translated into a language: it has a reference, or needs none and is not in it."""
-    return lang in segment.references or (config.untranslated and segment.source_lang != lang)
+    return segment.wants(lang) if config.untranslated else lang in segment.references
 
 
 def _tell_of_untranslated(
@@ -189,7 +192,7 @@ def _tell_of_untranslated(
             progress.message(f"{left} segments without a reference are left out: --untranslated")
         return
     for lang in config.langs:
-        if without := sum(lang not in each.references for each in segments):
+        if without := sum(not each.references.get(lang, "").strip() for each in segments):
             progress.message(
                 f"{without} segments have no {lang} reference: the teacher's word alone"
             )
@@ -225,8 +228,7 @@ def write_rows(
                 translations.append(_line(segment.id, lang, translation))
                 if not left:
                     continue
-                compared = reference if lang in segment.references else None
-                reason = drop_reason(config, translation, compared, lang)
+                reason = drop_reason(config, translation, reference or None, lang)
                 text = translation.text
                 if reason is None and text.strip() in taken:
                     reason = "duplicate"  # of a better hypothesis
@@ -295,6 +297,18 @@ def repeats_itself(tokens: Sequence[int]) -> bool:
     return False
 
 
+def _check_rows(config: DistillConfig, folder: Path, counts: dict[str, Any]) -> None:
+    """Refuses a language in which nothing is left to learn, as without references where the teacher only loops."""
+    having = {row["lang"] for row in read_jsonl(folder / "rows.jsonl")}
+    if missing := [lang for lang in config.langs if lang not in having]:
+        raise InputError(
+            f"Nothing is left to learn in {', '.join(missing)}: of {counts['translations']} translations were dropped: "
+            + ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()),
+            expected="a teacher that translates into each of the languages",
+            mend="name the languages that it was taught, or another teacher",
+        )
+
+
 def _keep_logits(
     config: DistillConfig,
     base: Path,
@@ -307,6 +321,8 @@ def _keep_logits(
     """The teacher reads every row and says what else it would have written."""
     speech = load_model(base, dtype=config.dtype, device=config.device)
     rows = read_rows(draft.path / "rows.jsonl", segments, config.langs)
+    taught = {row.id for row in rows}
+    segments = [each for each in segments if each.id in taught]  # as `tune` hears them
     sequences = build_sequences(speech, segments, rows, share_audio=True)
     audio = open_states(speech, corpus, segments, folder, progress)
     store_logits(speech, sequences, audio, draft.path, config.logits, progress)

@@ -119,7 +119,7 @@ def check_config(
             expected="select: what chooses must not be what reports",
             mend="leave --split out, or give the corpus a select split",
         )
-    metric = config.metric or target.selection_metric
+    metric = (config.metric or target.selection_metric).lower()
     if metric not in metrics.METRICS or metric in metrics.LOWER_IS_BETTER:
         usable = [name for name in metrics.METRICS if name not in metrics.LOWER_IS_BETTER]
         raise InputError(
@@ -373,6 +373,7 @@ def _write(
         "removed": list(ranking.removed),
         "kept": [layer for layer in range(num_layers) if layer not in ranking.removed],
         "lang": config.lang,
+        "split": config.split,
         "method": config.method,
         "metric": ranking.metric,
         "signature": ranking.signature,

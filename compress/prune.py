@@ -10,8 +10,9 @@ import numpy as np
 
 from compress.config import PruneConfig
 from halve import artefact, hashing, shards
-from halve.artefact import Artefact
+from halve.artefact import Artefact, languages_of
 from halve.audio import SAMPLE_RATE_HZ
+from halve.card import write_card
 from halve.errors import ArtefactError, InputError, ParityError
 from halve.families import Family, SourceText, family_for
 from halve.families.base import kept_slices
@@ -40,6 +41,8 @@ class Plan:
     """In the order of removal."""
     kept: tuple[int, ...]
     """Ascending: the layer map from the student's numbers to the teacher's."""
+    method: str | None = None
+    """How the layers were ranked; None where they were named."""
 
 
 def run_prune(
@@ -77,7 +80,12 @@ def run_prune(
             check_contents(model, draft.path, family, chosen.kept)
             progress.message("Comparing logits with the sliced teacher")
             draft.extra["max_logit_difference"] = compare_logits(model, draft.path, chosen.kept)
-        draft.extra.update(origin=origin(model), **numbered_by_teacher(chosen, model))
+        draft.extra.update(
+            origin=origin(model), ranked_by=chosen.method, **numbered_by_teacher(chosen, model)
+        )
+        if langs := languages_of(model):
+            draft.extra["langs"] = list(langs)
+        write_card(draft.path, source=model, kind="pruned", facts=draft.extra)
     return artefact.read(out)
 
 
@@ -208,6 +216,7 @@ def read_plan(
             num_layers=int(found["num_layers"]),
             removed=tuple(int(layer) for layer in found["removed"]),
             kept=tuple(int(layer) for layer in found["kept"]),
+            method=found.get("method"),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtefactError(

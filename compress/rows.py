@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from compress.collate import Branch, TrainingSequence
-from halve.corpus import Corpus, Segment
+from halve.corpus import Corpus, Segment, evenly
 from halve.errors import ArtefactError, CorpusError, FamilyError
 from halve.families import SourceText
 from halve.families.text import written_chat
@@ -52,7 +52,7 @@ def segments_for(
         CorpusError: a language has none at all, or none among so few.
     """
     if untranslated:
-        return evenly(corpus.split(split), limit)
+        return evenly(_worth_translating(corpus, split, langs), limit)
     wanted = {segment.id for lang in langs for segment in corpus.split(split, lang)}
     found = [segment for segment in corpus.split(split) if segment.id in wanted]
     found = evenly(found, limit)
@@ -66,12 +66,23 @@ def segments_for(
     return found
 
 
-def evenly(segments: Sequence[Segment], limit: int | None) -> list[Segment]:
-    """So many of the segments, spread evenly; all of them without a limit."""
-    count = len(segments)
-    if limit is None or limit >= count:
-        return list(segments)
-    return [segments[index * count // limit] for index in range(limit)]
+def _worth_translating(corpus: Corpus, split: str, langs: Sequence[str]) -> list[Segment]:
+    """Segments of a split that need no reference: those that are not in the wanted language already.
+
+    Raises:
+        CorpusError: no segment of the corpus has a reference in one of the languages, so that nothing made for
+            it could be scored; or the split has none that could be translated.
+    """
+    for lang in langs:
+        if not any(lang in segment.references for segment in corpus.segments):
+            corpus.split(split, lang)  # says which languages there are
+    found = [segment for segment in corpus.split(split) if any(map(segment.wants, langs))]
+    if not found:
+        raise CorpusError(
+            f"{corpus.path}: every {split} segment is spoken in {', '.join(langs)} already",
+            expected="segments in another language than they are translated into",
+        )
+    return found
 
 
 def reference_rows(

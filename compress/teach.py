@@ -17,6 +17,7 @@ from compress.rows import build_sequences, reference_rows, segments_for
 from compress.states import AudioStates, open_states
 from halve import artefact
 from halve.artefact import Artefact, Draft
+from halve.card import write_card
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
 from halve.families import SourceText
@@ -88,7 +89,11 @@ def run_teach(
         if adapter is not None:
             speech.model = adapter.merge_and_unload(safe_merge=True)
         save_model(speech, base, draft.path)
+        write_card(draft.path, source=base, kind="teacher", facts=draft.extra)
     return artefact.read(out, "teacher")
+
+
+_CARRIED = ("removed", "kept", "ranked_by", "base_model")
 
 
 def carried(base: Path) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def carried(base: Path) -> dict[str, Any]:
     if not (base / artefact.RECORD).is_file():
         return {}
     extra = artefact.read(base).extra
-    return {key: extra[key] for key in ("removed", "kept", "base_model") if key in extra}
+    return {key: extra[key] for key in _CARRIED if key in extra}
 
 
 def check_unquantised(base: Path) -> None:

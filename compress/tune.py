@@ -11,12 +11,13 @@ from torch.nn import Parameter
 
 from compress import parallel
 from compress.adapters import decoder_linears, put_adapter_on
+from compress.checkpoints import RunState
 from compress.config import TuneConfig
 from compress.gradients import arithmetic, settle, settled
 from compress.logits import LogitLoss, StoredLogits
 from compress.loop import Training, checkpoint_activations, train
 from compress.parallel import Team
-from compress.rows import Row, build_sequences, evenly, read_rows, reference_rows, segments_for
+from compress.rows import Row, build_sequences, read_rows, reference_rows, segments_for
 from compress.states import open_states
 from compress.teach import (
     carried,
@@ -30,9 +31,13 @@ from compress.teach import (
 )
 from halve import artefact
 from halve.artefact import Artefact, Draft
-from halve.corpus import Corpus, Segment, read_corpus
+from halve.card import write_card
+from halve.corpus import Corpus, Segment, evenly, read_corpus
 from halve.errors import ArtefactError, InputError
+from halve.languages import language
+from halve.metrics import signature
 from halve.models import SpeechModel, load_model, resolve_model
+from halve.origin import origin
 from halve.progress import SILENT, Progress
 from halve.sources import check_sources, warn_of_speech
 
@@ -98,12 +103,29 @@ def run_tune(
             "score": state.best_score,
             "untuned_score": state.history[0].get("score"),
         }
+        draft.extra["tuned"]["scores"] = _best_scores(state)
         draft.timing("training", state.elapsed_s, steps=state.step)
         if adapter is None:
             save_model(speech, base, draft.path)
+            draft.extra["origin"] = origin(base)
+            write_card(draft.path, source=base, kind="student", facts=draft.extra)
         else:
             save_adapter(adapter, base, draft.path)
     return artefact.read(out, kind)
+
+
+def _best_scores(state: RunState) -> dict[str, Any]:
+    """The kept state's scores on `select`, each with what lets others repeat it."""
+    best: Any = next((row for row in state.history if row["step"] == state.best_step), {})
+    metrics = {lang: language(lang).selection_metric for lang in best.get("scores") or ()}
+    return {
+        lang: {
+            "metric": metric,
+            "score": best["scores"][lang],
+            "signature": signature(metric, lang),
+        }
+        for lang, metric in metrics.items()
+    }
 
 
 def _check_corpus(translations: Path, corpus: Path) -> None:
@@ -221,6 +243,11 @@ def _facts(config: TuneConfig, training: Training, rows: list[Row], base: Path) 
         "langs": list(config.langs),
         "family": training.speech.family.name,
         "rows": {origin: origins.count(origin) for origin in sorted(set(origins))},
+        "tuned": {
+            "method": config.method,
+            "distilled": "teacher" in origins,
+            "logits": bool(config.logit_weight),
+        },
         "trainable_parameters": sum(each.numel() for each in training.weights.values()),
     }
 

@@ -33,6 +33,7 @@ from demo.triples import (
 from halve.artefact import writing
 from halve.corpus import Corpus, Segment, read_corpus, write_manifest
 from halve.errors import CorpusError, HalveError
+from halve.json_files import append_jsonl
 
 MAX_WORDS = 20
 _CODE_TAGS = frozenset({"code", "tt", "kbd", "img", "sup", "sub"})
@@ -130,8 +131,13 @@ def build(heard: Corpus, triples: Sequence[Triple], out: Path, seed: int, proces
     }
     with writing(out, "corpus", recipe, seed, {"select": heard.path}) as draft:
         started = time.monotonic()
-        spoken = synthesise_all(_spoken(triples), draft.path, seed, processes)
-        segments = list(_copied(heard, draft.path)) + [_without_text(each) for each in spoken]
+        journal = (
+            draft.work / "spoken.jsonl"
+        )  # a build that is stopped, and not only killed, keeps its files
+        segments = list(_copied(heard, draft.path))
+        for segment in synthesise_all(_spoken(triples), draft.path, seed, processes):
+            append_jsonl(journal, segment.id)
+            segments.append(_without_text(segment))
         draft.timing("synthesis", time.monotonic() - started, segments=len(triples))
         write_manifest(draft.path, segments)
         draft.extra = facts(segments)

@@ -14,7 +14,7 @@ import numpy as np
 
 from export.gptq import Moments, gptq_blocks
 from export.quantise import Blocks, FloatArray, quantise_blocks
-from halve.corpus import Segment, read_corpus
+from halve.corpus import Corpus, Segment, evenly, read_corpus
 from halve.errors import InputError
 from halve.families import Source, SourceText
 from halve.models import SpeechModel
@@ -70,6 +70,8 @@ def read_samples(
 ) -> list[Sample]:
     """Segments of `train`, spread evenly over it, in turn for each language.
 
+    Where too few have a reference, the others' translation is the student's own.
+
     Raises:
         CorpusError: it has no such segments.
         InputError: `limit` is not positive.
@@ -80,19 +82,55 @@ def read_samples(
     share = -(-limit // len(langs))
     found: list[tuple[Segment, str]] = []
     for code in langs:
-        found += [(segment, code) for segment in corpus.split(TRAIN, code, share)]
-    end = speech.family.end_ids(speech.model)[0]
-    tokenizer = speech.processor.tokenizer
+        found += [
+            (segment, code) for segment in _of_train(corpus, code, share, speech.family.reads)
+        ]
     found = found[:limit]
     heard = read_sources(speech.family.reads, corpus, [segment for segment, _ in found])
+    said = _said(speech, found, heard)
+    end = speech.family.end_ids(speech.model)[0]
+    tokenizer = speech.processor.tokenizer
     return [
-        Sample(
-            source,
-            code,
-            [*tokenizer(segment.references[code], add_special_tokens=False)["input_ids"], end],
-        )
-        for source, (segment, code) in zip(heard, found, strict=True)
+        Sample(source, code, [*tokenizer(text, add_special_tokens=False)["input_ids"], end])
+        for source, (_, code), text in zip(heard, found, said, strict=True)
     ]
+
+
+def _of_train(corpus: Corpus, code: str, share: int, reads: str) -> list[Segment]:
+    """Segments with a reference, spread evenly; as far as they are too few, others beside them."""
+    train = corpus.split(TRAIN)
+    having = [segment for segment in train if code in segment.references]
+    plain = [
+        each
+        for each in train
+        if code not in each.references
+        and each.wants(code)
+        and (each.audio if reads == "audio" else each.source_text.strip())
+    ]
+    found = evenly(having, share)
+    found += evenly(plain, share - len(found))
+    if not found:
+        corpus.split(TRAIN, code)  # says which languages there are
+    return found
+
+
+def _said(
+    speech: SpeechModel, found: Sequence[tuple[Segment, str]], heard: Sequence[Source]
+) -> list[str]:
+    """The translation of each segment: its reference, else what the student says."""
+    texts = [segment.references.get(code, "") for segment, code in found]
+    translator = TorchTranslator(speech, stop_loops=True)
+    for code in dict.fromkeys(code for _, code in found):
+        places = [
+            place
+            for place, (segment, lang) in enumerate(found)
+            if lang == code and code not in segment.references
+        ]
+        rows = translator.translate([heard[place] for place in places], code) if places else []
+        for place, row in zip(places, rows, strict=True):
+            texts[place] = row.text
+    translator.close()
+    return texts
 
 
 class _Reached(Exception):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from export import nf4
 from export.adapter import Adapter, is_adapter, read_adapter
-from export.card import write_card
 from export.checkpoint import Change, Rows, write_nf4, write_plain
 from export.config import MergeConfig
 from export.scoring import SelectSet, open_select_sets
 from halve import artefact, environment
-from halve.artefact import Artefact, Draft
+from halve.artefact import Artefact, Draft, languages_of
+from halve.card import write_card
 from halve.errors import ArtefactError, InputError
 from halve.families import Family, family_for
 from halve.metrics import Score
@@ -77,7 +77,10 @@ def run_merge(
             draft.extra["onto"] = config.onto
         draft.extra |= _carried(model) | _tuned(adapter)
         _verify(config, model, draft.path)
-        facts = {**draft.extra, "languages": config.langs or _tuned_languages(adapter)}
+        langs = config.langs or languages_of(adapter) or languages_of(model)
+        if langs:
+            draft.extra["langs"] = list(langs)
+        facts = {**draft.extra, "languages": langs}
         write_card(draft.path, source=model, kind="student", facts=facts)
     return artefact.read(out, "student")
 
@@ -102,7 +105,8 @@ def _tuned(adapter: Path) -> dict[str, Any]:
         return {}
     extra = artefact.read(adapter).extra
     distilled = bool(extra.get("rows", {}).get("teacher"))
-    return {"tuned": {"method": extra.get("method", "an adapter"), "distilled": distilled}}
+    earlier = {"method": extra.get("method", "an adapter"), "distilled": distilled}
+    return {"tuned": extra.get("tuned", earlier)}
 
 
 def _merge(config: MergeConfig, model: Path, adapter: Path, onto: str, folder: Path) -> None:
@@ -152,7 +156,7 @@ def _merge_better(
     progress: Progress,
 ) -> None:
     """Makes both students, scores both on `select`, keeps the better (the unquantised base on a tie)."""
-    langs = config.langs or _tuned_languages(adapter)
+    langs = config.langs or languages_of(adapter)
     reads = family_for(read_config(model)).reads
     sets = open_select_sets(corpus, langs, config.select_segments, reads)
     folders = {onto: draft.work / onto for onto in BASES}
@@ -242,19 +246,12 @@ def _shown(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{lang} {found['score']:.2f}" for lang, found in row["scores"].items())
 
 
-def _tuned_languages(adapter: Path) -> tuple[str, ...]:
-    """The languages an adapter artefact was tuned for; none where it does not say."""
-    if not (adapter / artefact.RECORD).is_file():
-        return ()
-    return tuple(artefact.read(adapter).recipe.get("langs") or ())
-
-
 def _carried(model: Path) -> dict[str, Any]:
     """What the base model's record says of its making, for the student's own."""
     carried = {"origin": origin(model)}
     if (model / artefact.RECORD).is_file():
         extra = artefact.read(model).extra
-        carried |= {key: extra[key] for key in ("removed", "kept") if key in extra}
+        carried |= {key: extra[key] for key in ("removed", "kept", "ranked_by") if key in extra}
     return carried
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from export.blocks import choose_block
 from export.calibrate import Calibrated, Calibration, DataFree, Quantiser, read_samples
-from export.card import write_card
 from export.checkpoint import DTYPES, write_nf4, write_plain
 from export.config import PackageConfig, check_family, check_possible
 from export.contest import check_contest, write_contest, write_scripts
@@ -21,6 +20,7 @@ from export.vocabulary import TokenIds, kept_tokens
 from halve import artefact
 from halve.artefact import Artefact
 from halve.audio import SAMPLE_RATE_HZ
+from halve.card import write_card
 from halve.corpus import read_corpus
 from halve.errors import FamilyError, InputError, MissingExtraError
 from halve.families import Family, family_for
@@ -45,6 +45,7 @@ class _Job:
     family: Family
     processor: Any
     folder: Path
+    progress: Progress
 
 
 def run_package(
@@ -82,7 +83,9 @@ def run_package(
     recipe = config.model_dump(mode="json")
     with artefact.writing(out, "package", recipe, config.seed, parents) as draft:
         _clear(draft.path)
-        job = _Job(config, model, corpus, langs, family, load_processor(model), draft.path)
+        job = _Job(
+            config, model, corpus, langs, family, load_processor(model), draft.path, progress
+        )
         progress.message(f"package: write {config.target} in {config.precision}")
         onnx = TARGETS[config.target](job)
         manifest = _manifest(job, onnx)
@@ -257,6 +260,12 @@ def _kept(job: _Job) -> TokenIds | None:
     if job.corpus is None:
         raise InputError("Trimming the vocabulary needs a corpus", mend="name --corpus")
     segments = [s for s in read_corpus(job.corpus).segments if s.split != "test"]
+    for code in job.langs:
+        if plain := sum(s.wants(code) and code not in s.references for s in segments):
+            job.progress.warn(
+                f"{plain} of {len(segments)} segments have no {code} reference: what their translations alone "
+                "would need is trimmed, and the check on `select` does not show it."
+            )
     texts = [s.references[code] for s in segments for code in job.langs if code in s.references]
     needed = {id_ for ids in _prompts(job).values() for part in ids for id_ in part}
     text = job.family.text_config(read_config(job.student))
@@ -344,6 +353,8 @@ def _card_facts(model: Path, manifest: Manifest) -> dict[str, Any]:
     if (model / artefact.RECORD).is_file():
         extra = artefact.read(model).extra
         facts |= {
-            key: extra[key] for key in ("removed", "onto", "base_model", "tuned") if key in extra
+            key: extra[key]
+            for key in ("removed", "ranked_by", "onto", "base_model", "tuned")
+            if key in extra
         }
     return facts

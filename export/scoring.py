@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from halve.corpus import Corpus, Segment, read_corpus
-from halve.errors import InputError
+from halve.errors import CorpusError, InputError
 from halve.families import Source
 from halve.languages import language
 from halve.metrics import Score, score
@@ -61,4 +61,12 @@ def open_select_sets(
             mend="name --corpus",
         )
     corpus = read_corpus(corpus_path)
-    return [SelectSet(corpus, lang, limit, reads) for lang in langs or languages_of(corpus)]
+    wanted = langs or languages_of(corpus)
+    if not wanted:
+        corpus.split("select")  # says where there is none at all
+        raise CorpusError(
+            f"{corpus.path}: no select segment has a translation",
+            expected="references in `select` to score with",
+            mend="name another corpus",
+        )
+    return [SelectSet(corpus, lang, limit, reads) for lang in wanted]

@@ -193,6 +193,15 @@ def identity(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def languages_of(path: Path) -> tuple[str, ...]:
+    """The target languages that an artefact was made for, as far as its record says."""
+    if not (path / RECORD).is_file():
+        return ()
+    made = read(path)
+    langs = made.recipe.get("langs") or made.extra.get("langs") or ()
+    return (langs,) if isinstance(langs, str) else tuple(langs)
+
+
 def fingerprint(
     kind: str, recipe: Mapping[str, Any], seed: int, parents: Mapping[str, Path]
 ) -> str:

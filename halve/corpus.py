@@ -39,6 +39,10 @@ class Segment:
     extra: dict[str, Any] = field(default_factory=dict)
     """Further facts of the manifest: voice, pcm_sha256, …"""
 
+    def wants(self, lang: str) -> bool:
+        """Whether a translation into `lang` says anything new: there is a reference, or it is spoken otherwise."""
+        return lang in self.references or self.source_lang != lang
+
     def record(self) -> dict[str, Any]:
         """The manifest line."""
         return {
@@ -86,9 +90,7 @@ class Corpus:
                 expected=f"splits {dict(counts)} have references in {', '.join(having) or 'no language'}",
                 mend="name another language, or import the corpus with the split that is missing",
             )
-        if limit is not None and limit < len(found):
-            found = [found[index * len(found) // limit] for index in range(limit)]
-        return found
+        return evenly(found, limit)
 
     def audio(self, segment: Segment) -> FloatArray:
         """The segment's samples, 16 kHz mono float32, shape (samples,)."""
@@ -98,6 +100,14 @@ class Corpus:
     def references(segments: Iterable[Segment], lang: str) -> list[str]:
         """The reference translations of the segments into one language."""
         return [segment.references[lang] for segment in segments]
+
+
+def evenly(segments: Sequence[Segment], limit: int | None) -> list[Segment]:
+    """So many of the segments, spread evenly; all of them without a limit."""
+    count = len(segments)
+    if limit is None or limit >= count:
+        return list(segments)
+    return [segments[index * count // limit] for index in range(limit)]
 
 
 def read_corpus(path: str | Path) -> Corpus:

@@ -29,14 +29,12 @@ def read_head(folder: Path) -> dict[str, Any]:
 def origin(model: Path) -> dict[str, Any]:
     """What the cards of everything made of `model` must say of it: the keys of `CARRIED`.
 
-    Of an artefact, what its record holds; of any other model, what its card says. A model whose card
-    names no base is the base itself, by its hub id where it lies in the hub's cache.
+    What an artefact's record holds, and of its card what the record does not say; of any other model, what its
+    card says. A model whose card names no base is the base itself, by its hub id where it lies in the hub's cache.
     """
-    if (model / artefact.RECORD).is_file():
-        recorded = artefact.read(model).extra.get("origin")
-        if recorded:
-            return dict(recorded)
     found = {key: value for key, value in read_head(model).items() if key in CARRIED and value}
+    if (model / artefact.RECORD).is_file():
+        found |= artefact.read(model).extra.get("origin") or {}
     return {"base_model": _name(model), **found}
 
 

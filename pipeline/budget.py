@@ -381,15 +381,19 @@ def _write_recipe(
     if path.exists():
         raise InputError(f"{path} is there already", mend="name another file")
     removed = layers - chosen.layers
+    plain = any(
+        each.split == "train" and not each.references for each in read_corpus(corpus).segments
+    )
     recipe: dict[str, Any] = {
         "lang": code,
         "teacher": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "corpus": {"source": str(Path(corpus).resolve()), "format": "halve", "duplicates": "keep"},
+        "corpus": {"source": str(Path(corpus).resolve()), "format": "halve", "duplicates": "keep"}
+        | ({"untranslated": "keep"} if plain else {}),
     }
     if removed:
         recipe |= {"importance": {"remove": removed}, "prune": {}}
     recipe |= {
-        "distill": {},
+        "distill": {"untranslated": True} if plain else {},
         "tune": {"method": "qlora"},
         "merge": {"onto": "auto"},
         "packages": [chosen.settings],

@@ -88,10 +88,14 @@ class Speech:
     assumed: bool = False
     why: str = ""
     """Of what is assumed: why it is not known."""
+    untranslated: int = 0
+    """Segments of `train` without any reference."""
 
-    def count(self, split: str, limit: int | None = None) -> int:
-        """Segments of a split that a stage uses."""
+    def count(self, split: str, limit: int | None = None, untranslated: bool = False) -> int:
+        """Segments of a split that a stage uses; those without a reference among them where it says so."""
         found = self.segments.get(split, 0)
+        if split == "train" and not untranslated:
+            found -= self.untranslated
         return found if limit is None else min(limit, found)
 
 
@@ -251,7 +255,8 @@ def _imported(path: Path) -> Speech:
     files = {s.audio for s in segments if s.audio}
     stored = sum((path / name).stat().st_size for name in files)
     length_s = sum(s.duration_s or len(s.source_text) / LETTERS_PER_SECOND for s in segments)
-    return Speech(counts, length_s / len(segments), stored)
+    plain = sum(s.split == "train" and not s.references for s in segments)
+    return Speech(counts, length_s / len(segments), stored, untranslated=plain)
 
 
 def _in_source(section: CorpusConfig, source: str) -> Speech:
@@ -269,8 +274,13 @@ def _in_source(section: CorpusConfig, source: str) -> Speech:
         counts[row.split or ""] = counts.get(row.split or "", 0) + 1
     if "" in counts or section.split in ("group", "segment", "paper"):
         counts = _shared(len(rows), section)
+    plain = sum(not any(text.strip() for text in row.references.values()) for row in rows)
     return Speech(
-        counts, mean_s, _stored(rows), why="" if lengths else "no durations in the source"
+        counts,
+        mean_s,
+        _stored(rows),
+        why="" if lengths else "no durations in the source",
+        untranslated=plain if section.untranslated == "keep" else 0,
     )
 
 
@@ -331,7 +341,9 @@ def _distill(of: Estimator, step: "Step") -> Cost:
     config: Any = step.config
     counts = of.teacher
     assert counts is not None
-    segments = sum(of.speech.count(split, config.limit) for split in config.splits)
+    segments = sum(
+        of.speech.count(split, config.limit, config.untranslated) for split in config.splits
+    )
     # Every beam is a row.
     time_s = of.translating(counts, segments * config.width, config.batch_size) * len(config.langs)
     disk = 600 * segments * config.width + (of.states_bytes(segments) if config.logits else 0)
@@ -363,9 +375,11 @@ def _tune(of: Estimator, step: "Step") -> Cost:
     config: Any = step.config
     counts = of.student
     assert counts is not None
-    segments = of.speech.count("train", config.train_segments)
     distilled = of.run.recipe.distill
-    rows = segments * len(config.langs) * (1 + (distilled.hypotheses if distilled else 0))
+    plain = distilled is not None and distilled.untranslated
+    segments = of.speech.count("train", config.train_segments, plain)
+    rows = of.speech.count("train", config.train_segments) * len(config.langs)
+    rows += segments * len(config.langs) * (distilled.hypotheses if distilled else 0)
     time_s = of.training(counts, rows, _steps_of(config, rows), 6 if config.method == "full" else 4)
     checked = of.speech.count("select", config.select_segments)
     time_s += _scoring(of, counts, config, rows, checked)

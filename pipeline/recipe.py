@@ -1,5 +1,6 @@
 """Recipes: one YAML file that says a whole run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,37 +77,76 @@ class Recipe(Config):
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
-        faults = []
-        if (self.teacher is None) == (self.base is None):
-            faults.append("name either a teacher, or a base with a teach section")
-        if self.teach is not None and self.base is None:
-            faults.append("the teach section needs a base to start from")
-        if self.base is not None and self.teach is None:
-            faults.append("a base needs a teach section")
-        if self.importance is not None and self.prune is None:
-            faults.append("importance ranks layers that no prune section removes (prune: {} does)")
-        if self.prune is not None and self.importance is None and self.prune.layers is None:
-            faults.append("prune needs layers, or an importance section that finds them")
-        if self.importance is not None and self.prune is not None and self.prune.layers is not None:
-            faults.append(
-                "prune.layers settles what goes: leave it, or the importance section, out"
-            )
-        if self.merge is not None and self.tune is None:
-            faults.append("merge needs a tune section")
-        if self.tune is not None and self.tune.logit_weight and not self._has_logits():
-            faults.append(
-                "tune.logit_weight needs the teacher's distributions: distill: {logits: 8}"
-            )
-        faults += [f"packages: {fault}" for fault in map(_impossible, self.packages) if fault]
-        names = [package_name(package) for package in self.packages]
-        if len(set(names)) != len(names):
-            faults.append("packages: the same target and precision twice")
+        faults = [fault for _, fault in misfits(self.model_dump(exclude_none=True))]
         if faults:
             raise ValueError("; ".join(faults))
         return self
 
-    def _has_logits(self) -> bool:
-        return self.distill is not None and self.distill.logits > 0
+
+Place = tuple[str | int, ...]
+
+
+def misfits(values: Mapping[str, Any]) -> list[tuple[Place, str]]:
+    """What does not fit together in a recipe's sections, which may be faulty themselves, each with its place."""
+    # An empty section is a fault of its own; here it counts as there.
+    has = {name for name, value in values.items() if value is not None or name in _SECTIONS}
+    rules: list[tuple[bool, Place, str]] = [
+        (
+            ("teacher" in has) == ("base" in has),
+            ("teacher",),
+            "name either a teacher, or a base with a teach section",
+        ),
+        (
+            "teach" in has and "base" not in has,
+            ("teach",),
+            "the teach section needs a base to start from",
+        ),
+        ("base" in has and "teach" not in has, ("base",), "a base needs a teach section"),
+        (
+            "importance" in has and "prune" not in has,
+            ("importance",),
+            "importance ranks layers that no prune section removes (prune: {} does)",
+        ),
+        (
+            "prune" in has and "importance" not in has and not _of(values, "prune", "layers"),
+            ("prune",),
+            "prune needs layers, or an importance section that finds them",
+        ),
+        (
+            {"importance", "prune"} <= has and bool(_of(values, "prune", "layers")),
+            ("prune", "layers"),
+            "prune.layers settles what goes: leave it, or the importance section, out",
+        ),
+        ("merge" in has and "tune" not in has, ("merge",), "merge needs a tune section"),
+        (
+            bool(_of(values, "tune", "logit_weight")) and not _of(values, "distill", "logits"),
+            ("tune", "logit_weight"),
+            "tune.logit_weight needs the teacher's distributions: distill: {logits: 8}",
+        ),
+    ]
+    return [(place, fault) for broken, place, fault in rules if broken] + _packages_misfit(values)
+
+
+def _of(values: Mapping[str, Any], section: str, name: str) -> Any:
+    found = values.get(section)
+    return found.get(name) if isinstance(found, Mapping) else None
+
+
+def _packages_misfit(values: Mapping[str, Any]) -> list[tuple[Place, str]]:
+    found: list[tuple[Place, str]] = []
+    names: set[str] = set()
+    sections = values.get("packages")
+    for index, section in enumerate(sections if isinstance(sections, list | tuple) else ()):
+        try:
+            package = PackageConfig.model_validate(section)
+        except pydantic.ValidationError:  # told as a fault of its own
+            continue
+        if fault := _impossible(package):
+            found.append((("packages", index), f"packages: {fault}"))
+        if package_name(package) in names:
+            found.append((("packages", index), "packages: the same target and precision twice"))
+        names.add(package_name(package))
+    return found
 
 
 def _impossible(config: PackageConfig) -> str:
@@ -171,18 +211,20 @@ def read_recipe(path: str | Path) -> Recipe:
     lines, faults = _lines(node)
     raw, unknown = _with_codes(raw, lines)
     faults += [*unknown, *_empty(raw, lines)]
+    values = _with_defaults(raw)
+    faults += [f"line {_line(place, lines)}, {fault}" for place, fault in misfits(values)]
     try:
-        recipe = Recipe.model_validate(_with_defaults(raw))
+        recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        faults += [_fault(fault, lines) for fault in error.errors(include_url=False)]
+        # What does not fit together has no place in pydantic's list, and stands in it only where all else is well.
+        told = error.errors(include_url=False)
+        faults += [_fault(each, lines) for each in told if each["loc"]]
+        faults = faults or [fault_text(each) for each in told]
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults)
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise RecipeError(f"{path}: {count}:\n{listed}")
     return _with_paths(recipe, path.parent)
-
-
-Place = tuple[str | int, ...]
 
 
 def _refuse_loops(path: Path, root: yaml.Node | None) -> None:
@@ -245,11 +287,14 @@ def _dotted(place: Place) -> str:
 
 def _fault(fault: Any, lines: dict[Place, int]) -> str:
     place: Place = tuple(fault["loc"])
-    known = place
-    while known not in lines:
-        known = known[:-1]
-    name = _dotted(place)
-    return f"line {lines[known]}, {name}: {fault_text(fault)}" if name else fault_text(fault)
+    return f"line {_line(place, lines)}, {_dotted(place)}: {fault_text(fault)}"
+
+
+def _line(place: Place, lines: dict[Place, int]) -> int:
+    """The line of a place, or of what it is inside of."""
+    while place not in lines:
+        place = place[:-1]
+    return lines[place]
 
 
 def _with_codes(raw: dict[str, Any], lines: dict[Place, int]) -> tuple[dict[str, Any], list[str]]:
@@ -267,8 +312,7 @@ def _with_codes(raw: dict[str, Any], lines: dict[Place, int]) -> tuple[dict[str,
                     raise InputError(f"{str(one)!r} is no language code")
                 found.append(language(one).code)
             except InputError as error:
-                known = next(place[:n] for n in range(len(place), -1, -1) if place[:n] in lines)
-                faults.append(f"line {lines[known]}, {_dotted(place)}: {error.found}")
+                faults.append(f"line {_line(place, lines)}, {_dotted(place)}: {error.found}")
                 found.append("en")  # so that the other faults are found too
         return list(dict.fromkeys(found)) if isinstance(value, list) else found[0]
 

@@ -95,11 +95,8 @@ def language_of(model: Path) -> str:
                 expected="what `halve package` wrote",
                 mend="make the package again",
             ) from None
-    if (model / artefact.RECORD).is_file():
-        made = artefact.read(model)
-        langs = made.recipe.get("langs") or made.extra.get("langs") or []
-        if langs:
-            return str(langs[0])
+    if langs := artefact.languages_of(model):
+        return langs[0]
     raise InputError(
         "Which language?", expected="--lang: the model does not say what it was made for"
     )

@@ -60,12 +60,24 @@ class Run:
         return [self.out / "packages" / package_name(one) for one in self.recipe.packages]
 
     @property
+    def _merge_is_chosen(self) -> bool:
+        """Whether the student's record holds the scores of both bases."""
+        tune, merge = self.recipe.tune, self.recipe.merge
+        return (
+            tune is not None
+            and tune.method != "full"
+            and merge is not None
+            and merge.onto == "auto"
+        )
+
+    @property
     def results(self) -> list[Path]:
         """What the report shows."""
         bench = self.recipe.bench
         found = [
             *([self.out / "importance"] if self.recipe.importance else []),
             *([self.out / "adapter"] if self.recipe.tune else []),
+            *([self.out / "student"] if self._merge_is_chosen else []),
             *self.packages,
             *([self.out / "results" / "quality"] if bench.quality else []),
             *([self.out / "results" / "latency"] if bench.latency else []),

@@ -176,9 +176,9 @@ def _describe(name: str, given: str, settings: ServeSettings) -> Model:
 
 def _languages(path: Path) -> tuple[str, ...]:
     """Languages that a package or an artefact says it was made for; empty where it does not say."""
-    recipe = _read_json(path / "artefact.json").get("recipe")
-    sources = (_read_json(path / "package.json"), recipe if isinstance(recipe, dict) else {})
-    for facts in sources:
+    record = _read_json(path / "artefact.json")
+    sources = (_read_json(path / "package.json"), record.get("recipe"), record.get("extra"))
+    for facts in (each for each in sources if isinstance(each, dict)):
         for key in ("languages", "langs", "lang"):
             found = facts.get(key) or ()
             codes = [found] if isinstance(found, str) else found

@@ -218,3 +218,52 @@ def test_untranslated_speech_is_kept_for_train_alone(tmp_path: Path) -> None:
     )
     text(table, *(line.replace("fünf", "") for line in lines))
     assert "1 faults" in faults_of(keep, table, tmp_path / "c")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_untranslated_speech_is_never_dealt_to_select_or_test(tmp_path: Path, named: bool) -> None:
+    sound(tmp_path / "source" / "a.wav", 30.0)
+    lines = ["audio\toffset\tduration\tde\tgroup" + "\tsplit" * named]
+    for place in range(20):
+        said = f"Satz {place}" if place % 2 else ""
+        lines.append(
+            f"a.wav\t{place}\t1\t{said}\tg{place // 4 if place < 4 else place}" + "\ttrain" * named
+        )
+    table = text(tmp_path / "source" / "table.tsv", *lines)
+    config = CorpusConfig(
+        format="tsv", untranslated="keep", split="group" if named else None, select_share=0.3
+    )
+    segments = read_corpus(run_corpus(config, table, tmp_path / "corpus").path).segments
+    assert len(segments) == 20
+    assert {each.split for each in segments if not each.references} == {"train"}
+    assert {each.split for each in segments if each.references} == {"train", "select", "test"}
+    assert {each.split for each in segments if each.group == "g0"} == {"train"}, "whole groups"
+    again = run_corpus(config.model_copy(update={"split": "segment"}), table, tmp_path / "alone")
+    alone = read_corpus(again.path).segments
+    assert {each.split for each in alone if not each.references} == {"train"}
+
+
+def test_untranslated_speech_that_is_held_out_is_left_out(tmp_path: Path) -> None:
+    for name in "ab":
+        sound(tmp_path / "source" / f"{name}.wav", 9.0)
+    table = text(
+        tmp_path / "source" / "table.tsv",
+        "id\taudio\toffset\tduration\ttext\tde\tsplit\tgroup",
+        "overlaps\ta.wav\t0.5\t1\t\t\ttrain\tg",
+        "after\ta.wav\t2\t1\t\t\ttrain\tg",
+        "same words\tb.wav\t0\t1\tThank  you ALL.\t\ttrain\tg",
+        "translated\tb.wav\t1\t1\tThank you all.\tDanke schön.\ttrain\tg",
+        "held\ta.wav\t0\t1\tThank you all.\tDanke.\ttest\th",
+        "chosen\tb.wav\t4\t1\tFour.\tVier.\tselect\ti",
+    )
+    heard = Heard()
+    config = CorpusConfig(format="tsv", untranslated="keep")
+    made = run_corpus(config, table, tmp_path / "corpus", heard)
+    kept = [each.id for each in read_corpus(made.path).segments]
+    assert kept == ["after", "translated", "held", "chosen"]
+    assert any("2 untranslated segments are also in" in told for told in heard.warnings)
+    dropped = json.loads((made.path / "dropped.json").read_text())["faults"]
+    assert [line.split(";")[0] for line in dropped] == [
+        "overlaps: also in test, as held",
+        "same words: also in test, as held",
+    ]

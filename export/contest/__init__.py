@@ -15,6 +15,8 @@ from halve.json_files import write_json
 from halve.origin import CARD
 from halve.shards import iter_stored
 
+IWSLT_AUTO_CLASS = "AutoModelForMultimodalLM"
+"""What the organisers' runner loads an entry with."""
 STATEMENT = "size.json"
 _ENTRIES = {
     "iwslt": """
@@ -43,6 +45,8 @@ _TARGET_NEEDS = {
     "onnx": ("onnxruntime", "tokenizers"),
     "checkpoint": ("torch", "transformers", "tokenizers", "accelerate", "safetensors"),
 }
+ITERATIVE = ("reference", "exact", "bounded", "racing")
+"""Searches that score every layer's absence anew after each removal."""
 _METHODS = {
     "qlora": "QLoRA fine-tuning",
     "lora": "LoRA fine-tuning",
@@ -55,12 +59,19 @@ def check_contest(config: PackageConfig, family: Family) -> None:
     """Refuses a package that the organisers could not run.
 
     Raises:
-        InputError: IWSLT's runner loads checkpoints alone; WMT's track translates text.
+        InputError: IWSLT's runner loads checkpoints of models that hear, by one auto class; WMT's track translates text.
     """
     if config.contest == "iwslt" and config.target != "checkpoint":
         raise InputError(
             f"A package with target {config.target} cannot enter IWSLT's compression track",
             expected="target checkpoint: the organisers load it with stock transformers",
+        )
+    if config.contest == "iwslt" and (
+        family.reads != "audio" or family.auto_class != IWSLT_AUTO_CLASS
+    ):
+        raise InputError(
+            f"A model of family {family.name} cannot enter IWSLT's compression track: it loads with {family.auto_class}",
+            expected=f"a model that hears and that the organisers' {IWSLT_AUTO_CLASS} loads",
         )
     if config.contest == "wmt" and family.reads != "text":
         raise InputError(
@@ -102,10 +113,14 @@ def techniques(facts: Mapping[str, Any]) -> list[str]:
     found = []
     if facts.get("removed"):
         layers = ", ".join(map(str, facts["removed"]))
-        found.append(f"iterative decoder layer pruning ({len(facts['removed'])} layers: {layers})")
+        found.append(
+            f"{_pruning(facts.get('ranked_by'))} ({len(facts['removed'])} layers: {layers})"
+        )
     tuned = facts.get("tuned") or {}
     if tuned.get("distilled"):
         found.append("sequence-level knowledge distillation")
+    if tuned.get("logits"):
+        found.append("word-level knowledge distillation")
     if tuned:
         found.append(_METHODS.get(tuned["method"], str(tuned["method"])))
     if facts.get("trimmed"):
@@ -113,6 +128,12 @@ def techniques(facts: Mapping[str, Any]) -> list[str]:
     if facts["precision"] not in ("bf16", "fp32", "fp16"):
         found.append(f"weight quantisation ({facts['target']}, {facts['precision']})")
     return found
+
+
+def _pruning(ranked_by: str | None) -> str:
+    if ranked_by in ITERATIVE:
+        return "iterative decoder layer pruning"
+    return f"decoder layer pruning, ranked by {ranked_by}" if ranked_by else "decoder layer pruning"
 
 
 def state_dict_bytes(folder: Path) -> int:

@@ -20,7 +20,7 @@ from halve.importers.base import CorpusConfig, Importer, Row, Rows, Sound
 from halve.importers.hf import import_hf
 from halve.importers.iwslt import import_iwslt, read_beside
 from halve.importers.parallel import import_text
-from halve.importers.splits import divide, own_groups
+from halve.importers.splits import divide, is_dealt, own_groups
 from halve.importers.tables import import_halve, import_tsv
 from halve.json_files import write_json
 from halve.progress import SILENT, Progress
@@ -87,7 +87,8 @@ def run_corpus(
     with artefact.writing(out, "corpus", recipe, config.seed, parents) as draft:
         found = read_source(config, source)
         if config.untranslated == "keep":
-            found.rows = [_with_what_is_translated(row) for row in found.rows]
+            dealt = is_dealt(found.rows, config)
+            found.rows = [_with_what_is_translated(row, dealt) for row in found.rows]
         for warning in found.warnings:
             progress.warn(warning)
         paths = [_audio_path(row, draft.path) for row in found.rows]
@@ -96,12 +97,13 @@ def run_corpus(
             _segment(row, path, heard, config) for row, path in zip(found.rows, paths, strict=True)
         ]
         faults, kept = _without_faulty(found, segments, heard, config, progress)
-        if faults:
-            write_json(draft.path / "dropped.json", {"faults": faults})
         divided = divide([found.rows[index] for index in kept], config)
         # By place, not by line: several segments may stand on one.
         final = [_placed(row, segments[index]) for index, row in zip(kept, divided, strict=True)]
         _check_groups(final)
+        final, apart = _apart(final, progress)
+        if faults := [*faults, *apart]:
+            write_json(draft.path / "dropped.json", {"faults": faults})
         final = _take_audio(final, Path(source), draft.path)
         write_manifest(draft.path, final)
         draft.extra.update(_facts(final, faults))
@@ -115,11 +117,57 @@ def run_corpus(
     return artefact.read(out, "corpus")
 
 
-def _with_what_is_translated(row: Row) -> Row:
-    """A train row without its empty translations; in `select` and `test` they stay faults."""
-    if row.split != "train":
+def _with_what_is_translated(row: Row, dealt: bool) -> Row:
+    """A train row without its empty translations; in `select` and `test` they stay faults.
+
+    Args:
+        dealt: halve deals the splits out: such a row goes to train then.
+    """
+    if not dealt and row.split != "train":
         return row
-    return replace(row, references={k: text for k, text in row.references.items() if text.strip()})
+    texts = {lang: text for lang, text in row.references.items() if text.strip()}
+    return replace(
+        row, references=texts, stays_in_train=dealt and (not texts or texts != row.references)
+    )
+
+
+def _held_out_too(segments: Sequence[Segment]) -> Iterator[tuple[int, str]]:
+    """Untranslated segments of `train` whose speech or words are in `select` or `test`: nobody could see that they are learnt."""
+    spoken: dict[str, list[Segment]] = {}
+    words: dict[str, Segment] = {}
+    for each in segments:
+        if each.split != "train":
+            spoken.setdefault(each.audio, []).append(each)
+            words.setdefault(_words(each), each)
+    for index, each in enumerate(segments):
+        if each.split != "train" or each.references:
+            continue
+        end_s = each.offset_s + each.duration_s
+        same = [
+            other
+            for other in spoken.get(each.audio, ())
+            if each.audio
+            and other.offset_s < end_s
+            and each.offset_s < other.offset_s + other.duration_s
+        ]
+        other = same[0] if same else words.get(_words(each)) if _words(each) else None
+        if other is not None:
+            yield index, f"{each.id}: also in {other.split}, as {other.id}; left out"
+
+
+def _apart(segments: list[Segment], progress: Progress) -> tuple[list[Segment], list[str]]:
+    """The segments without untranslated ones that are held out as well, and a line for each that goes."""
+    gone = dict(_held_out_too(segments))
+    if gone:
+        progress.warn(
+            f"{len(gone)} untranslated segments are also in select or test and are left out; dropped.json lists them."
+        )
+    kept = [each for index, each in enumerate(segments) if index not in gone]
+    return kept, list(gone.values())
+
+
+def _words(segment: Segment) -> str:
+    return " ".join(segment.source_text.casefold().split())
 
 
 def _say_unused(config: CorpusConfig, named: bool, progress: Progress) -> None:
@@ -187,7 +235,7 @@ def _segment(
         source_lang=row.source_lang or config.source_lang,
         source_text=row.source_text,
         references=row.references,
-        split=row.split or "train",
+        split="train" if row.stays_in_train else row.split or "train",
         # Groups are known once the splits are: until then each segment is its own.
         group=row.where,
         extra=row.extra,

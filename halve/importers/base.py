@@ -99,6 +99,8 @@ class Row:
     split: str | None = None
     group: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    stays_in_train: bool = False
+    """Wherever splits are dealt out: it has no translation to score with."""
 
 
 @dataclass

@@ -70,15 +70,32 @@ def _given(rows: list[Row]) -> list[Row]:
     return rows
 
 
+def is_dealt(rows: Sequence[Row], config: CorpusConfig) -> bool:
+    """Whether halve says which segment goes where, and not the source."""
+    return config.split != "given" and (
+        config.split is not None or not any(row.split for row in rows)
+    )
+
+
 def _by_group(rows: list[Row], config: CorpusConfig) -> list[Row]:
-    """Whole groups, drawn in an order that only the seed and their names decide; a split without a share has none."""
+    """Whole groups, drawn in an order that only the seed and their names decide; a split without a share has none.
+
+    A group with a segment that stays in train stays there whole; shares are of the others.
+    """
+    held = {row.group for row in rows if row.stays_in_train}
+    dealt = _dealt([row for row in rows if row.group not in held], config, bool(held))
+    return [replace(row, split=dealt.get(str(row.group), "train")) for row in rows]
+
+
+def _dealt(rows: list[Row], config: CorpusConfig, has_train: bool) -> dict[str, str]:
+    """The split of each group."""
     shares = [("test", config.test_share), ("select", config.select_share)]
     shares = [(name, share) for name, share in shares if share]
     names = [*(name for name, _ in shares), "train"]
     members: dict[str, int] = defaultdict(int)
     for row in rows:
         members[str(row.group)] += 1
-    if len(members) < len(names):
+    if len(members) < len(names) - has_train:
         raise CorpusError(
             f"The corpus has {len(members)} groups ({', '.join(sorted(members)[:3])})",
             expected=f"at least {len(names)}, so that {', '.join(reversed(names))} each get their own",
@@ -90,7 +107,7 @@ def _by_group(rows: list[Row], config: CorpusConfig) -> list[Row]:
     split: dict[str, str] = {}
     for place, (name, share) in enumerate(shares):
         taken = 0
-        while drawn[:-1] and (taken == 0 or taken < share * len(rows)):
+        while drawn[: None if has_train else -1] and (taken == 0 or taken < share * len(rows)):
             # One speaker may be most of the corpus: what is twice its share or more goes to train.
             room = 2 * share * len(rows) - taken
             group = next((name for name in drawn if members[name] <= room), None)
@@ -100,10 +117,10 @@ def _by_group(rows: list[Row], config: CorpusConfig) -> list[Row]:
             drawn.remove(group)
             split[group] = name
             taken += members[group]
-            if len(drawn) == len(shares) - place:  # one for each that is still to come
+            # One for each that is still to come, train among them.
+            if len(drawn) == len(shares) - place - has_train:
                 break
-    split.update(dict.fromkeys(drawn, "train"))
-    return [replace(row, split=split[str(row.group)]) for row in rows]
+    return split | dict.fromkeys(drawn, "train")
 
 
 def _paper(rows: list[Row], config: CorpusConfig) -> list[Row]:

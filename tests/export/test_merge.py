@@ -11,10 +11,10 @@ from transformers import AutoModelForMultimodalLM
 
 from export import nf4
 from export.adapter import read_adapter
-from export.card import stored_bytes
 from export.config import MergeConfig
 from export.merge import run_merge
 from halve import artefact
+from halve.card import stored_bytes
 from halve.errors import ArtefactError, InputError
 from halve.families import family_for
 from halve.models import load_model, read_config

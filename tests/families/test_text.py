@@ -24,11 +24,11 @@ from compress.reference import StockTranslator
 from compress.rows import Row, build_sequences
 from compress.teach import run_teach
 from compress.tune import run_tune
-from export.card import _prompt
 from export.config import MergeConfig, PackageConfig
 from export.merge import run_merge
 from export.package import run_package
 from export.runtime import open_translator
+from halve.card import _prompt
 from halve.corpus import read_corpus
 from halve.errors import ArtefactError, CorpusError, FamilyError, HalveError, InputError
 from halve.families import SourceText, family_for

@@ -69,10 +69,12 @@ teacher: there
 importance: {remove: three, colour: blue}
 tune:
   epochs: 0
+  logit_weight: 0.5
 distill:
   langs: [de, xx]
 packages:
   - {target: onnx, precision: int3}
+  - {target: onnx, precision: nf4}
 """
 
 
@@ -81,14 +83,18 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
     path.write_text(FAULTY)
     with pytest.raises(RecipeError) as error:
         read_recipe(path)
+    assert "10 faults:" in str(error.value)
     for fault in (
         "line 3, teacher: given twice",
         "corpus: is missing",
         "line 4, importance.remove: ",
         "line 4, importance.colour: no such setting",
         "line 6, tune.epochs: ",
-        "line 8, distill.langs: Unknown language 'xx'",
-        "line 10, packages.0.precision: ",
+        "line 9, distill.langs: Unknown language 'xx'",
+        "line 11, packages.0.precision: ",
+        "line 4, importance ranks layers that no prune section removes",
+        "line 7, tune.logit_weight needs the teacher's distributions",
+        "line 12, packages: Target onnx has no precision nf4",
     ):
         assert fault in str(error.value)
 

@@ -18,6 +18,11 @@ _NOT_SHIPPED = {CARD, artefact.RECORD, artefact.TIMINGS, "partial.json"}
 _PIPELINES = {"audio": "audio-text-to-text", "text": "translation"}
 _WORDS = {"audio": ("speech", "speech.wav"), "text": ("text", "lines.txt")}
 """By what a model reads: what is translated, and an example of it."""
+_MADE = {
+    "pruned": "whose decoder lost layers in halve. It is not tuned yet.",
+    "teacher": "fine-tuned by halve.",
+    "student": "made smaller by halve: layers pruned, tuned, merged.",
+}
 _LIBRARIES = {"onnx": "onnxruntime", "gguf": "llama.cpp"}
 
 
@@ -33,9 +38,10 @@ def stored_bytes(folder: Path) -> int:
 
 
 def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any]) -> None:
-    """Writes the card of a student or package.
+    """Writes the card of a model that a stage made.
 
     Args:
+        kind: pruned, teacher, student or package.
         source: the model directory that it was made from; where that came from and how it was made is
             carried over.
         facts: what the making put on record: removed, onto, merge, target, precision, languages, parity.
@@ -48,8 +54,9 @@ def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any
     head["library_name"] = _LIBRARIES.get(facts.get("target", ""), "transformers")
     head["pipeline_tag"] = _PIPELINES[reads]
     head["tags"] = [f"{_WORDS[reads][0]}-translation", "compression", family_for(config).name]
-    if facts.get("languages"):
-        head["language"] = list(dict.fromkeys(["en", *facts["languages"]]))
+    languages = facts.get("languages") or facts.get("langs")
+    if languages:
+        head["language"] = list(dict.fromkeys(["en", *languages]))
     measured = _measured(facts)
     if measured:
         head["metrics"] = sorted({metric["type"] for metric in measured})
@@ -115,8 +122,8 @@ def _results(measured: list[dict[str, Any]], reads: str) -> list[dict[str, Any]]
 
 def _summary(kind: str, facts: Mapping[str, Any]) -> str:
     word, _ = _WORDS[facts["reads"]]
-    if kind == "student":
-        return f"A {word}-translation model made smaller by halve: layers pruned, tuned, merged."
+    if kind in _MADE:
+        return f"A {word}-translation model {_MADE[kind]}"
     form = f"target {facts['target']}, precision {facts['precision']}"
     return f"A {word}-translation model packaged by halve ({form})."
 
@@ -165,6 +172,11 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
         )
         for row in (facts.get("merge") or {}).get("rows", ())
     ]
+    if not lines and not facts.get("target"):
+        lines = [
+            f"- while it was tuned: {each['metric']} ({code}) {each['score']:.2f} (`{each['signature']}`)"
+            for code, each in ((facts.get("tuned") or {}).get("scores") or {}).items()
+        ]
     parity = facts.get("parity") or {}
     for code, found in (parity.get("languages") or {}).items():
         lines.append(
@@ -187,10 +199,10 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _use(kind: str, facts: Mapping[str, Any], source: Path) -> list[str]:
-    lang = next(iter(facts.get("languages") or ["de"]))
+    lang = next(iter(facts.get("languages") or facts.get("langs") or ["de"]))
     _, given = _WORDS[facts["reads"]]
     lines = ["## Use", "", "```", f"halve translate --model . --lang {lang} {given}", "```"]
-    if kind == "student" or facts.get("target") == "checkpoint":
+    if kind in ("teacher", "student") or facts.get("target") == "checkpoint":
         lines += [
             "",
             "It also loads in stock transformers with `from_pretrained`. Ask it, there and in other",

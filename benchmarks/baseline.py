@@ -18,6 +18,7 @@ from halve.audio import FloatArray
 from halve.families import Family, family_for, resolve
 from halve.languages import language
 from halve.models import load_processor, quantization_config, read_config
+from halve.stock import generating, greedy_config
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
 
@@ -75,14 +76,10 @@ class StockModel:
         """
         clock = TokenClock()
         instruction = self.family.instruction(language(lang))
-        options = {
-            "max_new_tokens": limit,
-            "min_new_tokens": limit if exactly else None,
-            "do_sample": False,
-            "num_beams": 1,
-            "streamer": clock,
-        }
-        with torch.inference_mode():
+        at_least = limit if exactly else None
+        settings = greedy_config(self.family, self.model, limit, at_least)
+        options = {"streamer": clock}
+        with torch.inference_mode(), generating(self.model, settings):
             if self._cut_audio:
                 tokens = self._generate_cut(audio, instruction, options)
             else:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import benchmarks.comet_worker
 from benchmarks import comet_environment
 from halve import environment
@@ -15,9 +17,7 @@ from halve.progress import SILENT, Progress
 WORKER = Path(benchmarks.comet_worker.__file__)
 
 
-NOT_MEASURED, _WORKER_FAILED = "COMET not measured: ", "the worker failed: "
-FAILED = NOT_MEASURED + _WORKER_FAILED
-"""How a record begins where everything was there, and the worker failed all the same."""
+NOT_MEASURED = "COMET not measured: "
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def measure(
         check=False,
     )
     if done.returncode != 0:
-        comet = Comet(reason=f"{_WORKER_FAILED}{_last_line(done.stderr)}")
+        comet = Comet(reason=f"the worker failed: {_last_line(done.stderr)}")
     else:
         comet = _answers(done.stdout, {name: len(sources) for name in systems})
     if not comet.measured:
@@ -93,8 +93,13 @@ def measure(
 
 
 def could_measure(checkpoint: str | None, python: str | None, sources: Sequence[str]) -> bool:
-    """Whether `measure` would find what it needs: a checkpoint, an environment, and source texts."""
-    return not _missing(checkpoint, python or _installed(), sources)
+    """Whether `measure` would find what it needs: a checkpoint with its encoder, an environment, and source texts."""
+    return not what_is_missing(checkpoint, python, sources)
+
+
+def what_is_missing(checkpoint: str | None, python: str | None, sources: Sequence[str]) -> str:
+    """Why `measure` would measure nothing, in words; empty where it has what it needs."""
+    return _missing(checkpoint, python or _installed(), sources)
 
 
 def _installed() -> str | None:
@@ -113,7 +118,29 @@ def _missing(checkpoint: str | None, python: str | None, sources: Sequence[str])
         return f"the interpreter {python} does not exist"
     if not all(sources):
         return "the corpus has segments without source text"
-    return ""
+    return missing_encoder(Path(checkpoint))
+
+
+def missing_encoder(checkpoint: Path) -> str:
+    """What unbabel-comet would miss beside the checkpoint: config and tokenizer of the encoder that hparams.yaml names.
+
+    It takes them from the hub's cache or from a folder; nothing is downloaded here.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent.parent
+    try:
+        encoder = str(yaml.safe_load((folder / "hparams.yaml").read_text())["pretrained_model"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return ""  # for the worker to say
+    if Path(encoder).is_dir() or Path(encoder).is_absolute():
+        return "" if Path(encoder).is_dir() else f"its encoder {encoder} does not exist"
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(encoder, "config.json"), str):
+        return ""
+    return (
+        f"config and tokenizer of its encoder, {encoder}, are not in the hub's cache "
+        f"(`hf download {encoder} --exclude '*.bin' '*.safetensors' '*.h5' '*.msgpack' '*.ot' 'onnx/*'`)"
+    )
 
 
 def _last_line(stderr: bytes) -> str:

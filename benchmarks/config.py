@@ -17,6 +17,8 @@ class QualityConfig(Config):
     """What `halve bench quality` measures."""
 
     ADDED_LATER = frozenset({"beams"})
+    DECIDES_NOTHING = frozenset({"comet_checkpoint", "comet_python", "embedding_model"})
+    """Paths: what lies there is an input, and told by its hash."""
 
     lang: str
     """Target language (de, zh, …)."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import scoring
-from benchmarks.comet import FAILED, could_measure
+from benchmarks.comet import could_measure
 from benchmarks.config import QualityConfig
 from halve import artefact, environment
 from halve.json_files import append_jsonl, read_json
@@ -29,8 +29,8 @@ def lacks_comet(config: QualityConfig, result: Path) -> bool:
     if not could_measure(config.comet_checkpoint, config.comet_python, sources):
         return False
     comet = read_json(result / scoring.RESULT).get("comet", {})
-    # A worker that failed would fail again each time: that is for the user to mend, and to ask for anew.
-    return not comet.get("measured") and not str(comet.get("text")).startswith(FAILED)
+    # A worker that failed is asked again: only itself is run, nothing is translated.
+    return not comet.get("measured")
 
 
 def has_translations(out: Path, config: QualityConfig, parents: Mapping[str, Path]) -> bool:

@@ -19,7 +19,7 @@ import torch
 from benchmarks.config import ImportanceBenchConfig
 from compress.config import ImportanceConfig
 from compress.importance import by_translation, make_task
-from compress.reference import StockTranslator, greedy_config, only_layers
+from compress.reference import StockTranslator, only_layers
 from compress.search import Ledger, Ranking, removable
 from compress.task import SearchTask
 from halve import environment, metrics
@@ -30,6 +30,7 @@ from halve.languages import language
 from halve.models import SpeechModel, load_model, read_config, resolve_model
 from halve.progress import SILENT, Progress
 from halve.sources import asked
+from halve.stock import generating, greedy_config
 
 RESULT = "importance.json"
 MOST_NEAR_TIES = 0.01
@@ -145,9 +146,10 @@ def stock_loop(speech: SpeechModel, task: SearchTask) -> Iterator[list[int]]:
         instruction = asked(family, task.lang, source)
         inputs = family.stock_inputs(speech.processor, source, instruction, dtype)
         inputs = {key: value.to(speech.device) for key, value in inputs.items()}
-        settings = greedy_config(speech, limit)
-        with torch.inference_mode():
-            yield family.stock_generate(speech.model, inputs, generation_config=settings)
+        settings = greedy_config(family, speech.model, limit)
+        with torch.inference_mode(), generating(speech.model, settings):
+            tokens = family.stock_generate(speech.model, inputs)
+        yield tokens
 
 
 def _searched(

@@ -342,6 +342,7 @@ def _entry(
         "path": measured.path,
         "layers": measured.decoder_layers,
         "device": answer.get("device", "cpu"),
+        "arithmetic": answer.get("arithmetic"),
         "threads": threads,
         "load_s": round(answer["load_s"], 3),
         **{key: clips["short"][key] for key in _METRICS if key in clips["short"]},

@@ -52,7 +52,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     clips = {name: read_audio(path) for name, path in request["clips"].items()}
     before_bytes = resident_memory_bytes()
     started = time.perf_counter()
-    run, weight_bytes, device = (
+    run, weight_bytes, device, arithmetic = (
         _stock(request) if request["backend"] == "stock" else _halve(request)
     )
     load_s = time.perf_counter() - started
@@ -65,6 +65,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
         "weight_bytes": weight_bytes(),
         "device": device,
+        "arithmetic": arithmetic,
     }
 
 
@@ -87,7 +88,7 @@ def _time_clip(run: Run, audio: FloatArray, request: dict[str, Any]) -> dict[str
     }
 
 
-def _halve(request: dict[str, Any]) -> tuple[Run, Callable[[], int], str]:
+def _halve(request: dict[str, Any]) -> tuple[Run, Callable[[], int], str, str]:
     from export.runtime import open_translator
 
     path = Path(request["path"])
@@ -96,7 +97,23 @@ def _halve(request: dict[str, Any]) -> tuple[Run, Callable[[], int], str]:
     run = _exact_run if request.get("new_tokens") else _stream_run
     speech = getattr(translator, "speech", None)
     device = getattr(translator, "device", "cpu") if speech is None else speech.device
-    return run(translator, lang), lambda: _weight_bytes(translator, path), _kind(device)
+    return (
+        run(translator, lang),
+        lambda: _weight_bytes(translator, path),
+        _kind(device),
+        _arithmetic(path, speech),
+    )
+
+
+def _arithmetic(path: Path, speech: Any) -> str:
+    """What is computed in: torch and llama.cpp unpack weights in few bits to it, onnxruntime rounds states to 8 bits."""
+    if speech is not None:
+        return str(speech.dtype)
+    manifest = json.loads((path / "package.json").read_text(encoding="utf8"))
+    named = {"fp16": "float16"}
+    if manifest["target"] == "onnx":
+        named |= {"int8": "int8", "int4": "int8"}
+    return named.get(manifest["precision"], "float32")
 
 
 def _kind(device: object) -> str:
@@ -162,7 +179,7 @@ def _weight_bytes(translator: Any, path: Path) -> int:
     return decoder_weight_bytes(translator.speech.model, FAMILIES[translator.family])
 
 
-def _stock(request: dict[str, Any]) -> tuple[Run, Callable[[], int], str]:
+def _stock(request: dict[str, Any]) -> tuple[Run, Callable[[], int], str, str]:
     from benchmarks.baseline import StockModel
 
     model = StockModel(
@@ -178,7 +195,8 @@ def _stock(request: dict[str, Any]) -> tuple[Run, Callable[[], int], str]:
         first_s = times_s[0] - started if times_s else total_s
         return Timing(total_s, first_s, len(tokens), model.text(tokens))
 
-    return run, model.weight_bytes, _kind(model.model.device)
+    dtype = str(model.model.dtype).removeprefix("torch.")
+    return run, model.weight_bytes, _kind(model.model.device), dtype
 
 
 def main() -> int:

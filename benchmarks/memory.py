@@ -26,7 +26,7 @@ def resident_memory_bytes() -> int:
 
 
 def peak_gpu_memory_bytes() -> int | None:
-    """The most memory torch held on the GPU, or None where no GPU was used."""
+    """The most memory that torch held on the GPU (its pool, without CUDA's own); None where torch used none, as beside onnxruntime."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None

@@ -91,6 +91,7 @@ def run_quality(
     """
     check_config(config)
     workload = _Workload.of(config, corpus)
+    _warn_of_comet(config, workload, progress)
     models = _named([teacher, *students])
     sizes = [size.measure(model.path, model.given) for model in models]
     if config.threads:
@@ -132,6 +133,17 @@ def check_config(config: QualityConfig) -> None:
                 mend=f"correct the path, or leave {option} (in a recipe, "
                 f"{option[2:].replace('-', '_')}) out",
             )
+
+
+def _warn_of_comet(config: QualityConfig, workload: "_Workload", progress: Progress) -> None:
+    """Says before hours of translating what COMET lacks: it can still be had."""
+    if config.comet_checkpoint is None:
+        return
+    sources = [segment.source_text for segment in workload.segments]
+    if missing := comet_metric.what_is_missing(
+        config.comet_checkpoint, config.comet_python, sources
+    ):
+        progress.warn(f"COMET will not be measured: {missing}. The same command measures it later.")
 
 
 def _named(given: Sequence[str | Path]) -> list[_Model]:

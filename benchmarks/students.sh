@@ -2,7 +2,7 @@
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
 # Steps: corpus unheard plans translations searched untranslated A A_fine A_searched A_unheard B B_twice B_searched B_unheard C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard-A A_unheard, unheard-B B_unheard, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
@@ -123,8 +123,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
             quarter) quality "$1" quarter "$OUT/packages/teacher-int4-A" "$OUT/packages/B-$SEED" ;;
             seeds) quality "$1" seeds "$OUT/packages/A-0" "$OUT/packages/A-1" "$OUT/packages/A-2" ;;
             fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;
-            unheard-A) quality "$1" "$GROUP" "$OUT/packages/A-unheard-$SEED" ;;
-            unheard-B) quality "$1" "$GROUP" "$OUT/packages/B-unheard-$SEED" ;;
+            unheard) quality "$1" unheard "$OUT/packages/A-unheard-${SEED_A:-$SEED}" "$OUT/packages/B-unheard-$SEED" ;;
             equal) quality "$1" equal "$OUT/packages/teacher-int4-fine" ;;
             searched) quality "$1" searched "$OUT/packages/A-searched-${SEED_A:-$SEED}" "$OUT/packages/B-searched-$SEED" ;;
             qlora) quality "$1" qlora "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" ;;

@@ -257,7 +257,7 @@ def latency_table(result: Mapping[str, Any], clip: str) -> Table:
                 + (" (stock transformers)" if entry is baseline else "")
                 + (" on the GPU" if entry.get("device", "cpu") != "cpu" else ""),
                 str(entry["layers"]),
-                entry["precision"],
+                entry["precision"] + _computed_in(entry),
                 f"{entry['load_s']:.2f}",
                 _spread(timed["ttft_ms"], 1),
                 _spread(timed["tpot_ms"], 2),
@@ -279,7 +279,15 @@ def latency_table(result: Mapping[str, Any], clip: str) -> Table:
 
 def _on_gpu(entry: Mapping[str, Any]) -> str:
     most = entry.get("peak_gpu_memory_bytes")
-    return f" + {megabytes(most)} on the GPU" if most else ""
+    if most:
+        return f" + {megabytes(most)} on the GPU"
+    return " + not measured on the GPU" if entry.get("device", "cpu") != "cpu" else ""
+
+
+def _computed_in(entry: Mapping[str, Any]) -> str:
+    """Two rows of one precision may compute in different formats: a directory in float32, a bf16 package in bfloat16."""
+    arithmetic = entry.get("arithmetic")
+    return f", computed in {arithmetic}" if arithmetic else ""
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:

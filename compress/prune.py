@@ -112,6 +112,7 @@ def check_teacher(model: Path, family: Family, config: Mapping[str, Any]) -> Non
         ArtefactError: they disagree; the differing keys are named.
     """
     shapes = shards.tensor_shapes(model)
+    family.check_stored(model, shapes)
     if family.num_layers(config) > len(shapes):
         raise ArtefactError(
             f"{model}: config and weights disagree: config.json says {family.num_layers(config):,} decoder "

@@ -14,6 +14,7 @@ from compress.task import SearchTask
 from halve.families import Family, resolve
 from halve.models import SpeechModel
 from halve.sources import asked
+from halve.stock import generating, greedy_config
 
 
 @contextmanager
@@ -36,28 +37,6 @@ def only_layers(model: Any, family: Family, kept: Sequence[int]) -> Iterator[Any
             for index, layer in enumerate(layers):
                 family.number_layer(layer, index)
             setattr(parent, name, layers)
-
-
-def greedy_config(speech: SpeechModel, limit: int) -> Any:
-    """Stock generation settings of greedy decoding without any penalty, whatever the model's defaults."""
-    import transformers
-
-    settings: Any = transformers.GenerationConfig
-    ends = speech.family.end_ids(speech.model)
-    stored = speech.model.generation_config.pad_token_id
-    always, at_first = speech.family.suppressed(speech.model)
-    return settings(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=limit,
-        eos_token_id=list(ends),
-        pad_token_id=ends[0] if stored is None else stored,
-        decoder_start_token_id=getattr(
-            speech.model.generation_config, "decoder_start_token_id", None
-        ),
-        suppress_tokens=list(always) or None,
-        begin_suppress_tokens=list(at_first) or None,
-    )
 
 
 class StockTranslator:
@@ -110,17 +89,6 @@ class StockTranslator:
         instruction = asked(speech.family, task.lang, task.audio[row])
         inputs = speech.family.stock_inputs(speech.processor, task.audio[row], instruction, dtype)
         inputs = {key: value.to(speech.device) for key, value in inputs.items()}
-        settings = greedy_config(speech, task.limits[row])
-        with torch.inference_mode(), _settings(model, settings):
+        settings = greedy_config(speech.family, model, task.limits[row])
+        with torch.inference_mode(), generating(model, settings):
             return speech.family.stock_generate(model, inputs)
-
-
-@contextmanager
-def _settings(model: Any, settings: Any) -> Iterator[None]:
-    """Replaces the model's generation settings: given as an argument they would be mixed with them."""
-    before = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = before

@@ -17,6 +17,7 @@ from halve.shards import (
     copy_side_files,
     element_bytes,
     iter_stored,
+    tensor_shapes,
     write_config,
 )
 
@@ -133,6 +134,7 @@ def write_nf4(source: Path, target: Path, max_shard_bytes: int) -> None:
     """
     config = _plain_config(source)
     family = family_for(config)
+    family.check_stored(source, tensor_shapes(source))
     parts: list[Part] = []
     for stored in _read_by_stock_code(source, config):
         if nf4.is_quantised(family, stored):

@@ -111,7 +111,9 @@ def _tuned(adapter: Path) -> dict[str, Any]:
 
 def _merge(config: MergeConfig, model: Path, adapter: Path, onto: str, folder: Path) -> None:
     family = family_for(read_config(model))
-    read = read_adapter(adapter, family, tensor_shapes(model))
+    shapes = tensor_shapes(model)
+    family.check_stored(model, shapes)
+    read = read_adapter(adapter, family, shapes)
     change = _change(family, read, _arithmetic(adapter) if onto == "dequantized" else None)
     write_plain(model, folder, config.dtype, config.max_shard_bytes, change)
 

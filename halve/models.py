@@ -15,8 +15,10 @@ from halve.errors import ArtefactError, FamilyError, InputError, MissingExtraErr
 from halve.families import FAMILIES, Family, family_for, released_config, resolve
 from halve.json_files import read_json
 from halve.model_checks import check_config, check_finite, check_generation, check_loading
-from halve.shards import FOREIGN_WEIGHTS, WEIGHTS
+from halve.shards import FOREIGN_WEIGHTS, INDEX, SINGLE, WEIGHTS
 
+SPARE_WEIGHTS = ("consolidated*.safetensors", "*.fp32*.safetensors", "*.fp32.json")
+"""Second copies of a release's weights, for other software (Mistral's) or in float32 (Whisper's)."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -54,8 +56,8 @@ def resolve_model(model: str | Path, weights: bool = True) -> Path:
     if path.is_dir():
         return path
     _need_hub_id(path, model)
-    unwanted = FOREIGN_WEIGHTS if weights else WEIGHTS
-    return _download(str(model), ignore_patterns=[f"*{ending}" for ending in unwanted])
+    unwanted = [f"*{ending}" for ending in (FOREIGN_WEIGHTS if weights else WEIGHTS)]
+    return _download(str(model), ignore_patterns=[*unwanted, *SPARE_WEIGHTS])
 
 
 def find_config(model: str | Path) -> dict[str, Any]:
@@ -108,6 +110,8 @@ def _download(model: str, **patterns: Any) -> Path:
     )
 
     try:
+        if (unwanted := patterns.get("ignore_patterns")) is not None:
+            patterns["ignore_patterns"] = [*unwanted, *_spare_on_hub(model)]
         return Path(snapshot_download(model, **patterns))
     except GatedRepoError:
         raise ArtefactError(
@@ -124,6 +128,17 @@ def _download(model: str, **patterns: Any) -> Path:
             mend=f"check the network; or run `hf download {model} --local-dir DIR` where there is one, "
             "and name DIR",
         ) from None
+
+
+def _spare_on_hub(model: str) -> list[str]:
+    """Torch's own files where the release has all of it in safetensors, too; nothing where the hub lists no files."""
+    from huggingface_hub import HfApi
+
+    try:
+        names = HfApi().list_repo_files(model)
+    except Exception:  # no network, no such model: snapshot_download says what there is to say
+        return []
+    return ["*.bin", "*.pt"] if SINGLE in names or INDEX in names else []
 
 
 def _is_hub_id(model: str | Path) -> bool:

@@ -30,18 +30,25 @@ def origin(model: Path) -> dict[str, Any]:
     """What the cards of everything made of `model` must say of it: the keys of `CARRIED`.
 
     What an artefact's record holds, and of its card what the record does not say; of any other model, what its
-    card says. A model whose card names no base is the base itself, by its hub id where it lies in the hub's cache.
+    card says. A model of the hub, and one whose card names no base, is the base itself: an instruct release's card
+    names what that was made from.
     """
     found = {key: value for key, value in read_head(model).items() if key in CARRIED and value}
     if (model / artefact.RECORD).is_file():
         found |= artefact.read(model).extra.get("origin") or {}
+    elif _is_of_hub(model):
+        found.pop("base_model", None)
     return {"base_model": _name(model), **found}
+
+
+def _is_of_hub(model: Path) -> bool:
+    place = model.absolute()
+    return place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
 
 
 def _name(model: Path) -> str:
     """models--OWNER--NAME/snapshots/REVISION is OWNER/NAME; any other directory goes by its name."""
     place = model.absolute()
-    cache = place.parent.parent.name
-    if place.parent.name == "snapshots" and cache.startswith("models--"):
-        return cache.removeprefix("models--").replace("--", "/")
+    if _is_of_hub(model):
+        return place.parent.parent.name.removeprefix("models--").replace("--", "/")
     return place.resolve().name

@@ -136,7 +136,8 @@ def read_index(model: Path) -> dict[str, str]:
     Raises:
         ArtefactError: no safetensors weights, or a shard missing or damaged.
     """
-    if (model / INDEX).is_file():
+    # As stock code: an index beside a whole file may be of an earlier model in the same folder.
+    if (model / INDEX).is_file() and not (model / SINGLE).is_file():
         index = _weight_map(model / INDEX)
         missing = sorted({name for name in index.values() if not (model / name).is_file()})
         if missing:
@@ -269,7 +270,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     and its generation config, made greedy."""
     copied = []
     for entry in sorted(source.iterdir()):
-        is_weights = entry.suffix in WEIGHTS or entry.name.endswith(".index.json")
+        is_weights = entry.suffix in WEIGHTS or ".index." in entry.name  # .index.fp32.json, too
         if entry.is_file() and entry.name not in _NOT_CARRIED and not is_weights:
             shutil.copyfile(entry, target / entry.name)
             copied.append(entry.name)

@@ -386,6 +386,7 @@ def _tune(of: Estimator, step: "Step") -> Cost:
     time_s += LOAD_S + segments * 2 * counts.audio_tower * of.speech.mean_s * 50 / of.flops / 0.3
     heard, kept = of.states_bytes(segments + checked), of.activations_bytes(counts, config)
     if config.method == "full":
+        time_s += _checkpoints_s(config, rows, counts.total * 4)
         disk = counts.total * 2 + _resume_bytes(counts.total, 4) + heard
         return Cost(time_s, 1e9 + kept + counts.total * 16, disk)
     learnt = _adapter(counts, config.rank)
@@ -393,6 +394,17 @@ def _tune(of: Estimator, step: "Step") -> Cost:
     frozen = counts.decoder * stored + (counts.total - counts.decoder) * 2
     disk = learnt * 4 + _resume_bytes(learnt, 4) + heard
     return Cost(time_s, 1e9 + kept + frozen + learnt * 16, disk)
+
+
+CHECKPOINT_BYTES_PER_S = 400e6
+"""A disk that each byte must have reached before training goes on."""
+
+
+def _checkpoints_s(config: Any, rows: int, learnt_bytes: float) -> float:
+    """Seconds of writing checkpoints: weights and two moments each time."""
+    steps = _steps_of(config, rows) * rows / config.batch_size
+    checkpoints = int(steps // config.checkpoint_every)
+    return checkpoints * 3 * learnt_bytes / CHECKPOINT_BYTES_PER_S
 
 
 def _resume_bytes(learnt: float, each: float) -> float:
@@ -420,6 +432,7 @@ def _teach(of: Estimator, step: "Step") -> Cost:
         learnt = _adapter(counts, config.rank)
         memory = 1e9 + kept + counts.total * each + 16 * learnt
         return Cost(LOAD_S + time_s, memory, disk + _resume_bytes(learnt, 4))
+    time_s += _checkpoints_s(config, rows, counts.total * each)
     # Weights, gradients and two moments, each of the same precision.
     memory = 1e9 + kept + 4 * counts.total * each
     return Cost(LOAD_S + time_s, memory, disk + _resume_bytes(counts.total, each))
@@ -428,8 +441,20 @@ def _teach(of: Estimator, step: "Step") -> Cost:
 def _merge(of: Estimator, step: "Step") -> Cost:
     counts = of.student
     assert counts is not None
+    config: Any = step.config
     stored = counts.total * 2.0
-    return Cost(LOAD_S + 2 * stored / 200e6, 1.5e9 + 2 * stored, stored)
+    time_s, memory = LOAD_S + 2 * stored / 200e6, 1.5e9 + 2 * stored
+    if config.onto != "auto":
+        return Cost(time_s, memory, stored)
+    # Both students lie there until the better one is known, each scored, and once more in 4 bits.
+    checked = of.speech.count("select", config.select_segments)
+    langs = max(1, len(config.langs or of.run.recipe.lang))
+    scored = (5 if config.requantized else 2) * langs
+    time_s += stored / 200e6 + scored * (
+        LOAD_S + of.translating(counts, checked, config.batch_size)
+    )
+    in_4_bits = counts.decoder * NF4_BYTES + (counts.total - counts.decoder) * 2
+    return Cost(time_s, memory, 2 * stored + (in_4_bits if config.requantized else 0))
 
 
 PACKAGE_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 2.0, "int8": 1.06, "int4": 0.63}

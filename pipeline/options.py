@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,10 @@ def command(
             if config is not None:
                 settings = {key: given.pop(key) for key in fields}
                 given["config"] = settings_from(config, settings, given)
-            function(**given).show(as_json)
+            found = function(**given)
+            # Of processes that train together (accelerate, torchrun) one speaks for all.
+            if os.environ.get("RANK", "0") == "0":
+                found.show(as_json)
 
         parameters = [*own, *(_option(key, field) for key, field in fields.items())]
         parameters += [_parameter("as_json", Json, False), _parameter("debug", Debug, False)]

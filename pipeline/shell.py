@@ -144,6 +144,9 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> None:
     try:
         code = app(args=spread_lists(given), prog_name="halve", standalone_mode=False)
     except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error.ctx.get_help()}\n")
+            sys.exit(2)
         _complain(f"{_usage(error)} See `{_help_for(error)}`.", error, debug)
         code = 2
     except typer.Exit as stop:

@@ -155,7 +155,9 @@ def package(run: Run) -> Iterator[Step]:
 def bench(run: Run) -> Iterator[Step]:
     """Measures teacher, student and packages."""
     wanted = run.recipe.bench
-    students = [run.student, *run.packages]
+    # Where nothing was pruned or tuned, the packages are all that stands beside the teacher.
+    students = [*([run.student] if run.student != run.teacher else []), *run.packages]
+    students = students or [run.student]
     results = run.out / "results"
     if wanted.quality is not None:
         yield steps.quality(wanted.quality, run.teacher, students, run.corpus, results / "quality")

@@ -212,7 +212,8 @@ def latency(config: LatencyConfig, models: Sequence[Model], speech: Path, out: P
 
         return run_latency(config, list(models), speech, out, progress)
 
-    roles = {f"model {place}": model for place, model in enumerate(models)}
+    once = {str(model): model for model in models}  # as the bench counts them
+    roles = {f"model {place}": model for place, model in enumerate(once.values())}
     noted = environment.measured_on()
     return Step("bench", "results", out, config, (*models, speech), work, roles=roles, noted=noted)
 
@@ -252,8 +253,18 @@ def report(results: Sequence[Path], out: Path, speech: Path | None = None) -> St
 
         return run_report(list(results), out, progress, corpus=speech)
 
-    inputs = (*results, *([speech] if speech else []))
+    shown = [path for place in results for path in _shown(place)]
+    inputs = (*dict.fromkeys(shown), *([speech] if speech else []))
     return Step("report", "report", out, Config(), inputs, work)
+
+
+def _shown(place: Path) -> list[Path]:
+    """The artefacts that a report is made of: a run's or an earlier report's are inside of it."""
+    if not place.is_dir() or not any(place.glob(f"**/{artefact.RECORD}")):
+        return [place]
+    from benchmarks.gather import gather
+
+    return [source.path for source in gather([place])[0]]
 
 
 def up_to_date(step: Step, fetch: bool = True) -> bool:

@@ -7,6 +7,7 @@ from halve import environment
 from halve.families import Source
 from halve.languages import LANGUAGES
 from halve.sources import asked, limits_for
+from halve.stock import generating, greedy_config
 from halve.translate import Translation
 
 if TYPE_CHECKING:
@@ -46,10 +47,9 @@ class PlainTranslator:
         dtype = next(speech.model.parameters()).dtype
         inputs = speech.family.stock_inputs(speech.processor, clip, instruction, dtype)
         inputs = {key: value.to(speech.model.device) for key, value in inputs.items()}
-        with torch.inference_mode():
-            tokens = speech.family.stock_generate(
-                speech.model, inputs, max_new_tokens=limit, do_sample=False, num_beams=1
-            )
+        settings = greedy_config(speech.family, speech.model, limit)
+        with torch.inference_mode(), generating(speech.model, settings):
+            tokens = speech.family.stock_generate(speech.model, inputs)
         ended = bool(tokens) and tokens[-1] in self._ends
         tokens = tokens[:-1] if ended else tokens
         text = speech.family.decode_text(speech.processor, tokens)

@@ -41,6 +41,11 @@ def family_for(config: Mapping[str, Any]) -> Family:
     model_type = str(config.get("model_type"))
     for family in FAMILIES.values():
         if model_type in family.model_types:
+            if family.reads == "audio" and config.get("audio_config", {}) is None:
+                raise FamilyError(
+                    f"This {model_type} model hears nothing: its audio_config is null",
+                    expected="a release with an audio encoder (of Gemma 4: E2B, E4B or 12B)",
+                )
             return family
         if model_type in family.refused:
             raise FamilyError(

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -392,11 +392,30 @@ class Family(ABC):
         """A text family's prompt with a text in it, as token ids."""
         raise FamilyError(f"{self.name} models do not read texts", expected="audio")
 
+    def check_stored(self, model: Path, keys: Iterable[str]) -> None:
+        """Refuses weights whose decoder layers have other names than this family's.
+
+        Raises:
+            FamilyError: none begins as the family's layers do.
+        """
+        found = list(keys)
+        if not any(key.startswith(self.disk_layers) for key in found):
+            raise FamilyError(
+                f"{model}: no stored tensor is called {self.disk_layers}…, but {', '.join(found[:2])}, …",
+                expected=f"the names of {self.name} models as released",
+                mend="load it with stock transformers, set model._weight_conversions = None, and save it with "
+                "model.save_pretrained(DIR)",
+            )
+
     def end_ids(self, model: Any) -> tuple[int, ...]:
         """Tokens that end a translation."""
         ends = model.generation_config.eos_token_id
         if ends is None:
-            raise FamilyError("The model's generation_config.json has no eos_token_id")
+            raise FamilyError(
+                "The model's generation_config.json has no eos_token_id",
+                expected="the token that ends a turn",
+                mend='add it: "eos_token_id": N, as tokenizer_config.json names it (Qwen: 151645, <|im_end|>)',
+            )
         return tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)
 
     def stock_inputs(

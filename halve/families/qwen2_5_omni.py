@@ -45,8 +45,10 @@ class Qwen25Omni(Qwen2Audio):
     model_types = ("qwen2_5_omni_thinker",)
     refused: Mapping[str, str] = MappingProxyType(
         {
-            "qwen2_5_omni": "save its thinker by itself: "
-            "Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(MODEL).save_pretrained(DIR), and "
+            # With what loading noted of names, saving would put the whole model's in front again.
+            "qwen2_5_omni": "save its thinker by itself: thinker = "
+            'Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(MODEL, dtype="auto"); '
+            "thinker._weight_conversions = None; thinker.save_pretrained(DIR); and "
             "Qwen2_5OmniProcessor.from_pretrained(MODEL).save_pretrained(DIR)"
         }
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from halve.errors import FamilyError
 from halve.families.base import Counts, Family, GgufLayout, SourceText, resolve
 from halve.families.windows import windowed_above
 from halve.languages import ENGLISH, Language
@@ -104,6 +105,25 @@ def written_chat(tokenizer: Any, chat: Sequence[Mapping[str, str]], **how: bool)
         chat, chat_template=template, tokenize=False, enable_thinking=False, **how
     )
     return text
+
+
+def _one_turn(tokenizer: Any, content: str) -> str:
+    """The prompt of one user's turn.
+
+    Raises:
+        FamilyError: a template that takes no plain text (TranslateGemma wants both languages beside it).
+    """
+    from jinja2 import TemplateError
+
+    try:
+        chat = [{"role": "user", "content": content}]
+        return written_chat(tokenizer, chat, add_generation_prompt=True)
+    except TemplateError as error:
+        raise FamilyError(
+            f"The model's chat template takes no plain text ({error})",
+            expected="a model that is asked in words",
+            mend="put a plain chat template in its place (chat_template.jinja), or use another model",
+        ) from None
 
 
 class Text(Family):
@@ -201,8 +221,7 @@ class Text(Family):
         content = f"{instruction}\n{SOURCE}\n"
         tokenizer = processor.tokenizer
         if getattr(tokenizer, "chat_template", None):
-            chat = [{"role": "user", "content": content}]
-            content = written_chat(tokenizer, chat, add_generation_prompt=True)
+            content = _one_turn(tokenizer, content)
         before, _, after = content.partition(SOURCE)
         return before, after
 

@@ -218,7 +218,8 @@ def test_only_what_scores_is_done_again(
     assert steps.carry_out(step(beams=2), SILENT)[1], "other texts are made"
 
 
-def test_a_worker_that_fails_is_not_asked_again_each_time(checkpoint: str, tmp_path: Path) -> None:
+def test_a_worker_that_failed_is_asked_again(checkpoint: str, tmp_path: Path) -> None:
+    """What made it fail may have passed; nothing is translated again."""
     config = QualityConfig(lang="de", comet_checkpoint=checkpoint, comet_python=sys.executable)
     scoring.write_lines(tmp_path / "sources.txt", SOURCES)
     found = {}
@@ -228,4 +229,23 @@ def test_a_worker_that_fails_is_not_asked_again_each_time(checkpoint: str, tmp_p
     }.items():
         write_json(tmp_path / scoring.RESULT, {"comet": one.record()})
         found[name] = lacks_comet(config, tmp_path)
-    assert found == {"failed": False, "missing": True}
+    assert found == {"failed": True, "missing": True}
+
+
+def test_an_encoder_that_is_not_there_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "model.ckpt").write_bytes(b"weights")
+    hparams = tmp_path / "hparams.yaml"
+    hparams.write_text("pretrained_model: some/encoder-nobody-has\n")
+    for given in (tmp_path, tmp_path / "checkpoints" / "model.ckpt"):
+        missing = comet.what_is_missing(str(given), sys.executable, SOURCES)
+        assert "encoder, some/encoder-nobody-has, are not in the hub's cache" in missing
+    hparams.write_text(f"pretrained_model: {tmp_path}\n")
+    assert comet.what_is_missing(str(tmp_path), sys.executable, SOURCES) == ""
+    hparams.write_text("pretrained_model: /nowhere/encoder\n")
+    assert "/nowhere/encoder does not exist" in comet.what_is_missing(
+        str(tmp_path), sys.executable, SOURCES
+    )

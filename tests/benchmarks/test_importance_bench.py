@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
+from benchmarks.baseline import StockModel
 from benchmarks.config import ImportanceBenchConfig
 from benchmarks.importance import is_faithful, run_importance_bench, top_two_gap
 from benchmarks.importance_order import compare_orders
@@ -14,6 +16,9 @@ from halve import artefact
 from halve.corpus import read_corpus
 from halve.json_files import read_json
 from halve.models import load_model
+from serve.plain import PlainTranslator
+from tests.families.text_models import make_corpus as make_text_corpus
+from tests.families.text_models import make_model as make_text_model
 
 
 def test_one_round_of_each(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
@@ -39,6 +44,41 @@ def test_one_round_of_each(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) 
     assert len({path.read_bytes() for path in of.values()}) == 1
     lines = gzip.decompress(of["exact"].read_bytes()).decode("utf8").splitlines()
     assert len(lines) == 2 * 4 and json.loads(lines[0])["layer"] == 1
+
+
+def test_text_models_have_a_round_too(tmp_path: Path) -> None:
+    model, corpus = (
+        make_text_model(tmp_path / "model", "llama"),
+        make_text_corpus(tmp_path / "corpus"),
+    )
+    config = ImportanceBenchConfig(lang="de", segments=2)
+    result = read_json(
+        run_importance_bench(config, model, corpus, tmp_path / "out").path / "importance.json"
+    )
+    assert result["faithful"] and result["candidates"] >= 1
+
+
+def test_stock_code_is_asked_without_the_releases_own_settings(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """A release that samples with a penalty is measured as everything else: greedily, without one."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    clip = read_corpus(tiny_corpus)
+    audio = clip.audio(clip.split("select")[0])
+    said = []
+    for penalty in (1.0, 9.0):
+        path = model / "generation_config.json"
+        settings = {**read_json(path), "repetition_penalty": penalty, "do_sample": True, "top_k": 5}
+        path.write_text(json.dumps(settings))
+        plain = PlainTranslator(load_model(model))
+        said.append(
+            (
+                StockModel(model, "fp32").generate(audio, "de", 12, exactly=True)[0],
+                plain.translate([audio], "de", limits=[12])[0].tokens,
+            )
+        )
+    assert said[0] == said[1]
+    assert len(said[0][0]) == 12 and said[0][0][:3] == said[0][1][:3]
 
 
 def test_the_gap_is_that_of_the_chosen_token(tiny_model: Path, tiny_corpus: Path) -> None:

@@ -13,9 +13,12 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 
+from compress.config import PruneConfig
+from compress.prune import run_prune
 from halve.errors import FamilyError
 from halve.families import FAMILIES, family_for
 from halve.models import load_model, read_config
+from halve.shards import copy_side_files
 from tests import tiny
 from tests.families.omni_models import make_omni
 
@@ -72,9 +75,19 @@ def test_a_whole_model_says_how_to_save_its_thinker(tmp_path: Path) -> None:
     with pytest.raises(FamilyError, match="save its thinker by itself"):
         family_for(read_config(tmp_path / "whole"))
     advised = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    noted = advised._weight_conversions
+    advised._weight_conversions = None
     advised.save_pretrained(tmp_path / "advised")
     assert family_for(read_config(tmp_path / "advised")) is FAMILY
     assert all(
         torch.equal(weight, advised.state_dict()[key])
         for key, weight in thinker.state_dict().items()
     )
+    copy_side_files(tmp_path / "thinker", tmp_path / "advised")
+    made = run_prune(PruneConfig(layers=(2,)), tmp_path / "advised", None, tmp_path / "pruned")
+    assert made.extra["removed"] == [2]
+    # As stock code saves it where nobody says otherwise: the whole model's names.
+    advised._weight_conversions = noted
+    advised.save_pretrained(tmp_path / "prefixed")
+    with pytest.raises(FamilyError, match="no stored tensor is called model.layers"):
+        run_prune(PruneConfig(layers=(2,)), tmp_path / "prefixed", None, tmp_path / "again")

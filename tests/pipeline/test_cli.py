@@ -356,3 +356,26 @@ def test_wrong_usage_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 2
     assert said.startswith("Error: Missing option '--format'. Choose from: iwslt, acl6060")
     assert said.count("\n") == 1 and "\t" not in said
+
+
+@pytest.mark.parametrize("words", [[], ["bench"]])
+def test_without_a_command_the_help_is_shown_as_it_is(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    shown = "".join(capsys.readouterr())
+    assert stop.value.code == 2
+    assert "Usage: halve" in shown and "Error" not in shown and shown.count("\n") > 5
+
+
+def test_one_of_several_processes_speaks(
+    tiny_corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            main(["inspect", str(tiny_corpus), "--json"])
+        said.append(capsys.readouterr().out)
+    assert json.loads(said[0]) and not said[1]

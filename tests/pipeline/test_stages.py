@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.config import LatencyConfig, QualityConfig
 from halve import artefact
 from halve.errors import ArtefactError, InputError
 from halve.progress import SILENT
@@ -159,6 +160,47 @@ def test_disk_counts_what_a_killed_run_goes_on_from(
 def used(folder: Path) -> int:
     """Bytes of all files under it."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_merge_that_is_chosen_holds_both(small_recipe: Path, tmp_path: Path) -> None:
+    disk = []
+    for onto, requantized in (("base", False), ("auto", False), ("auto", True)):
+        values = read_recipe(small_recipe).model_dump()
+        values["merge"] |= {"onto": onto, "requantized": requantized}
+        planned, _ = stages.plan(Run(Recipe.model_validate(values), tmp_path / "run"), None, None)
+        (cost,) = [one.cost for one in planned if one.step.stage == "merge"]
+        disk.append(cost.disk_bytes or 0)
+    assert disk[1] == 2 * disk[0] < disk[2] < 3 * disk[0]
+
+
+def test_what_is_only_quantised_is_measured_once(
+    small_recipe: Path, tmp_path: Path, finished: Run
+) -> None:
+    """No student but the package: the teacher does not stand beside itself."""
+    values = read_recipe(small_recipe).model_dump()
+    for name in ("importance", "prune", "distill", "tune", "merge"):
+        values[name] = None
+    run = Run(Recipe.model_validate(values), tmp_path / "run")
+    (step,) = [step for step in stages.bench(run) if step.out.name == "quality"]
+    assert step.inputs == (run.teacher, *run.packages, run.corpus)
+    twice = steps.latency(
+        LatencyConfig(lang="de"), [run.teacher, run.teacher, Path("p")], run.corpus, tmp_path / "l"
+    )
+    assert twice.roles == {"model 0": run.teacher, "model 1": Path("p")}
+
+
+def test_where_a_scorer_lies_decides_nothing() -> None:
+    one, other = (QualityConfig(lang="de", comet_checkpoint=f"/{name}/c") for name in "ab")
+    assert one.recorded() == other.recorded() and not one.differs_from(other.recorded())
+
+
+def test_a_report_of_runs_is_current(finished: Run, tmp_path: Path) -> None:
+    step = steps.report([finished.out], tmp_path / "report")
+    assert steps.carry_out(step, SILENT)[1]
+    again = steps.report([finished.out], tmp_path / "report")
+    assert steps.up_to_date(again)
+    assert steps.carry_out(steps.report([tmp_path / "report"], tmp_path / "of"), SILENT)[1]
+    assert steps.up_to_date(steps.report([tmp_path / "report"], tmp_path / "of"))
 
 
 def test_a_wide_beam_takes_its_time(small_recipe: Path, tmp_path: Path) -> None:

@@ -18,6 +18,12 @@ WORKER = Path(benchmarks.comet_worker.__file__)
 
 
 NOT_MEASURED = "COMET not measured: "
+_ENCODER_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "sentencepiece.bpe.model",
+)
 
 
 @dataclass(frozen=True)
@@ -135,11 +141,14 @@ def missing_encoder(checkpoint: Path) -> str:
         return "" if Path(encoder).is_dir() else f"its encoder {encoder} does not exist"
     from huggingface_hub import try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(encoder, "config.json"), str):
+    cached = {
+        name for name in _ENCODER_FILES if isinstance(try_to_load_from_cache(encoder, name), str)
+    }
+    if "config.json" in cached and len(cached) > 1:
         return ""
     return (
         f"config and tokenizer of its encoder, {encoder}, are not in the hub's cache "
-        f"(`hf download {encoder} --exclude '*.bin' '*.safetensors' '*.h5' '*.msgpack' '*.ot' 'onnx/*'`)"
+        f"(`hf download {encoder} {' '.join(_ENCODER_FILES)}`)"
     )
 
 

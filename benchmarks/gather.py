@@ -1,6 +1,6 @@
 """Reads the artefacts that a report is made of."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ class Source:
     run: str
     """The run or report that it belongs to, empty if it was named alone."""
     artefact: Artefact
+    home: Path | None = None
+    """The directory of that run or report."""
 
     @property
     def path(self) -> Path:
@@ -62,40 +64,45 @@ def gather(paths: Sequence[str | Path]) -> tuple[list[Source], Gathered]:
     Raises:
         ArtefactError: a path holds nothing that a report can show.
     """
-    sources = _labelled([found for path in paths for found in _expand(Path(path), "")])
+    sources = _labelled([found for path in paths for found in _expand(Path(path))])
     gathered = Gathered()
     for source in sources:
         _sort(source, gathered)
     return sources, gathered
 
 
-def _expand(path: Path, run: str) -> Iterator[tuple[str, Artefact]]:
+def _expand(path: Path) -> Iterator[tuple[Path | None, Artefact]]:
     if not (path / RECORD).is_file():
-        yield from _children(path, path.resolve().name)
+        yield from _children(path, path.resolve())
         return
     artefact = read(path)
     if artefact.kind == "report":
-        yield from _children(path / DATA, path.resolve().name)
+        yield from _children(path / DATA, path.resolve())
     elif _is_shown(artefact):
-        yield run, artefact
+        yield None, artefact
     else:
         raise ArtefactError(
             f"{path} is of kind {artefact.kind}", expected=f"one of {', '.join(_SHOWN)}"
         )
 
 
-def _children(path: Path, run: str) -> Iterator[tuple[str, Artefact]]:
-    """The artefacts directly inside a run's directory; those that no report shows are passed over."""
+def artefacts_in(run: Path) -> list[Artefact]:
+    """All artefacts directly inside a run's directory, or inside a report's data."""
+    path = run / DATA if (run / RECORD).is_file() else run
     records = sorted(path.glob(f"*/{RECORD}")) + sorted(path.glob(f"*/*/{RECORD}"))
-    found = [read(record.parent) for record in records]
-    shown = [each for each in found if _is_shown(each) and each.kind != "report"]
+    return [read(record.parent) for record in records]
+
+
+def _children(path: Path, home: Path) -> Iterator[tuple[Path, Artefact]]:
+    """Those of a run's artefacts that a report shows."""
+    shown = [each for each in artefacts_in(home) if _is_shown(each) and each.kind != "report"]
     if not shown:
         raise ArtefactError(
             f"{path} holds no results" if path.exists() else f"{path} does not exist",
             expected="results of `halve bench`, an artefact of a stage, a run's directory or a report",
         )
     for artefact in shown:
-        yield run, artefact
+        yield home, artefact
 
 
 def _is_shown(artefact: Artefact) -> bool:
@@ -109,11 +116,26 @@ def _is_tuned_in_full(artefact: Artefact) -> bool:
     return (artefact.path / HISTORY).is_file()
 
 
-def _labelled(found: Sequence[tuple[str, Artefact]]) -> list[Source]:
+def _run_names(homes: Iterable[Path]) -> dict[Path, str]:
+    """A name for each run: its directory's, with the parent's where two would be called the same."""
+    names: dict[Path, str] = {}
+    for home in dict.fromkeys(homes):
+        parts = home.parts
+        names[home] = next(
+            name
+            for name in ("/".join(parts[-count:]) for count in range(1, len(parts) + 1))
+            if name not in names.values()
+        )
+    return names
+
+
+def _labelled(found: Sequence[tuple[Path | None, Artefact]]) -> list[Source]:
     """Labels by directory name, with the run's or the parent's name where that is not enough."""
     sources: list[Source] = []
     taken: set[str] = set()
-    for run, artefact in found:
+    names = _run_names(home for home, _ in found if home)
+    for home, artefact in found:
+        run = names[home] if home else ""
         path = artefact.path.resolve()
         if any(source.path.resolve() == path for source in sources):
             continue
@@ -121,7 +143,7 @@ def _labelled(found: Sequence[tuple[str, Artefact]]) -> list[Source]:
         candidates += [f"{candidates[1]} ({number})" for number in range(2, len(found) + 2)]
         label = next(name for name in candidates if name not in taken)
         taken.add(label)
-        sources.append(Source(label, run, artefact))
+        sources.append(Source(label, run, artefact, home))
     return sources
 
 

@@ -106,13 +106,11 @@ def _halve(request: dict[str, Any]) -> tuple[Run, Callable[[], int], str, str]:
 
 
 def _arithmetic(path: Path, speech: Any) -> str:
-    """What is computed in: torch and llama.cpp unpack weights in few bits to it, onnxruntime rounds states to 8 bits."""
+    """What is computed in: torch unpacks weights in few bits to it, onnxruntime and llama.cpp round states to 8 bits beside them."""
     if speech is not None:
         return str(speech.dtype)
     manifest = json.loads((path / "package.json").read_text(encoding="utf8"))
-    named = {"fp16": "float16"}
-    if manifest["target"] == "onnx":
-        named |= {"int8": "int8", "int4": "int8"}
+    named = {"fp16": "float16", "int8": "int8", "int4": "int8"}
     return named.get(manifest["precision"], "float32")
 
 

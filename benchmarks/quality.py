@@ -143,7 +143,9 @@ def _warn_of_comet(config: QualityConfig, workload: "_Workload", progress: Progr
     if missing := comet_metric.what_is_missing(
         config.comet_checkpoint, config.comet_python, sources
     ):
-        progress.warn(f"COMET will not be measured: {missing}. The same command measures it later.")
+        progress.warn(
+            f"COMET will not be measured: {missing}. Mended later, the same command measures it, and it alone."
+        )
 
 
 def _named(given: Sequence[str | Path]) -> list[_Model]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import compare, conditions, plots, tables
 from benchmarks.clips import Clips
-from benchmarks.gather import DATA, Gathered, Source, gather
+from benchmarks.gather import DATA, Gathered, Source, artefacts_in, gather
 from benchmarks.longform import longform_table
 from benchmarks.package_tables import merge_table, packages_table
 from benchmarks.peer_tables import peers_table
@@ -55,7 +55,7 @@ def run_report(
     parents |= {"corpus": corpus} if corpus else {}
     clips = Clips(corpus) if corpus else None
     with writing(out, "report", {"results": [s.label for s in sources]}, 0, parents) as draft:
-        comparisons = _compare(sources, gathered, progress)
+        comparisons = _compare(gathered, progress)
         worst = _regressions(gathered)
         sections = _sections(gathered, comparisons, worst, clips)
         record = {
@@ -105,19 +105,16 @@ def _data(gathered: Gathered) -> dict[str, Any]:
     }
 
 
-def _compare(
-    sources: Sequence[Source], gathered: Gathered, progress: Progress
-) -> list[dict[str, Any]]:
-    runs: dict[str, list[Artefact]] = {}
-    for source in sources:
-        runs.setdefault(source.run, []).append(source.artefact)
+def _compare(gathered: Gathered, progress: Progress) -> list[dict[str, Any]]:
     found = []
     for (a, first), (b, second) in combinations(gathered.quality, 2):
         if first.result["lang"] == second.result["lang"]:
             progress.message(f"compare: {a.label} with {b.label}")
             one = {"first": a.label, "second": b.label, **compare.compare(first, second)}
-            if a.run and b.run and a.run != b.run:
-                one["changed"] |= compare.changed_recipes(runs[a.run], runs[b.run])
+            if a.home and b.home and a.home != b.home:
+                one["changed"] |= compare.changed_recipes(
+                    artefacts_in(a.home), artefacts_in(b.home)
+                )
             found.append(one)
     return found
 

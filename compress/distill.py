@@ -192,7 +192,9 @@ def _tell_of_untranslated(
             progress.message(f"{left} segments without a reference are left out: --untranslated")
         return
     for lang in config.langs:
-        if without := sum(not each.references.get(lang, "").strip() for each in segments):
+        if without := sum(
+            each.wants(lang) and not each.references.get(lang, "").strip() for each in segments
+        ):
             progress.message(
                 f"{without} segments have no {lang} reference: the teacher's word alone"
             )

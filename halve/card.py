@@ -46,9 +46,9 @@ def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any
             carried over.
         facts: what the making put on record: removed, onto, merge, target, precision, languages, parity.
     """
-    config = read_config(source)
+    config = read_config(folder if (folder / "config.json").is_file() else source)
     reads = family_for(config).reads
-    facts = {**_recorded(source), **facts, "reads": reads}
+    facts = {**_recorded(source, kind), **facts, "reads": reads}
     name = folder.name.strip(".").removesuffix(".partial")
     head = origin(source)
     head["library_name"] = _LIBRARIES.get(facts.get("target", ""), "transformers")
@@ -72,12 +72,13 @@ def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any
     (folder / CARD).write_text(f"---\n{text}---\n\n" + "\n".join(lines) + "\n", encoding="utf8")
 
 
-def _recorded(source: Path) -> dict[str, Any]:
-    """What the source's record says of how it was made."""
+def _recorded(source: Path, kind: str) -> dict[str, Any]:
+    """What the source's record says of how it was made; of its scores only where these are the same weights, packaged."""
     if not (source / artefact.RECORD).is_file():
         return {}
     extra = artefact.read(source).extra
-    return {key: extra[key] for key in ("removed", "onto", "merge", "tuned") if key in extra}
+    keys = ("removed", "onto", "merge", "tuned") if kind == "package" else ("removed",)
+    return {key: extra[key] for key in keys if key in extra}
 
 
 def _measured(facts: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from halve.progress import Progress
 
 TOKENS_BEFORE_TEXT = 24
 TOKENS_PER_BYTE = 1.6
-"""Of the source in UTF-8: Thai or Persian in Mistral's 32,000 tokens take over one a byte of English; a loop is stopped by itself."""
+"""Of the source in UTF-8: Thai or Persian in Mistral's 32,000 tokens take over one a byte of English."""
 
 
 def read_source(reads: str, corpus: Corpus, segment: Segment) -> Source:

@@ -272,15 +272,19 @@ def _in_source(section: CorpusConfig, source: str) -> Speech:
     counts: dict[str, int] = {}
     for row in rows:
         counts[row.split or ""] = counts.get(row.split or "", 0) + 1
+    keep = section.untranslated == "keep"
+    empty = [row for row in rows if keep and not any(map(str.strip, row.references.values()))]
     if "" in counts or section.split in ("group", "segment", "paper"):
-        counts = _shared(len(rows), section)
-    plain = sum(not any(text.strip() for text in row.references.values()) for row in rows)
+        counts = _shared(len(rows) - len(empty), section)
+        counts["train"] += len(empty)
+    else:
+        empty = [row for row in empty if row.split == "train"]
     return Speech(
         counts,
         mean_s,
         _stored(rows),
         why="" if lengths else "no durations in the source",
-        untranslated=plain if section.untranslated == "keep" else 0,
+        untranslated=len(empty),
     )
 
 
@@ -444,7 +448,8 @@ def _merge(of: Estimator, step: "Step") -> Cost:
     config: Any = step.config
     stored = counts.total * 2.0
     time_s, memory = LOAD_S + 2 * stored / 200e6, 1.5e9 + 2 * stored
-    if config.onto != "auto":
+    tune = of.run.recipe.tune
+    if config.onto != "auto" or (tune is not None and tune.method == "full"):
         return Cost(time_s, memory, stored)
     # Both students lie there until the better one is known, each scored, and once more in 4 bits.
     checked = of.speech.count("select", config.select_segments)

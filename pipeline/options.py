@@ -25,6 +25,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
+def speaks(name: str) -> bool:
+    """Whether this process prints a command's result: of those that train together (accelerate, torchrun) one does."""
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1 and name in ("teach", "tune")
+    return not together or os.environ.get("RANK", "0") == "0"
+
+
 def command(
     app: typer.Typer, name: str, config: type[Config] | None = None
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
@@ -50,8 +56,7 @@ def command(
                 settings = {key: given.pop(key) for key in fields}
                 given["config"] = settings_from(config, settings, given)
             found = function(**given)
-            # Of processes that train together (accelerate, torchrun) one speaks for all.
-            if os.environ.get("RANK", "0") == "0":
+            if speaks(name):
                 found.show(as_json)
 
         parameters = [*own, *(_option(key, field) for key, field in fields.items())]

@@ -23,6 +23,7 @@ from export.config import MergeConfig, PackageConfig
 from halve import artefact, environment
 from halve.artefact import Artefact
 from halve.config import Config
+from halve.errors import ArtefactError
 from halve.importers import CorpusConfig, inputs_of, noted_of
 from halve.models import local_model, resolve_model
 from halve.progress import Progress
@@ -264,7 +265,10 @@ def _shown(place: Path) -> list[Path]:
         return [place]
     from benchmarks.gather import gather
 
-    return [source.path for source in gather([place])[0]]
+    try:
+        return [source.path for source in gather([place])[0]]
+    except ArtefactError:  # what is still to be made anew, or what the report itself will refuse
+        return [place]
 
 
 def up_to_date(step: Step, fetch: bool = True) -> bool:

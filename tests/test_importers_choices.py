@@ -249,8 +249,10 @@ def test_untranslated_speech_that_is_held_out_is_left_out(tmp_path: Path) -> Non
     table = text(
         tmp_path / "source" / "table.tsv",
         "id\taudio\toffset\tduration\ttext\tde\tsplit\tgroup",
-        "overlaps\ta.wav\t0.5\t1\t\t\ttrain\tg",
+        "overlaps\ta.wav\t0.5\t0.7\t\t\ttrain\tg",
+        "beside\ta.wav\t1.1\t0.2\t\t\ttrain\tg",
         "after\ta.wav\t2\t1\t\t\ttrain\tg",
+        "held too\ta.wav\t1.3\t0.2\tThen.\tDann.\ttest\th",
         "same words\tb.wav\t0\t1\tThank  you ALL.\t\ttrain\tg",
         "translated\tb.wav\t1\t1\tThank you all.\tDanke schön.\ttrain\tg",
         "held\ta.wav\t0\t1\tThank you all.\tDanke.\ttest\th",
@@ -260,7 +262,7 @@ def test_untranslated_speech_that_is_held_out_is_left_out(tmp_path: Path) -> Non
     config = CorpusConfig(format="tsv", untranslated="keep")
     made = run_corpus(config, table, tmp_path / "corpus", heard)
     kept = [each.id for each in read_corpus(made.path).segments]
-    assert kept == ["after", "translated", "held", "chosen"]
+    assert kept == ["beside", "after", "held too", "translated", "held", "chosen"]
     assert any("2 untranslated segments are also in" in told for told in heard.warnings)
     dropped = json.loads((made.path / "dropped.json").read_text())["faults"]
     assert [line.split(";")[0] for line in dropped] == [

@@ -131,24 +131,28 @@ def _with_what_is_translated(row: Row, dealt: bool) -> Row:
     )
 
 
+_TOUCHING_S = 0.001
+"""Segments that overlap by less stand beside each other."""
+
+
 def _held_out_too(segments: Sequence[Segment]) -> Iterator[tuple[int, str]]:
     """Untranslated segments of `train` whose speech or words are in `select` or `test`: nobody could see that they are learnt."""
     spoken: dict[str, list[Segment]] = {}
     words: dict[str, Segment] = {}
     for each in segments:
         if each.split != "train":
-            spoken.setdefault(each.audio, []).append(each)
+            if each.audio:
+                spoken.setdefault(each.audio, []).append(each)
             words.setdefault(_words(each), each)
     for index, each in enumerate(segments):
         if each.split != "train" or each.references:
             continue
-        end_s = each.offset_s + each.duration_s
+        end_s = each.offset_s + each.duration_s - _TOUCHING_S
         same = [
             other
             for other in spoken.get(each.audio, ())
-            if each.audio
-            and other.offset_s < end_s
-            and each.offset_s < other.offset_s + other.duration_s
+            if other.offset_s < end_s
+            and each.offset_s < other.offset_s + other.duration_s - _TOUCHING_S
         ]
         other = same[0] if same else words.get(_words(each)) if _words(each) else None
         if other is not None:

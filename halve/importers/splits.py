@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from os.path import commonpath
 from pathlib import Path
@@ -82,13 +82,14 @@ def _by_group(rows: list[Row], config: CorpusConfig) -> list[Row]:
 
     A group with a segment that stays in train stays there whole; shares are of the others.
     """
-    held = {row.group for row in rows if row.stays_in_train}
-    dealt = _dealt([row for row in rows if row.group not in held], config, bool(held))
+    held = {str(row.group) for row in rows if row.stays_in_train}
+    dealt = _dealt([row for row in rows if str(row.group) not in held], config, held)
     return [replace(row, split=dealt.get(str(row.group), "train")) for row in rows]
 
 
-def _dealt(rows: list[Row], config: CorpusConfig, has_train: bool) -> dict[str, str]:
-    """The split of each group."""
+def _dealt(rows: list[Row], config: CorpusConfig, held: Set[str]) -> dict[str, str]:
+    """The split of each group, beside groups that are `held` in train."""
+    has_train = bool(held)
     shares = [("test", config.test_share), ("select", config.select_share)]
     shares = [(name, share) for name, share in shares if share]
     names = [*(name for name, _ in shares), "train"]
@@ -97,8 +98,10 @@ def _dealt(rows: list[Row], config: CorpusConfig, has_train: bool) -> dict[str, 
         members[str(row.group)] += 1
     if len(members) < len(names) - has_train:
         raise CorpusError(
-            f"The corpus has {len(members)} groups ({', '.join(sorted(members)[:3])})",
-            expected=f"at least {len(names)}, so that {', '.join(reversed(names))} each get their own",
+            f"The corpus has {len(members)} groups ({', '.join(sorted(members)[:3])})"
+            + (f" beside {len(held)} with untranslated segments, which stay in train" * has_train),
+            expected=f"at least {len(names) - has_train}, so that "
+            f"{', '.join([*reversed(names)][has_train:])} each get their own",
             mend="name groups in the source, or use --split segment and accept that talks straddle splits",
         )
     drawn = sorted(

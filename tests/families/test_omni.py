@@ -89,5 +89,5 @@ def test_a_whole_model_says_how_to_save_its_thinker(tmp_path: Path) -> None:
     # As stock code saves it where nobody says otherwise: the whole model's names.
     advised._weight_conversions = noted
     advised.save_pretrained(tmp_path / "prefixed")
-    with pytest.raises(FamilyError, match="no stored tensor is called model.layers"):
+    with pytest.raises(FamilyError, match=r"no stored tensor is called model\.layers"):
         run_prune(PruneConfig(layers=(2,)), tmp_path / "prefixed", None, tmp_path / "again")

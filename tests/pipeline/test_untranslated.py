@@ -88,7 +88,9 @@ def test_cards_say_whence_and_how(finished: Run) -> None:
     for folder in [*folders, *finished.packages]:
         head = read_head(folder)
         assert (head["base_model"], head["license"]) == ("teacher", "mpl-2.0"), folder
-        assert "Decoder layers removed" in (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text()
+        assert "Decoder layers removed" in card and "- Decoder layers: 4" in card, folder
+    assert "Scores" not in (finished.out / "pruned" / "README.md").read_text()
     assert "while it was tuned: chrf++ (de)" in (finished.out / "student" / "README.md").read_text()
     stated = json.loads((finished.packages[1] / "size.json").read_text())
     assert [line.split(" (")[0] for line in stated["techniques"]] == [
@@ -106,12 +108,18 @@ def test_a_student_knows_its_language(finished: Run) -> None:
 
 
 def test_two_runs_say_in_what_they_differ(finished: Run, tmp_path: Path) -> None:
-    other = shutil.copytree(finished.out, tmp_path / "other")
+    other = shutil.copytree(finished.out, tmp_path / finished.out.name)
     record = json.loads((other / "adapter" / "artefact.json").read_text())
     record["recipe"]["learning_rate"] = 0.5
     (other / "adapter" / "artefact.json").write_text(json.dumps(record))
+    record = json.loads((other / "translations" / "artefact.json").read_text())
+    record["recipe"]["batch_size"] = 2
+    (other / "translations" / "artefact.json").write_text(json.dumps(record))
     run_report([finished.out, other], tmp_path / "report")
     found = json.loads((tmp_path / "report" / "report.json").read_text())["comparisons"]
     rate = artefact.read(finished.out / "adapter").recipe["learning_rate"]
-    assert found[0]["changed"] == {"adapter learning_rate": [rate, 0.5]}
+    assert found[0]["changed"] == {
+        "adapter learning_rate": [rate, 0.5],
+        "translations batch_size": [4, 2],
+    }
     assert f"adapter learning_rate: {rate} → 0.5" in (tmp_path / "report" / "report.md").read_text()

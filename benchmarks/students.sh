@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
-# Steps: corpus unheard plans translations searched untranslated A A_fine A_searched A_unheard B B_twice B_searched B_unheard C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
+# Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_searched A_unheard B B_mean B_twice B_searched B_unheard C D baselines select test table
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
@@ -12,6 +12,7 @@
 #   A_searched  A, merged, and tuned for STEPS_AGAIN on the best of five beams; stored as A_fine
 #   A_unheard, B_unheard  the same on the teacher's translations of speech that it was not trained on (untranslated, from the GIMP help)
 #   A_fine   A in finer blocks, for which its bar leaves room
+#   A_mean, B_mean  the mean of the adapters of seeds 0, 1 and 2, which A or B has made before; A_mean is stored as A_fine
 #   C  half of the layers pruned, trained in full with distillation, bf16
 #   D  C as ONNX in 4 bits
 set -euo pipefail
@@ -97,6 +98,13 @@ A_unheard() {
     on_unheard "$OUT/merged/A-$SEED" A-unheard "$STEPS_AGAIN"
     package "$OUT/merged/A-unheard-$SEED" "A-unheard-$SEED" "${ROOM[@]}" --block-size 16
 }
+mean() { # MODEL NAME
+    missing "$OUT/merged/$2-mean" || return 0
+    "$HALVE" merge --model "$1" --adapter "$OUT/tuned/$2-0" "$OUT/tuned/$2-1" "$OUT/tuned/$2-2" --onto auto --requantized \
+        --corpus "$CORPUS" --out "$OUT/merged/$2-mean"
+}
+A_mean() { mean "$TEACHER" A; package "$OUT/merged/A-mean" A-mean-fine "${ROOM[@]}" --block-size 16; }
+B_mean() { mean "$OUT/pruned-quarter" B; package "$OUT/merged/B-mean" B-mean "${ROOM[@]}"; }
 A_fine() { package "$OUT/merged/A-$SEED" "A-fine-$SEED" "${ROOM[@]}" --block-size 16; }
 B_twice() {
     again "$OUT/merged/B-$SEED" B-twice "$STEPS_B"
@@ -124,6 +132,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
             seeds) quality "$1" seeds "$OUT/packages/A-0" "$OUT/packages/A-1" "$OUT/packages/A-2" ;;
             fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;
             unheard) quality "$1" unheard "$OUT/packages/A-unheard-${SEED_A:-$SEED}" "$OUT/packages/B-unheard-$SEED" ;;
+            mean) quality "$1" mean "$OUT/packages/A-mean-fine" ;;
             equal) quality "$1" equal "$OUT/packages/teacher-int4-fine" ;;
             searched) quality "$1" searched "$OUT/packages/A-searched-${SEED_A:-$SEED}" "$OUT/packages/B-searched-$SEED" ;;
             qlora) quality "$1" qlora "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" ;;

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +34,13 @@ def is_adapter(path: Path) -> bool:
 
 @dataclass
 class Adapter:
-    """A LoRA adapter: pairs of low-rank factors, left on disk, by the key of the weight they change."""
+    """A LoRA adapter, or the mean of several: pairs of low-rank factors, left on disk, by the key of the weight they change."""
 
-    factors: dict[str, tuple[Stored, Stored]]
-    scaling: float
+    factors: dict[str, list[tuple[Stored, Stored, float]]]
+    """Down, up, and what their product is multiplied by."""
 
     def added(self, key: str, pieces: "Iterable[tuple[int, torch.Tensor]]") -> "Rows":
-        """Rows of weight + scaling * B @ A in float32; the rows themselves where it changes nothing.
+        """Rows of weight + scaling * B @ A, summed over the factors, in float32; the rows themselves where it changes nothing.
 
         Args:
             pieces: the number of the first row, and rows (some, in) of the weight (out, in).
@@ -50,10 +50,25 @@ class Adapter:
         if key not in self.factors:
             yield from (rows for _, rows in pieces)
             return
-        down, up = (factor.tensor().float() for factor in self.factors[key])
+        factors = [
+            (down.tensor().float(), up.tensor().float(), scaling)
+            for down, up, scaling in self.factors[key]
+        ]
         for first, rows in pieces:
-            chosen = up[first : first + len(rows)]
-            yield torch.addmm(rows.float(), chosen, down, alpha=self.scaling)
+            total = rows.float()
+            for down, up, scaling in factors:
+                total = torch.addmm(total, up[first : first + len(rows)], down, alpha=scaling)
+            yield total
+
+
+def mean_of(adapters: Sequence[Adapter]) -> Adapter:
+    """What merging each of several adapters alone, and averaging the weights, would give (Wortsman et al. 2022, arXiv 2203.05482)."""
+    factors: dict[str, list[tuple[Stored, Stored, float]]] = {}
+    for adapter in adapters:
+        for key, found in adapter.factors.items():
+            shares = [(down, up, scaling / len(adapters)) for down, up, scaling in found]
+            factors.setdefault(key, []).extend(shares)
+    return Adapter(factors)
 
 
 def read_adapter(
@@ -79,7 +94,8 @@ def read_adapter(
         pairs.setdefault(disk_key(family, f"{module}.weight"), {})[which[0]] = tensor
     factors = {key: (pair["A"], pair["B"]) for key, pair in pairs.items() if len(pair) == 2}
     _check(path, factors, pairs, shapes)
-    return Adapter(factors, _scaling(path / CONFIG, config))
+    scaling = _scaling(path / CONFIG, config)
+    return Adapter({key: [(down, up, scaling)] for key, (down, up) in factors.items()})
 
 
 def _scaling(file: Path, config: dict[str, Any]) -> float:

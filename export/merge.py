@@ -1,13 +1,13 @@
 """Merges an adapter into its base model: the student, an ordinary Hugging Face directory."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export import nf4
-from export.adapter import Adapter, is_adapter, read_adapter
+from export.adapter import Adapter, is_adapter, mean_of, read_adapter
 from export.checkpoint import Change, Rows, write_nf4, write_plain
 from export.config import MergeConfig
 from export.scoring import SelectSet, open_select_sets
@@ -36,6 +36,8 @@ def run_merge(
     corpus: Path | None,
     out: Path,
     progress: Progress = SILENT,
+    *,
+    others: Sequence[Path] = (),
 ) -> Artefact:
     """Makes a student of a (pruned) model and the adapter tuned on it.
 
@@ -44,20 +46,22 @@ def run_merge(
 
     Args:
         corpus: needed by ``onto="auto"`` alone.
+        others: further adapters tuned on the same model, as with other seeds: the mean of all is merged.
 
     Raises:
-        ArtefactError: the adapter was tuned on another model or does not fit this one, or files are damaged.
-        InputError: ``auto`` without a corpus.
+        ArtefactError: an adapter was tuned on another model or does not fit this one, or files are damaged.
+        InputError: ``auto`` without a corpus, or a fully tuned model among several adapters.
     """
-    if not is_adapter(adapter) and not (adapter / "config.json").is_file():
-        raise ArtefactError(
-            f"{adapter} holds neither an adapter nor a model"
-            if adapter.is_dir()
-            else f"{adapter} is no directory",
-            expected="what `halve tune` wrote",
+    adapters = [adapter, *others]
+    for each in adapters:
+        _check_adapter(model, each)
+    if others and not all(map(is_adapter, adapters)):
+        raise InputError(
+            f"Among {len(adapters)} adapters one is a whole model",
+            expected="adapters to take the mean of",
         )
-    _check_base(model, adapter)
-    parents = {"model": model, "adapter": adapter}
+    names = [f"adapter {place}" for place in range(len(adapters))] if others else ["adapter"]
+    parents = {"model": model, **dict(zip(names, adapters, strict=True))}
     if config.onto == "auto" and is_adapter(adapter):
         if corpus is None:
             raise InputError(
@@ -71,10 +75,12 @@ def run_merge(
             write_plain(adapter, draft.path, config.dtype, config.max_shard_bytes)
             draft.extra["onto"] = "none (fully tuned)"
         elif config.onto == "auto" and corpus is not None:
-            _merge_better(config, model, adapter, corpus, draft, progress)
+            _merge_better(config, model, adapters, corpus, draft, progress)
         else:
-            _merge(config, model, adapter, config.onto, draft.path)
+            _merge(config, model, adapters, config.onto, draft.path)
             draft.extra["onto"] = config.onto
+        if others:
+            draft.extra["mean_of"] = len(adapters)
         draft.extra |= _carried(model) | _tuned(adapter)
         _verify(config, model, draft.path)
         langs = config.langs or languages_of(adapter) or languages_of(model)
@@ -85,8 +91,15 @@ def run_merge(
     return artefact.read(out, "student")
 
 
-def _check_base(model: Path, adapter: Path) -> None:
-    """Refuses what is on record as tuned on another model; what was made elsewhere has no record."""
+def _check_adapter(model: Path, adapter: Path) -> None:
+    """Refuses what is neither an adapter nor a model, or on record as tuned on another model; what was made elsewhere has no record."""
+    if not is_adapter(adapter) and not (adapter / "config.json").is_file():
+        raise ArtefactError(
+            f"{adapter} holds neither an adapter nor a model"
+            if adapter.is_dir()
+            else f"{adapter} is no directory",
+            expected="what `halve tune` wrote",
+        )
     if not (adapter / artefact.RECORD).is_file():
         return
     base = artefact.read(adapter).parents.get("model")
@@ -109,12 +122,14 @@ def _tuned(adapter: Path) -> dict[str, Any]:
     return {"tuned": extra.get("tuned", earlier)}
 
 
-def _merge(config: MergeConfig, model: Path, adapter: Path, onto: str, folder: Path) -> None:
+def _merge(
+    config: MergeConfig, model: Path, adapters: Sequence[Path], onto: str, folder: Path
+) -> None:
     family = family_for(read_config(model))
     shapes = tensor_shapes(model)
     family.check_stored(model, shapes)
-    read = read_adapter(adapter, family, shapes)
-    change = _change(family, read, _arithmetic(adapter) if onto == "dequantized" else None)
+    read = mean_of([read_adapter(each, family, shapes) for each in adapters])
+    change = _change(family, read, _arithmetic(adapters[0]) if onto == "dequantized" else None)
     write_plain(model, folder, config.dtype, config.max_shard_bytes, change)
 
 
@@ -152,22 +167,24 @@ def _rounded(stored: Stored, arithmetic: str) -> "Iterator[tuple[int, torch.Tens
 def _merge_better(
     config: MergeConfig,
     model: Path,
-    adapter: Path,
+    adapters: Sequence[Path],
     corpus: Path,
     draft: Draft,
     progress: Progress,
 ) -> None:
     """Makes both students, scores both on `select`, keeps the better (the unquantised base on a tie)."""
-    langs = config.langs or languages_of(adapter)
+    langs = config.langs or languages_of(adapters[0])
     reads = family_for(read_config(model)).reads
     sets = open_select_sets(corpus, langs, config.select_segments, reads)
     folders = {onto: draft.work / onto for onto in BASES}
-    rows = [_adapter_on(sets, config, model, adapter)] if config.requantized else []
+    # Of several adapters no one is on.
+    alone = config.requantized and len(adapters) == 1
+    rows = [_adapter_on(sets, config, model, adapters[0])] if alone else []
     with progress.task("merge: score both bases", total=len(BASES)) as advance:
         for onto, folder in folders.items():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            _merge(config, model, adapter, onto, folder)
+            _merge(config, model, adapters, onto, folder)
             merged = _row("merged", onto, config.dtype, _scores(sets, config, folder))
             rows.append(merged)
             if config.requantized:

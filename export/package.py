@@ -354,7 +354,7 @@ def _card_facts(model: Path, manifest: Manifest) -> dict[str, Any]:
         extra = artefact.read(model).extra
         facts |= {
             key: extra[key]
-            for key in ("removed", "ranked_by", "onto", "base_model", "tuned")
+            for key in ("removed", "ranked_by", "onto", "mean_of", "base_model", "tuned")
             if key in extra
         }
     return facts

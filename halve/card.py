@@ -77,7 +77,7 @@ def _recorded(source: Path, kind: str) -> dict[str, Any]:
     if not (source / artefact.RECORD).is_file():
         return {}
     extra = artefact.read(source).extra
-    keys = ("removed", "onto", "merge", "tuned") if kind == "package" else ("removed",)
+    keys = ("removed", "onto", "mean_of", "merge", "tuned") if kind == "package" else ("removed",)
     return {key: extra[key] for key in keys if key in extra}
 
 
@@ -140,7 +140,8 @@ def _made(
     elif removed is not None:
         lines.append("- No decoder layer was removed.")
     if facts.get("onto"):
-        lines.append(f"- Adapter merged onto: {facts['onto']}")
+        mean = f", the mean of {facts['mean_of']} adapters" if facts.get("mean_of") else ""
+        lines.append(f"- Adapter merged onto: {facts['onto']}{mean}")
     if facts.get("bits"):
         bits = ", ".join(f"{part} {count}" for part, count in facts["bits"].items())
         lines.append(f"- Bits of each weight (32: unchanged): {bits}")

@@ -198,14 +198,20 @@ def merge(
     config: MergeConfig,
     model: Model,
     adapter: Annotated[
-        Path, typer.Option("--adapter", metavar="DIR", help="What `halve tune` wrote.")
+        list[Path],
+        typer.Option(
+            "--adapter",
+            metavar="DIR...",
+            help="What `halve tune` wrote. Of several, as of several seeds, the mean is merged.",
+        ),
     ],
     corpus: MaybeCorpus = None,
     out: Out = None,
 ) -> Result:
     """Merges an adapter into its base model: the student."""
-    place = shell.place(out, "student", config, model, adapter, *([corpus] if corpus else []))
-    return shell.do(steps.merge(config, model, adapter, corpus, place))
+    first, *others = adapter
+    place = shell.place(out, "student", config, model, *adapter, *([corpus] if corpus else []))
+    return shell.do(steps.merge(config, model, first, corpus, place, others))
 
 
 @command(app, "package", PackageConfig)

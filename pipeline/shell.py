@@ -109,6 +109,7 @@ _LISTS = {
     ("bench", "latency"): ("--models", "--peers", "--also-threads"),
     ("serve",): ("--model",),
     ("prune",): ("--layers",),
+    ("merge",): ("--adapter",),
     ("teach",): ("--lang",),
     ("tune",): ("--lang",),
     ("distill",): ("--lang",),

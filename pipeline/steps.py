@@ -144,19 +144,28 @@ def tune(
     return Step("tune", kind, out, config, inputs, work)
 
 
-def merge(config: MergeConfig, model: Model, adapter: Path, speech: Path | None, out: Path) -> Step:
-    """Merges an adapter into its base."""
+def merge(
+    config: MergeConfig,
+    model: Model,
+    adapter: Path,
+    speech: Path | None,
+    out: Path,
+    others: Sequence[Path] = (),
+) -> Step:
+    """Merges an adapter, or the mean of several, into its base."""
 
     def work(progress: Progress) -> Artefact:
         from export.merge import run_merge
 
-        return run_merge(config, resolve_model(model), adapter, speech, out, progress)
+        base = resolve_model(model)
+        return run_merge(config, base, adapter, speech, out, progress, others=others)
 
     # A fully tuned model is cast, not merged: nothing is chosen on the corpus.
     scored = config.onto == "auto" and not (adapter / "config.json").is_file()
     used = (speech,) if speech is not None and scored else ()
-    roles = {"model": model, "adapter": adapter}
-    return Step("merge", "student", out, config, (model, adapter, *used), work, roles=roles)
+    roles = {"model": model} | ({} if others else {"adapter": adapter})
+    inputs = (model, adapter, *others, *used)
+    return Step("merge", "student", out, config, inputs, work, roles=roles)
 
 
 def package(config: PackageConfig, model: Model, speech: Path | None, out: Path) -> Step:

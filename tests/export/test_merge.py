@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM
 
 from export import nf4
@@ -21,6 +22,7 @@ from halve.models import load_model, read_config
 from halve.origin import read_head
 from halve.shards import iter_stored, tensor_shapes
 from halve.translate import TorchTranslator
+from pipeline import steps
 from tests import tiny
 from tests.compress.damage import spoilt
 
@@ -48,6 +50,37 @@ def on_record(adapter: Path, out: Path, model: Path, **facts: Any) -> Path:
             shutil.copyfile(file, draft.path / file.name)
         draft.extra = facts
     return out
+
+
+def test_the_mean_of_several_adapters_is_that_of_their_students(
+    tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    """The second adds three times as much, and nothing to one layer."""
+    other = shutil.copytree(adapter, tmp_path / "other")
+    tensors = load_file(other / "adapter_model.safetensors")
+    tensors = {
+        key: 3 * value if "lora_B" in key else value
+        for key, value in tensors.items()
+        if ".layers.1." not in key
+    }
+    save_file(tensors, other / "adapter_model.safetensors")
+    config = MergeConfig(dtype="float32")
+    for name, first, others in (("a", adapter, ()), ("b", other, ()), ("mean", adapter, [other])):
+        made = run_merge(config, tiny_model, first, None, tmp_path / name, others=others)
+    assert (
+        made.extra["mean_of"] == 2 and "mean of 2 adapters" in (made.path / "README.md").read_text()
+    )
+    one, two, mean = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "mean")
+    )
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+    for key, value in mean.items():
+        assert torch.allclose(value, (one[key] + two[key]) / 2, atol=1e-6), key
+    with pytest.raises(InputError, match="one is a whole model"):
+        run_merge(config, tiny_model, adapter, None, tmp_path / "c", others=[tiny_model])
+    step = steps.merge(config, tiny_model, adapter, None, tmp_path / "mean", [other])
+    assert steps.up_to_date(step)
+    assert not steps.up_to_date(steps.merge(config, tiny_model, adapter, None, tmp_path / "mean"))
 
 
 def test_onto_dequantised_is_nearer_to_what_qlora_trained(

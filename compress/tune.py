@@ -108,7 +108,7 @@ def run_tune(
         if adapter is None:
             save_model(speech, base, draft.path)
             draft.extra["origin"] = origin(base)
-            write_card(draft.path, source=base, kind="student", facts=draft.extra)
+            write_card(draft.path, source=base, kind="tuned", facts=draft.extra)
         else:
             save_adapter(adapter, base, draft.path)
     return artefact.read(out, kind)

@@ -21,6 +21,7 @@ _WORDS = {"audio": ("speech", "speech.wav"), "text": ("text", "lines.txt")}
 _MADE = {
     "pruned": "whose decoder lost layers in halve. It is not tuned yet.",
     "teacher": "fine-tuned by halve.",
+    "tuned": "tuned in full by halve.",
     "student": "made smaller by halve: layers pruned, tuned, merged.",
 }
 _LIBRARIES = {"onnx": "onnxruntime", "gguf": "llama.cpp"}
@@ -41,7 +42,7 @@ def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any
     """Writes the card of a model that a stage made.
 
     Args:
-        kind: pruned, teacher, student or package.
+        kind: pruned, teacher, tuned (in full), student or package.
         source: the model directory that it was made from; where that came from and how it was made is
             carried over.
         facts: what the making put on record: removed, onto, merge, target, precision, languages, parity.
@@ -49,8 +50,8 @@ def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any
     config = read_config(folder if (folder / "config.json").is_file() else source)
     reads = family_for(config).reads
     facts = {**_recorded(source, kind), **facts, "reads": reads}
-    name = folder.name.strip(".").removesuffix(".partial")
     head = origin(source)
+    name = _name(folder, kind, head["base_model"])
     head["library_name"] = _LIBRARIES.get(facts.get("target", ""), "transformers")
     head["pipeline_tag"] = _PIPELINES[reads]
     head["tags"] = [f"{_WORDS[reads][0]}-translation", "compression", family_for(config).name]
@@ -70,6 +71,17 @@ def write_card(folder: Path, *, source: Path, kind: str, facts: Mapping[str, Any
     )
     text = yaml.safe_dump(head, sort_keys=True, allow_unicode=True)
     (folder / CARD).write_text(f"---\n{text}---\n\n" + "\n".join(lines) + "\n", encoding="utf8")
+
+
+def _name(folder: Path, kind: str, base: Any) -> str:
+    """What the card calls the model: what is shipped by its folder, what is made on the way by its base.
+
+    The same inputs must give the same bytes wherever they are written.
+    """
+    if kind in ("student", "package"):
+        return folder.name.strip(".").removesuffix(".partial")
+    first = base[0] if isinstance(base, list) and base else base
+    return f"{str(first).rpartition('/')[2]}-{kind}"
 
 
 def _recorded(source: Path, kind: str) -> dict[str, Any]:
@@ -204,7 +216,7 @@ def _use(kind: str, facts: Mapping[str, Any], source: Path) -> list[str]:
     lang = next(iter(facts.get("languages") or facts.get("langs") or ["de"]))
     _, given = _WORDS[facts["reads"]]
     lines = ["## Use", "", "```", f"halve translate --model . --lang {lang} {given}", "```"]
-    if kind in ("teacher", "student") or facts.get("target") == "checkpoint":
+    if kind in ("teacher", "tuned", "student") or facts.get("target") == "checkpoint":
         lines += [
             "",
             "It also loads in stock transformers with `from_pretrained`. Ask it, there and in other",

@@ -282,6 +282,8 @@ def test_an_index_of_another_shape_is_named(
     text: str, says: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
+    # Beside a whole file stock code does not read it.
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
     (model / shards.INDEX).write_text(text)
     with pytest.raises(ArtefactError, match=rf"index\.json is damaged .*{says}"):
         run_prune(PruneConfig(layers=(2,)), model, None, tmp_path / "pruned")

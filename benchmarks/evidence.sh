@@ -15,13 +15,14 @@ BATCH_QLORA=16 students plans translations searched B B_twice B_searched baselin
 for SEED in 0 1 2; do SEED=$SEED BATCH_QLORA=32 students A; done
 SEED=2 BATCH_QLORA=32 students A_fine
 students A_mean
+students B_twice_fine
 SEED=2 BATCH_QLORA=16 students A_searched
 BATCH_QLORA=16 students unheard untranslated B_unheard
 # What learnt from beams or from unheard speech is measured on `select` alone.
 SEED=0 GROUPS_OF_STUDENTS="quarter seeds" students select test
 SEED=2 GROUPS_OF_STUDENTS=fine students select test
 SEED=0 SEED_A=2 GROUPS_OF_STUDENTS=searched students select
-GROUPS_OF_STUDENTS=mean students select test
+GROUPS_OF_STUDENTS="mean head4" students select test
 GROUPS_OF_STUDENTS=equal students test
 for CODE in de zh; do cp -r "runs/students-half/test-$CODE-half" runs/students; done
 students table

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
-# Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_searched A_unheard B B_mean B_twice B_searched B_unheard C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
+# Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_searched A_unheard B B_mean B_twice B_twice_fine B_searched B_unheard C D baselines select test table
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
 #   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
 #   B_twice  B, merged, and tuned as long again
+#   B_twice_fine  B_twice in blocks of 16, its head in 4 bits like the layers: what its bar leaves room for; named B-twice-head4
 #   B_searched  B, merged, and tuned as long again on the best of the teacher's five beams
 #   A_searched  A, merged, and tuned for STEPS_AGAIN on the best of five beams; stored as A_fine
 #   A_unheard, B_unheard  the same on the teacher's translations of speech that it was not trained on (untranslated, from the GIMP help)
@@ -110,6 +111,9 @@ B_twice() {
     again "$OUT/merged/B-$SEED" B-twice "$STEPS_B"
     package "$OUT/merged/B-twice-$SEED" "B-twice-$SEED" "${ROOM[@]}"
 }
+B_twice_fine() {
+    package "$OUT/merged/B-twice-$SEED" "B-twice-head4-$SEED" --encoder-bits 8 --block-size 16
+}
 C() { tune "$OUT/pruned-half" C "$STEPS_C" "${FULL[@]}"; }
 D() { package "$OUT/tuned/C-$SEED" "D-$SEED" --head-bits 8; }
 baselines() {
@@ -133,6 +137,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
             fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;
             unheard) quality "$1" unheard "$OUT/packages/A-unheard-${SEED_A:-$SEED}" "$OUT/packages/B-unheard-$SEED" ;;
             mean) quality "$1" mean "$OUT/packages/A-mean-fine" ;;
+            head4) quality "$1" head4 "$OUT/packages/B-twice-head4-$SEED" ;;
             equal) quality "$1" equal "$OUT/packages/teacher-int4-fine" ;;
             searched) quality "$1" searched "$OUT/packages/A-searched-${SEED_A:-$SEED}" "$OUT/packages/B-searched-$SEED" ;;
             qlora) quality "$1" qlora "$OUT/packages/teacher-int4-A" "$OUT/packages/A-$SEED" "$OUT/packages/B-$SEED" ;;

@@ -270,13 +270,11 @@ def report(results: Sequence[Path], out: Path, speech: Path | None = None) -> St
 
 def _shown(place: Path) -> list[Path]:
     """The artefacts that a report is made of: a run's or an earlier report's are inside of it."""
-    if not place.is_dir() or not any(place.glob(f"**/{artefact.RECORD}")):
-        return [place]
     from benchmarks.gather import gather
 
     try:
         return [source.path for source in gather([place])[0]]
-    except ArtefactError:  # what is still to be made anew, or what the report itself will refuse
+    except ArtefactError:  # what is still to be made, or what the report itself will refuse
         return [place]
 
 

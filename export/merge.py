@@ -81,7 +81,7 @@ def run_merge(
             draft.extra["onto"] = config.onto
         if others:
             draft.extra["mean_of"] = len(adapters)
-        draft.extra |= _carried(model) | _tuned(adapter)
+        draft.extra |= _carried(model) | _tuned(adapters)
         _verify(config, model, draft.path)
         langs = config.langs or languages_of(adapter) or languages_of(model)
         if langs:
@@ -112,14 +112,18 @@ def _check_adapter(model: Path, adapter: Path) -> None:
         )
 
 
-def _tuned(adapter: Path) -> dict[str, Any]:
-    """How the adapter was trained, for those who must state it."""
+def _tuned(adapters: Sequence[Path]) -> dict[str, Any]:
+    """How the adapter was trained, for those who must state it; of several the first, whose scores are not the mean's."""
+    adapter = adapters[0]
     if not (adapter / artefact.RECORD).is_file():
         return {}
     extra = artefact.read(adapter).extra
     distilled = bool(extra.get("rows", {}).get("teacher"))
     earlier = {"method": extra.get("method", "an adapter"), "distilled": distilled}
-    return {"tuned": extra.get("tuned", earlier)}
+    found = dict(extra.get("tuned", earlier))
+    if len(adapters) > 1:
+        found.pop("scores", None)
+    return {"tuned": found}
 
 
 def _merge(

@@ -3,8 +3,8 @@
 Large blocks are faster: fewer scales are multiplied with. But in blocks of more than 32 weights of 4 bits, or 64
 of 8, onnxruntime's kernel for one row adds up in another order than its kernel for several (CPU, 1.32). The
 difference is of the last bit; rounding activations to 8 bits makes it one that changes tokens. So such a
-decoder takes its rows one by one (`export.decoding`), which costs a crowd of rows up to three tenths of
-its speed (docs/decisions/0005).
+decoder takes its rows one by one (`export.decoding`), which costs a crowd of rows up to half of its speed. Without
+AVX-512 smaller blocks have two kernels as well: there an idle row keeps a lone one company (docs/decisions/0005).
 """
 
 from collections.abc import Iterable, Mapping

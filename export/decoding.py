@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from export.caches import DeviceCaches, HostCaches
 from export.geometry import Geometry, rotary_table
-from export.rows import Decoder, Row, RowBatch
+from export.rows import Decoder, RowBatch
 from export.vocabulary import WHOLE, Vocabulary
 from halve.errors import GpuError
 
@@ -24,7 +24,8 @@ FloatArray = NDArray[np.float32]
 
 _CAPACITY_STEP = 64
 PROBE_POSITIONS = 4
-"""Length of the prompt that a row is tried on, alone and beside another."""
+"""Length of the prompt that a row is tried on, alone and beside others."""
+PROBE_ROWS = (1, 2, 3, 5)
 
 
 CUDA = "CUDAExecutionProvider"
@@ -138,6 +139,8 @@ class OnnxDecoder(Decoder):
         self.session = session
         self.row_threads: RowThreads | None = None
         """What computes several rows in parts; None computes them together."""
+        self.least_rows = 1
+        """Rows that a step takes at least: idle ones keep a row company that would be computed otherwise alone."""
         half = any(each.type == "tensor(float16)" for each in session.get_inputs())
         self._cache_type = np.float16 if half else np.float32
         self.on_device = CUDA in session.get_providers()
@@ -159,9 +162,10 @@ class DecodeBatch(RowBatch):
         """`capacity`: positions a row may take (prompt, audio and tokens); it grows when it must."""
         super().__init__(decoder, slots)
         geometry = decoder.geometry
-        self._embeddings = np.zeros((slots, 1, geometry.hidden), np.float32)
-        self._logits = np.zeros((slots, geometry.vocabulary), np.float32)
-        self._last = np.zeros(slots, np.int32)
+        self._room = max(slots, decoder.least_rows)
+        self._embeddings = np.zeros((self._room, 1, geometry.hidden), np.float32)
+        self._logits = np.zeros((self._room, geometry.vocabulary), np.float32)
+        self._last = np.zeros(self._room, np.int32)
         self._total = np.zeros((), np.int32)
         self._allocate(capacity)
 
@@ -170,13 +174,15 @@ class DecodeBatch(RowBatch):
         self._embeddings[:count, 0] = self._decoder.embed(tokens)
         self._last[:count] = lengths
         self._total[...] = max(lengths) + 1
+        rows = max(count, self._decoder.least_rows)
+        self._last[count:rows] = 0  # an idle row attends to nothing but itself
         threads = self._decoder.row_threads
         parts = threads.parts(count) if threads else []
         if threads and parts:
             threads.run([self._binding(threads.session, *part) for part in parts])
         else:
             session = self._decoder.session
-            session.run_with_iobinding(self._binding(session, 0, count))
+            session.run_with_iobinding(self._binding(session, 0, rows))
         return self._logits[:count]
 
     def _copy_rows(
@@ -197,7 +203,7 @@ class DecodeBatch(RowBatch):
         """Makes buffers of at least `capacity` positions and keeps the rows' caches."""
         capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         old = getattr(self, "_caches", None)
-        self._caches = self._decoder.new_caches(self._slots, capacity)
+        self._caches = self._decoder.new_caches(self._room, capacity)
         if old is not None and self.rows:
             self._caches.take_over(old, len(self.rows))
         self._rotary = rotary_table(self._decoder.geometry, capacity)
@@ -259,22 +265,26 @@ class DecodeBatch(RowBatch):
         return binding
 
 
-def rows_agree(decoder: OnnxDecoder) -> bool:
-    """Whether this processor computes a row alone to the very bits that it has beside others.
+def rows_that_agree(decoder: OnnxDecoder) -> int | None:
+    """The least number of rows from which on this processor computes a row to the same bits, however many there are.
 
     It is tried: which kernel runs is onnxruntime's choice, by processor, block and number of rows.
 
     Args:
         decoder: one that computes rows together, without `row_threads`.
+
+    Returns:
+        1, or 2 where only a lone row goes another way; None where a row's bits hang on its company.
     """
+    most = max(PROBE_ROWS)
+    batch = DecodeBatch(decoder, most, PROBE_POSITIONS + 1)
     shape = (PROBE_POSITIONS, decoder.geometry.hidden)
-    prompt = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    batch.logits_after(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    batch._copy_rows([0] * (most - 1), list(range(1, most)), PROBE_POSITIONS)
     token = min(decoder.ends)  # a trimmed vocabulary has it
-    steps = []
-    for rows in (1, 2):
-        batch = DecodeBatch(decoder, rows, PROBE_POSITIONS + 1)
-        for _ in range(rows):
-            batch.logits_after(prompt)
-            batch.rows.append(Row(1, length=PROBE_POSITIONS))
-        steps.append(batch._run([token] * rows, [PROBE_POSITIONS] * rows)[0].copy())
-    return bool(np.array_equal(*steps))
+    alone, *others = [
+        batch._run([token] * rows, [PROBE_POSITIONS] * rows).copy() for rows in PROBE_ROWS
+    ]
+    if not all(np.array_equal(row, others[0][0]) for logits in others for row in logits):
+        return None
+    return 1 if np.array_equal(alone[0], others[0][0]) else 2

@@ -192,6 +192,8 @@ class RowBatch(ABC):
                 first = len(inputs) if len(places) <= ready else 0
                 self._copy_rows(parents, places, length, first)
                 ready = max(ready, len(places))
+            if len(tokens) == 1:
+                ready = 1  # an idle row beside it may have written to the next slot
             logits = self._run(tokens, [length] * len(tokens))
             length += 1
             return logits

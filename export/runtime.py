@@ -80,7 +80,7 @@ class OnnxTranslator(PackagedTranslator):
     def _open_parts(
         self, path: Path, threads: int | None, stop_loops: bool, rows_at_once: int | None
     ) -> None:
-        from export.decoding import OnnxDecoder, RowThreads, open_session, rows_agree
+        from export.decoding import OnnxDecoder, RowThreads, open_session, rows_that_agree
         from export.embeddings import EmbeddingTable
 
         manifest = self.manifest
@@ -98,8 +98,10 @@ class OnnxTranslator(PackagedTranslator):
             # A session computes with as many threads in each run: rows at once want one each.
             single = open_session(path / "decoder.onnx", 1, spin=False) if apart else session
             at_once = cores if apart or threads == 1 else 1
+            agreeing = None if manifest.rows_alone else rows_that_agree(self._decoder)
+            self._decoder.least_rows = agreeing or 1
             # Large decoders must share the reading of their weights, at the price of last bits.
-            alone = manifest.rows_alone or (_is_small(path) and not rows_agree(self._decoder))
+            alone = manifest.rows_alone or (agreeing is None and _is_small(path))
             self._decoder.row_threads = RowThreads(single, at_once, alone)
 
     def _is_cut(self) -> bool:

@@ -24,7 +24,7 @@ from halve.languages import language
 from halve.models import find_config, load_processor, local_model, read_config, resolve_model
 from halve.shards import WEIGHTS
 from pipeline.console import Result, size, table
-from pipeline.costs import NF4_BYTES
+from pipeline.stage_costs import NF4_BYTES
 
 GRAPH_BYTES = 500_000
 """An ONNX package's graphs without their weights, about."""

@@ -7,14 +7,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.config import (
-    MOST_THREADS,
-    ImportanceBenchConfig,
-    LatencyConfig,
-    LongformConfig,
-    QualityConfig,
-    ServeBenchConfig,
-)
+from benchmarks.config import MOST_THREADS
 from compress.config import (
     DistillConfig,
     ImportanceConfig,
@@ -29,7 +22,9 @@ from halve.errors import InputError
 from halve.importers.base import CorpusConfig
 from halve.languages import language
 from pipeline import console, shell, steps
+from pipeline.bench_cli import bench
 from pipeline.console import Result
+from pipeline.option_types import Corpus, MaybeCorpus, Model, Out, States
 from pipeline.options import command
 from serve.settings import ServeSettings
 
@@ -41,36 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-bench = typer.Typer(
-    help="Measures quality, latency, the importance search and the server.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-
-Model = Annotated[
-    str, typer.Option("--model", metavar="DIR|ID", help="A model directory, a package or a hub id.")
-]
-Corpus = Annotated[
-    Path, typer.Option("--corpus", metavar="DIR", help="A corpus written by `halve corpus`.")
-]
-MaybeCorpus = Annotated[
-    Path | None, typer.Option("--corpus", metavar="DIR", help="A corpus written by `halve corpus`.")
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", metavar="DIR", help="Where the result goes; a folder under runs/ if not given."
-    ),
-]
-
-States = Annotated[
-    Path | None,
-    typer.Option(
-        "--states-dir",
-        metavar="DIR",
-        help="Where the encoded audio is kept; runs on the same audio with the same tower share it.",
-    ),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -222,103 +187,6 @@ def package(
     name = f"package-{config.target}-{config.precision}"
     place = shell.place(out, name, config, model, *([corpus] if corpus else []))
     return shell.do(steps.package(config, model, corpus, place))
-
-
-@command(bench, "quality", QualityConfig)
-def bench_quality(
-    config: QualityConfig,
-    teacher: Annotated[str, typer.Option("--teacher", metavar="DIR|ID", help="The teacher.")],
-    corpus: Corpus,
-    students: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--students", metavar="DIR...", help="Students and packages to compare with it."
-        ),
-    ] = None,
-    out: Out = None,
-) -> Result:
-    """Scores a teacher and its students: BLEU, chrF, chrF++, TER, retention with its interval."""
-    given = students or []
-    place = shell.place(out, "quality", config, teacher, corpus, *given)
-    return shell.bench(steps.quality(config, teacher, given, corpus, place), "quality.json")
-
-
-@command(bench, "longform", LongformConfig)
-def bench_longform(
-    config: LongformConfig,
-    hypotheses: Annotated[
-        list[Path],
-        typer.Option(
-            "--hypothesis", metavar="FILE...", help="Translations of the whole recording, as text."
-        ),
-    ],
-    references: Annotated[
-        Path, typer.Option("--references", metavar="FILE", help="References, one segment a line.")
-    ],
-    out: Out = None,
-) -> Result:
-    """Scores translations of a whole recording: cuts them to fit the references' segments first."""
-    place = shell.place(out, "longform", config, *hypotheses, references)
-    return shell.bench(steps.longform(config, hypotheses, references, place), "longform.json")
-
-
-class LatencyOptions(LatencyConfig):
-    """`halve bench latency` finds out the language by itself."""
-
-    lang: str = ""
-    """Target language; without it, one that the first model was made for."""
-
-
-@command(bench, "latency", LatencyOptions)
-def bench_latency(
-    config: LatencyOptions,
-    models: Annotated[
-        list[str], typer.Option("--models", metavar="DIR...", help="Models and packages to time.")
-    ],
-    corpus: MaybeCorpus = None,
-    out: Out = None,
-) -> Result:
-    """Times models: load, first token, each token, real-time factor, peak memory."""
-    speech = corpus or shell.demo_corpus()
-    lang = config.lang or shell.language_of(Path(models[0]))
-    settings = LatencyConfig.model_validate(config.model_dump() | {"lang": lang})
-    place = shell.place(out, "latency", settings, speech, *models)
-    return shell.bench(steps.latency(settings, models, speech, place), "latency.json")
-
-
-@command(bench, "importance", ImportanceBenchConfig)
-def bench_importance(
-    config: ImportanceBenchConfig, model: Model, corpus: Corpus, out: Out = None
-) -> Result:
-    """Times a round of the exact search against the paper's one-by-one procedure."""
-    place = shell.place(out, "bench-importance", config, model, corpus)
-    return shell.bench(steps.importance_bench(config, model, corpus, place), "importance.json")
-
-
-class ServeBenchOptions(ServeBenchConfig):
-    """`halve bench serve` finds out the language by itself."""
-
-    lang: str = ""
-    """Target language; without it, one that the model was made for."""
-
-
-@command(bench, "serve", ServeBenchOptions)
-def bench_serve(
-    config: ServeBenchOptions,
-    model: Model,
-    teacher: Annotated[
-        str | None,
-        typer.Option("--teacher", metavar="DIR|ID", help="Served by stock code, for comparison."),
-    ] = None,
-    corpus: MaybeCorpus = None,
-    out: Out = None,
-) -> Result:
-    """Drives the server with one client and with many, and checks every text."""
-    speech = corpus or shell.demo_corpus()
-    lang = config.lang or shell.language_of(Path(model))
-    settings = ServeBenchConfig.model_validate(config.model_dump() | {"lang": lang})
-    place = shell.place(out, "bench-serve", settings, model, teacher, speech)
-    return shell.bench(steps.serve_bench(settings, model, teacher, speech, place), "serve.json")
 
 
 @command(app, "report")

@@ -17,6 +17,7 @@ from pipeline import steps
 from pipeline.console import duration, size
 from pipeline.costs import Cost, Estimator
 from pipeline.recipe import Recipe, package_name
+from pipeline.stage_costs import cost as cost_of
 from pipeline.steps import Model, Step
 
 
@@ -293,7 +294,7 @@ def plan(run: Run, first: str | None, last: str | None) -> tuple[list[Planned], 
     for step in steps_between(run, first, last):
         # What follows a step that must run is only known to be current once that has run.
         earlier = all(other.done for other in planned)
-        planned.append(Planned(step, estimator.cost(step), earlier and _is_done(step)))
+        planned.append(Planned(step, cost_of(estimator, step), earlier and _is_done(step)))
     return planned, estimator
 
 
@@ -312,7 +313,7 @@ def run_all(run: Run, first: str | None, last: str | None, progress: Progress) -
     estimator = Estimator(run)
     ran = []
     for step in planned:
-        cost = estimator.cost(step)
+        cost = cost_of(estimator, step)
         if steps.up_to_date(step):
             progress.message(f"{step.name}: up to date")
             ran.append(Planned(step, cost, True))

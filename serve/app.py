@@ -16,7 +16,8 @@ from halve.environment import halve_version
 from serve import chat, translations
 from serve.errors import ApiError
 from serve.guard import Guard
-from serve.registry import Model, OpenTranslator
+from serve.models import Model
+from serve.registry import OpenTranslator
 from serve.schemas import ErrorBody, ModelCard, ModelList, definitions
 from serve.service import Service
 from serve.settings import ServeSettings

@@ -13,8 +13,8 @@ from serve.audio_input import Recording
 from serve.engine import Engine
 from serve.errors import unavailable
 from serve.formats import Transcript, Translated
+from serve.models import Model
 from serve.pieces import Outcome, Piece, Ticket
-from serve.registry import Model
 
 AHEAD = 8
 """Stretches of one request in the engine at once, which bounds the memory of long audio; one where many wait already."""

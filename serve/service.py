@@ -17,7 +17,8 @@ from halve.translate import Translator
 from serve.engine import Engine
 from serve.errors import busy, draining, too_slow
 from serve.metrics import Metrics
-from serve.registry import Model, OpenTranslator, Registry
+from serve.models import Model
+from serve.registry import OpenTranslator, Registry
 from serve.settings import ServeSettings
 from serve.upload import BodyRoom, no_space
 

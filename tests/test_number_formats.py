@@ -16,7 +16,7 @@ from halve import artefact, environment
 from halve.models import load_model
 from halve.progress import Progress
 from halve.shards import half_bytes, tensor_shapes
-from serve.registry import OVERHEAD, find_models
+from serve.models import OVERHEAD, find_models
 from serve.settings import ServeSettings
 from tests import tiny
 

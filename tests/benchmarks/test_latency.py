@@ -20,7 +20,7 @@ from halve.errors import ArtefactError, InputError
 from halve.families import FAMILIES
 from halve.translate import Translation
 from pipeline import steps
-from serve.registry import find_models
+from serve.models import find_models
 from serve.settings import ServeSettings
 from tests.families import text_models
 

@@ -8,6 +8,7 @@ import pytest
 
 from export.blocks import choose_block, rows_alone
 from export.config import PackageConfig
+from export.decoding import DecodeBatch, rows_that_agree
 from export.manifest import read_manifest
 from export.package import run_package
 from export.runtime import open_translator
@@ -62,6 +63,51 @@ def _logits(translator, rows: int) -> np.ndarray:
             for step in range(STEPS)
         ]
     )
+
+
+def test_an_idle_row_changes_nothing(wide: dict[int, Path]) -> None:
+    """Kept company, a lone row has its own bits, and what comes after it finds a clean slot."""
+    translator = open_translator(wide[32], threads=1)
+    decoder = translator._decoder
+    prompts = np.random.default_rng(3).standard_normal((2, 30, 256)).astype(np.float32)
+    found = []
+    for least in (1, 2):
+        decoder.row_threads, decoder.least_rows = None, max(least, decoder.least_rows)
+        batch = translator.open_batch(2)
+        batch.add(prompts[0], 100)
+        lone = batch._run([17], [30]).copy()
+        batch.add(prompts[1], 100)
+        found.append([lone[0], *batch._run([18, 19], [31, 30]).copy()])
+        single = translator.open_batch(1)
+        single.add(prompts[0], 100)
+        assert np.array_equal(single._run([17], [30])[0], lone[0]) and not single.free
+        found[-1].append(translator.open_batch(3).search(prompts[1], 6, 3).tokens)
+    assert all(np.array_equal(*pair) for pair in zip(*found, strict=True))
+    translator.close()
+
+
+@pytest.mark.parametrize(
+    "kernels, expected",
+    [
+        (lambda rows: [0] * rows, 1),
+        (lambda rows: [int(rows > 1)] * rows, 2),
+        (lambda rows: [1] * (rows - 1) + [rows % 2], None),  # an odd one out
+        (lambda rows: [rows > 2] * rows, None),
+    ],
+)
+def test_what_a_processor_s_kernels_ask_for_is_tried(
+    wide: dict[int, Path], monkeypatch: pytest.MonkeyPatch, kernels, expected: int | None
+) -> None:
+    translator = open_translator(wide[32], threads=1)
+    truly = DecodeBatch._run
+
+    def run(batch: DecodeBatch, tokens: list[int], lengths: list[int]) -> np.ndarray:
+        shape = truly(batch, tokens, lengths).shape
+        return np.broadcast_to(np.array(kernels(len(tokens)), np.float32)[:, None], shape)
+
+    monkeypatch.setattr(DecodeBatch, "_run", run)
+    assert rows_that_agree(translator._decoder) == expected
+    translator.close()
 
 
 def test_choice() -> None:

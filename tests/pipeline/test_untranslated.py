@@ -19,7 +19,7 @@ from pipeline.clean import find
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.shell import language_of
 from pipeline.stages import Run
-from serve.registry import _languages
+from serve.models import _languages
 
 
 @pytest.fixture(scope="module")

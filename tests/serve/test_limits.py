@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from halve.errors import ArtefactError, InputError
-from serve.registry import find_models
+from serve.models import find_models
 from serve.service import Service
 from serve.settings import ServeSettings
 from tests.serve.conftest import HTTP, eventually, serving, wav

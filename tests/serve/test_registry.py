@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halve.errors import ArtefactError, InputError
-from serve.registry import OVERHEAD, find_models
+from serve.models import OVERHEAD, find_models
 from serve.service import open_model
 from serve.settings import ServeSettings
 from tests import tiny

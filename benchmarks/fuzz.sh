@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Requests made up by schemathesis from a running server's /openapi.json: no crash, no answer that the document does not know.
 #   pip install schemathesis; bash benchmarks/fuzz.sh [PACKAGE]      PACKAGE: runs/demo/packages/onnx-int4
-# A schema cannot say which bytes are speech: a refusal of what is formally valid is no fault (positive_data_acceptance).
+# Every second valid upload holds real speech (benchmarks/fuzz_hooks.py). A schema cannot say which bytes are: a refusal of what is formally valid is no fault (positive_data_acceptance).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
@@ -22,7 +22,7 @@ done
 [ -n "$URL" ] || { cat "$OUT/serve.log"; exit 1; }
 
 FAULTS=0
-"$BIN/schemathesis" --no-color run "$URL/openapi.json" --max-examples "$EXAMPLES" --seed 0 --continue-on-failure \
+SCHEMATHESIS_HOOKS=benchmarks.fuzz_hooks PYTHONPATH=. "$BIN/schemathesis" --no-color run "$URL/openapi.json" --max-examples "$EXAMPLES" --seed 0 --continue-on-failure \
     --exclude-checks positive_data_acceptance --request-timeout 60 | tee "$OUT/schemathesis.txt" || FAULTS=1
 kill -0 "$SERVER" || { echo "The server is gone"; exit 1; }
 "$BIN/python" - "$URL" << 'END' | tee "$OUT/after.txt"
@@ -37,6 +37,9 @@ def read(path: str) -> str:
 print("After it:", read("/health"))
 print(*(line for line in read("/metrics").splitlines() if line.startswith("halve_requests_total")), sep="\n")
 END
+for ENDPOINT in /v1/audio/translations /v1/chat/completions; do
+    grep -q "endpoint=\"$ENDPOINT\",status=\"200\"" "$OUT/after.txt" || { echo "Nothing was translated by $ENDPOINT"; FAULTS=1; }
+done
 kill -TERM "$SERVER"
 STATUS=0
 wait "$SERVER" || STATUS=$?

@@ -1,6 +1,6 @@
 """A report's table of other runtimes on the same weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.tables import Table, short_names
@@ -34,6 +34,62 @@ def peers_table(result: Mapping[str, Any], clip: str) -> Table | None:
         "The limit: bytes of weights read for a token over the bandwidth measured on so many bytes."
         + (f" Not measured: {', '.join(missing)}." if missing else ""),
     )
+
+
+def ratios_table(result: Mapping[str, Any], clip: str) -> Table | None:
+    """How many times faster each model is than stock code, the best peer and its own unpruned like; None without peers."""
+    if not result.get("peers"):
+        return None
+    models = result["models"]
+    names = short_names([entry["path"] for entry in models])
+    stock = [
+        name
+        for name in dict.fromkeys(entry["peer"] for entry in result["peers"])
+        if name.startswith("transformers-")
+    ]
+    rows = [
+        [
+            names[entry["path"]],
+            *(_times(entry.get("times_faster_than", {}).get(name, {}).get(clip)) for name in stock),
+            _best(entry.get("best_installed_peer", {}).get(clip)),
+            _pruning(entry, models, clip),
+        ]
+        for entry in models
+    ]
+    return Table(
+        f"Times faster, {clip} clip, {result['threads']} thread(s) against the better of a peer's numbers of threads",
+        ["model", *stock, "best peer that installs without compiling", "than the unpruned"],
+        rows,
+        note="A token, and end to end (RTF) where the peer hears. Stock code hears 30 s of padding; cut is stock code on "
+        "audio that is cut as halve cuts it. Than the unpruned: than the model of most layers in the same precision.",
+    )
+
+
+def _times(found: Mapping[str, float] | None) -> str:
+    return (
+        ", ".join(f"{found[name]:.1f}" for name in ("tpot_ms", "rtf") if name in found)
+        if found
+        else ""
+    )
+
+
+def _best(found: Mapping[str, Any] | None) -> str:
+    if not found or "tpot_ms" not in found:
+        return ""
+    return f"{found['tpot_ms']:.2f} ({found['peer']}, {found['threads']} threads)"
+
+
+def _pruning(entry: Mapping[str, Any], models: Sequence[Mapping[str, Any]], clip: str) -> str:
+    alike = [other for other in models if other["precision"] == entry["precision"]]
+    whole = max(alike, key=lambda other: other["layers"] or 0)
+    if not entry["layers"] or whole["layers"] == entry["layers"]:
+        return ""
+    ratios = [
+        whole["clips"][clip][name]["p50"] / entry["clips"][clip][name]["p50"]
+        for name in ("tpot_ms", "rtf")
+        if entry["clips"][clip][name]["p50"]
+    ]
+    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def _row(name: str, entry: Mapping[str, Any], clip: str) -> list[str]:

@@ -13,7 +13,7 @@ from benchmarks.clips import Clips
 from benchmarks.gather import DATA, Gathered, Source, artefacts_in, gather
 from benchmarks.longform import longform_table
 from benchmarks.package_tables import merge_table, packages_table
-from benchmarks.peer_tables import peers_table
+from benchmarks.peer_tables import peers_table, ratios_table
 from benchmarks.tables import Section
 from halve.artefact import Artefact, read, writing
 from halve.errors import InputError, MissingExtraError
@@ -253,7 +253,8 @@ def _latency_section(source: Source, result: Mapping[str, Any]) -> Section:
     section = Section(f"Latency: {source.label}")
     clips = sorted(result["clips"], key=lambda name: result["clips"][name]["duration_s"])
     section.tables = [tables.latency_table(result, clip) for clip in clips]
-    section.tables += [found for clip in clips if (found := peers_table(result, clip))]
+    for make in (peers_table, ratios_table):
+        section.tables += [found for clip in clips if (found := make(result, clip))]
     baseline = result.get("baseline")
     entries = [*([baseline] if baseline else []), *result["models"]]
     names = tables.short_names([entry["path"] for entry in result["models"]])

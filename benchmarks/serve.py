@@ -4,6 +4,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,9 @@ def run_serve_bench(
 ) -> Artefact:
     """Drives `halve serve` as a process with 1 and with many clients; writes `serve.json`.
 
-    Three servers, one after another: the model's, the same without batching (`one_at_a_time`), and
-    the baseline: `teacher` (the same model where none is given) with `--engine plain`. Every
-    answer is compared with the offline translation of the same file.
+    Three servers: the model's and the same without batching (`one_at_a_time`), which take turns, so that a
+    machine whose speed drifts favours neither, and then the baseline: `teacher` (the same model where none is
+    given) with `--engine plain`. Every answer is compared with the offline translation of the same file.
 
     Raises:
         InputError: stock code has nothing to load of what would be the baseline.
@@ -101,7 +102,11 @@ def run_serve_bench(
         with tempfile.TemporaryDirectory() as folder:
             files = _write_clips(config, corpus, Path(folder))
             rates = _decode_rates(config, sides[0].path, files, progress)
-            found = {side.name: _measure(config, side, files, command, progress) for side in sides}
+            found = {
+                name: record
+                for together in (sides[:-1], sides[-1:])
+                for name, record in _measure(config, together, files, command, progress).items()
+            }
         result = {
             "bench": "serve",
             "lang": config.lang,
@@ -177,39 +182,75 @@ def _write_clips(config: ServeBenchConfig, corpus_path: Path, folder: Path) -> d
 
 def _measure(
     config: ServeBenchConfig,
-    side: _Side,
+    sides: Sequence[_Side],
     files: Mapping[str, Path],
     command: Sequence[str],
     progress: Progress,
-) -> dict[str, Any]:
-    """Both regimes of one server, then its texts against the offline ones."""
-    regimes: dict[str, _Regime] = {}
-    options = ("--engine", side.engine, *side.options)
-    with serving(
-        [side.path], options, threads=config.threads, startup_s=config.startup_s, command=command
-    ) as server:
+) -> dict[str, dict[str, Any]]:
+    """Both regimes of each server, in turns there and back, then its texts against the offline ones."""
+    turns = [*sides, *reversed(sides)] if len(sides) > 1 else list(sides)
+    regimes = {side.name: {clients: _Regime() for clients in (1, config.clients)} for side in sides}
+    with ExitStack() as stack:
+        servers = {
+            side.name: stack.enter_context(
+                serving(
+                    [side.path],
+                    ("--engine", side.engine, *side.options),
+                    threads=config.threads,
+                    startup_s=config.startup_s,
+                    command=command,
+                )
+            )
+            for side in sides
+        }
         for clients in (1, config.clients):
-            progress.message(f"serve {side.name} ({side.engine}): {clients} client(s)")
-            regimes[f"clients_{clients}"] = asyncio.run(_drive(config, server.url, files, clients))
-        peak_bytes = peak_memory_bytes(server.pid)
+            for side in turns:
+                progress.message(f"serve {side.name} ({side.engine}): {clients} client(s)")
+                regime = regimes[side.name][clients]
+                # Each of its turns has its share; the last one takes what is left.
+                begun = bool(regime.latencies_ms)
+                share = config.requests // (len(turns) // len(sides))
+                requests = config.requests - share if begun else share
+                url = servers[side.name].url
+                asyncio.run(_drive(config, url, files, clients, requests, regime))
+        peaks = {name: peak_memory_bytes(server.pid) for name, server in servers.items()}
+    return {
+        side.name: _record(config, side, files, regimes[side.name], progress)
+        | {"peak_memory_bytes": peaks[side.name]}
+        for side in sides
+    }
+
+
+def _record(
+    config: ServeBenchConfig,
+    side: _Side,
+    files: Mapping[str, Path],
+    regimes: Mapping[int, _Regime],
+    progress: Progress,
+) -> dict[str, Any]:
+    """One server's figures, and its texts against the offline ones."""
     wrong, ties = _compare(config, side.path, files, list(regimes.values()), progress)
     errors = [error for regime in regimes.values() for error in regime.errors]
     return {
-        **{key: regime.record() for key, regime in regimes.items()},
+        **{f"clients_{clients}": regime.record() for clients, regime in regimes.items()},
         "engine": side.engine,
         "errors": len(errors),
         "first_error": errors[0] if errors else "",
         "wrong_texts": wrong,
         "tie_texts": ties,
         "compared_texts": sum(len(regime.texts) for regime in regimes.values()),
-        "peak_memory_bytes": peak_bytes,
     }
 
 
 async def _drive(
-    config: ServeBenchConfig, url: str, files: Mapping[str, Path], clients: int
-) -> _Regime:
-    """Keeps `clients` requests under way until enough are answered."""
+    config: ServeBenchConfig,
+    url: str,
+    files: Mapping[str, Path],
+    clients: int,
+    requests: int,
+    regime: _Regime,
+) -> None:
+    """Keeps `clients` requests under way until enough are answered; adds them to what `regime` has."""
     data = {name: path.read_bytes() for name, path in files.items()}
     names = list(data)
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
@@ -225,8 +266,7 @@ async def _drive(
         warm = _Regime()
         for start in range(0, config.warmup):
             await asyncio.gather(*(ask(start + place, warm) for place in range(clients)))
-        regime = _Regime()
-        waiting = iter(range(config.requests))
+        waiting = iter(range(requests))
         started = time.perf_counter()
 
         async def client_loop() -> None:
@@ -236,9 +276,8 @@ async def _drive(
                 await ask(index, regime)
 
         await asyncio.gather(*(client_loop() for _ in range(clients)))
-        regime.wall_s = time.perf_counter() - started
+        regime.wall_s += time.perf_counter() - started
     regime.errors += warm.errors
-    return regime
 
 
 async def _ask(

@@ -38,6 +38,8 @@ from halve.translate import Translation
 
 FLAT_SHARE = 0.05
 TIE_GAP = 1e-2
+GAP_S = 0.05
+"""Times are given to the hundredth."""
 MOST_TIES = 0.01
 LONG_S = 45.0
 PROBE_EVERY_S = 0.1
@@ -112,6 +114,8 @@ def judge(
     verdicts: dict[tuple[Any, ...], str] = {}
     counts = {"compared_texts": 0, "wrong_texts": 0, "tie_texts": 0}
     for answer in record.answers:
+        if gap := missing(answer, known[answer.sound].duration_s):
+            record.faults.append(f"{answer.sound}: {gap}")
         for start_s, end_s, text in _parts(answer, known[answer.sound]):
             key = (answer.sound, start_s, end_s)
             samples = _cut(known[answer.sound].samples, start_s, end_s)
@@ -135,6 +139,21 @@ def _parts(answer: Answer, sound: Sound) -> list[tuple[float, float, str]]:
     if len(answer.segments) > 1:
         return list(answer.segments)
     return [(0.0, sound.duration_s, answer.text)]
+
+
+def missing(answer: Answer, duration_s: float) -> str:
+    """What an answer of several stretches leaves out of its audio or of its text; empty where nothing."""
+    stretches = answer.segments
+    if len(stretches) < 2:
+        return ""
+    ends = [0.0, *(end for _, end, _ in stretches)]
+    for before, (start, _, _) in zip(ends, stretches, strict=False):
+        if abs(start - before) > GAP_S:
+            return f"nothing between {before:.2f} and {start:.2f} s"
+    if abs(ends[-1] - duration_s) > GAP_S:
+        return f"it ends at {ends[-1]:.2f} of {duration_s:.2f} s"
+    joined = "".join(text for _, _, text in stretches)
+    return "" if "".join(joined.split()) == "".join(answer.text.split()) else "text of no stretch"
 
 
 def _cut(samples: FloatArray, start_s: float, end_s: float) -> FloatArray:

@@ -1,7 +1,6 @@
 """What a soak sends: real speech in many containers, and files made to do harm."""
 
 import io
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -15,6 +14,7 @@ import soundfile
 from benchmarks.workload import FloatArray
 from halve.audio import SAMPLE_RATE_HZ, read_audio
 from halve.corpus import Corpus, Segment
+from halve.environment import find_ffmpeg
 
 CONTAINERS: dict[str, dict[str, str]] = {
     "wav": {"format": "WAV", "subtype": "PCM_16"},
@@ -45,7 +45,7 @@ def sounds(corpus: Corpus, segments: Sequence[Segment]) -> list[Sound]:
     found = []
     for segment in segments:
         samples = corpus.audio(segment)
-        for kind in (*CONTAINERS, *(BY_FFMPEG if shutil.which("ffmpeg") else ())):
+        for kind in (*CONTAINERS, *(BY_FFMPEG if find_ffmpeg() else ())):
             found.append(_sound(f"{segment.id}.{kind}", samples, kind))
     return found
 
@@ -95,7 +95,7 @@ def encoded(
 def _by_ffmpeg(wav: bytes, kind: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"out.{kind}"
-        command = ["ffmpeg", "-v", "error", "-f", "wav", "-i", "pipe:0", *BY_FFMPEG[kind]]
+        command = [str(find_ffmpeg()), "-v", "error", "-f", "wav", "-i", "pipe:0", *BY_FFMPEG[kind]]
         subprocess.run([*command, str(path)], input=wav, check=True)
         return path.read_bytes()
 
@@ -104,7 +104,7 @@ def _heard_by_ffmpeg(content: bytes) -> FloatArray:
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
-        command = ["ffmpeg", "-v", "error", "-i", file.name, "-map", "0:a:0", "-ac", "1"]
+        command = [str(find_ffmpeg()), "-v", "error", "-i", file.name, "-map", "0:a:0", "-ac", "1"]
         command += ["-ar", str(SAMPLE_RATE_HZ), "-f", "f32le", "pipe:1"]
         data = subprocess.run(command, check=True, capture_output=True).stdout
     return np.frombuffer(data, "<f4").astype(np.float32)

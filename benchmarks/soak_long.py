@@ -21,8 +21,9 @@ import numpy as np
 import psutil
 
 from benchmarks.server_process import Server, serving
-from benchmarks.soak import TIE_GAP
+from benchmarks.soak import TIE_GAP, missing
 from benchmarks.soak_audio import CONTAINERS, encoded
+from benchmarks.soak_load import Answer
 from benchmarks.ties import differs_at_tie
 from benchmarks.workload import FloatArray
 from export.runtime import open_translator
@@ -139,6 +140,10 @@ def summarise(
     """The result; `faults` is empty if all went well."""
     growth = found["long"]["peak_bytes"] - found["short"]["peak_bytes"]
     faults = []
+    for name, answer in found.items():
+        parts = tuple((part["start"], part["end"], part["text"]) for part in answer["segments"])
+        if gap := missing(Answer(name, answer["text"], parts), answer["duration"]):
+            faults.append(f"{name}: {gap}")
     if growth > GROWTH_BYTES:
         faults.append(f"the long file took {growth / 1e6:.1f} MB more than the short one")
     if counts["wrong_texts"]:

@@ -37,16 +37,19 @@ def add_limits(
 
 
 def compare(
-    entry: dict[str, Any], baseline: Mapping[str, Any] | None, peers: Sequence[Mapping[str, Any]]
+    entry: dict[str, Any],
+    baselines: Sequence[Mapping[str, Any]],
+    peers: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Adds how many times faster a model is than the baseline, and than each peer at its best threads.
+    """Adds how many times faster a model is than the baseline and each peer, both at the threads that serve them best.
 
     Only those that compute where it does: a processor and a GPU say nothing about one another.
     """
     peers = [peer for peer in peers if peer["device"] == entry["device"]]
-    if baseline and baseline["device"] == entry["device"]:
+    baselines = [baseline for baseline in baselines if baseline["device"] == entry["device"]]
+    if baselines:
         entry["times_faster_than_baseline"] = {
-            clip: _ratios([baseline], entry, clip, _BASELINE_METRICS) for clip in entry["clips"]
+            clip: _ratios(baselines, entry, clip, _BASELINE_METRICS) for clip in entry["clips"]
         }
     if not peers:
         return

@@ -248,13 +248,14 @@ def latency_table(result: Mapping[str, Any], clip: str) -> Table:
     baseline = result.get("baseline")
     gpu = result["machine"].get("gpu")
     names = short_names([entry["path"] for entry in result["models"]])
-    for entry in [*([baseline] if baseline else []), *result["models"]]:
+    stock = [*([baseline] if baseline else []), *result.get("baseline_other_threads", ())]
+    for entry in [*stock, *result["models"]]:
         timed = entry["clips"][clip]
         faster = entry.get("times_faster_than_baseline", {}).get(clip, {})
         rows.append(
             [
                 names[entry["path"]]
-                + (" (stock transformers)" if entry is baseline else "")
+                + _as_stock(entry, result, stock)
                 + (" on the GPU" if entry.get("device", "cpu") != "cpu" else ""),
                 str(entry["layers"]),
                 entry["precision"] + _computed_in(entry),
@@ -273,8 +274,23 @@ def latency_table(result: Mapping[str, Any], clip: str) -> Table:
         header,
         rows,
         note=f"p50 (p95) of {result['repeats']} runs after {result['warmup']} to warm up; each model "
-        f"in a process of its own, on {result['machine']['cpu']}{f' and {gpu}' if gpu else ''}.",
+        f"in a process of its own, on {result['machine']['cpu']}{f' and {gpu}' if gpu else ''}."
+        + (
+            " Times faster: than stock transformers at the better of its numbers of threads."
+            if stock[1:]
+            else ""
+        ),
     )
+
+
+def _as_stock(
+    entry: Mapping[str, Any], result: Mapping[str, Any], stock: Sequence[Mapping[str, Any]]
+) -> str:
+    if not any(entry is each for each in stock):
+        return ""
+    threads = entry["threads"]
+    other = f", {threads} threads" if threads != result["threads"] else ""
+    return f" (stock transformers{other})"
 
 
 def _on_gpu(entry: Mapping[str, Any]) -> str:

@@ -58,9 +58,10 @@ def _attend(
         return masked_attention(query, key, value, attention_mask, scale).contiguous(), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(
+    attended: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )
+    return attended
 
 
 @contextmanager

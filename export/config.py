@@ -82,14 +82,16 @@ class PackageConfig(Config):
     """Bits of the embedding table; those of `precision` where None."""
     trim_vocab: bool = False
     """ONNX and GGUF of models that hear: keeps only the tokens that the corpus's translations into `langs` need
-    (`train` and `select`), and every single byte or character. The same texts, greedily; a beam search weighs the kept tokens alone."""
+    (`train` and `select`), and every single byte or character. The same texts, greedily, wherever the student says no other
+    token, which the check on `select` counts; a beam search weighs the kept tokens alone."""
     encoder_bits: Literal[4, 8, 32] | None = None
     """Bits of the audio encoder's linear layers in an int8 or int4 package. Where None, those of
     `precision` if the weights are calibrated, else 8."""
     quantise: Literal["auto", "rtn", "search", "k-quant", "gptq"] = "auto"
     """ONNX: how weights become 4-bit codes. rtn: to nearest, the scale holds a block's extreme; search: with
     the scale of least squared error; k-quant: that, and a zero point a block; gptq: calibrated on `train`,
-    each weight's error made up for by the others. auto: gptq where a corpus is named, else search."""
+    each weight's error made up for by the others. auto: gptq where a corpus is named, else search. An embedding table
+    in 4 bits, and a head that is tied to it, are searched whatever the method."""
     calibration_segments: Positive = 128
     """gptq reads so many segments of `train`, spread evenly over it and over the languages."""
     batch_size: Positive = 8
@@ -145,7 +147,7 @@ def _check_rounding(config: PackageConfig) -> None:
 
 def _check_quantise(config: PackageConfig) -> None:
     """Refuses a way of rounding to 4 bits where nothing has so few."""
-    widths = (config.encoder_bits, config.head_bits, config.embedding_bits)
+    widths = (config.encoder_bits, config.head_bits)  # the table is not rounded by it
     if config.precision == "int8" and 4 not in widths and config.quantise not in ("auto", "rtn"):
         raise InputError(
             f"Nothing of this package has 4 bits, and 8 are rounded to nearest, not by {config.quantise}",

@@ -129,9 +129,12 @@ def _tuned(adapters: Sequence[Path]) -> dict[str, Any]:
 def _merge(
     config: MergeConfig, model: Path, adapters: Sequence[Path], onto: str, folder: Path
 ) -> None:
-    family = family_for(read_config(model))
-    shapes = tensor_shapes(model)
-    family.check_stored(model, shapes)
+    base = read_config(model)
+    family = family_for(base)
+    stored = tensor_shapes(model)
+    family.check_stored(model, stored)
+    # An adapter of what stock code ignores (a second copy of a tied head) would be lost without a word.
+    shapes = {key: found for key, found in stored.items() if not family.is_surplus(base, key)}
     read = mean_of([read_adapter(each, family, shapes) for each in adapters])
     change = _change(family, read, _arithmetic(adapters[0]) if onto == "dequantized" else None)
     write_plain(model, folder, config.dtype, config.max_shard_bytes, change)

@@ -4,6 +4,7 @@ An ONNX package needs numpy, onnxruntime and tokenizers; neither torch nor trans
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,11 @@ class OnnxTranslator(PackagedTranslator):
             at_once = cores if apart or threads == 1 else 1
             agreeing = None if manifest.rows_alone else rows_that_agree(self._decoder)
             self._decoder.least_rows = agreeing or 1
+            if agreeing is None and not (manifest.rows_alone or _is_small(path)):
+                log.warning(
+                    "%s: on this processor the last bits of a row depend on how many share its step",
+                    path,
+                )
             # Large decoders must share the reading of their weights, at the price of last bits.
             alone = manifest.rows_alone or (agreeing is None and _is_small(path))
             self._decoder.row_threads = RowThreads(single, at_once, alone)
@@ -138,6 +144,11 @@ def _pick_device(path: Path, manifest: Manifest, device: str) -> str:
     fit = manifest.precision == "fp16"
     there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     if device == "auto":
+        if fit and not there and shutil.which("nvidia-smi"):
+            log.warning(
+                "%s computes on the processor: this onnxruntime has no CUDA (halve[gpu] instead of halve[cpu])",
+                path,
+            )
         return "cuda" if fit and there else "cpu"
     if device == "cpu":
         return device

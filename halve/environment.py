@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -80,6 +81,18 @@ def _number(path: str) -> int | None:
 def cores() -> int:
     """The cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_ffmpeg() -> str | None:
+    """Where ffmpeg is, if it is installed: the system's, else that of the package imageio-ffmpeg."""
+    if found := shutil.which("ffmpeg"):
+        return found
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        return str(get_ffmpeg_exe())
+    except (ImportError, RuntimeError):
+        return None
 
 
 def machine() -> dict[str, Any]:

@@ -6,6 +6,7 @@ search's bounds are made of.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ METRICS: dict[str, Callable[[str], Any]] = {
     "ter": lambda lang: TER(asian_support=lang in ("zh", "ja"), normalized=lang in ("zh", "ja")),
 }
 LOWER_IS_BETTER = frozenset({"ter"})
+KEPT_ROWS = 1 << 16
+"""Statistics of translations that are kept: a result's are asked for whole, by voice and again for intervals (about 40 MB)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Retention:
     """Two-sided, by approximate randomisation (Riezler and Maxwell 2005)."""
 
 
+@lru_cache
 def _metric(name: str, lang: str) -> Any:
     if name not in METRICS:
         raise InputError(f"Unknown metric {name!r}", expected=f"one of {', '.join(METRICS)}")
@@ -73,15 +77,16 @@ def score(metric: str, hypotheses: Sequence[str], references: Sequence[str], lan
     Raises:
         InputError: unknown metric, or lengths that differ.
     """
-    _check(hypotheses, references)
-    scorer = _metric(metric, lang)
-    value = scorer.corpus_score(list(hypotheses), [list(references)]).score
-    return Score(metric, float(value), str(scorer.get_signature()))
+    sums = segment_statistics(metric, hypotheses, references, lang).sum(axis=0)
+    return Score(metric, score_from_statistics(metric, sums, lang), signature(metric, lang))
 
 
+@lru_cache
 def signature(metric: str, lang: str) -> str:
     """What lets others repeat a score."""
-    return score(metric, ["-"], ["-"], lang).signature
+    scorer = _metric(metric, lang)
+    scorer.corpus_score(["-"], [["-"]])  # tells it how many references there are
+    return str(scorer.get_signature())
 
 
 def segment_statistics(
@@ -89,10 +94,16 @@ def segment_statistics(
 ) -> NDArray[np.float64]:
     """What each segment adds to the corpus score: shape (segments, statistics); sums are sufficient."""
     _check(hypotheses, references)
-    scorer = _metric(metric, lang)
-    # sacrebleu's own significance tests are built on these two methods.
-    rows = scorer._extract_corpus_statistics(list(hypotheses), [list(references)])
+    pairs = zip(hypotheses, references, strict=True)
+    rows = [_row(metric, lang, hypothesis, reference) for hypothesis, reference in pairs]
     return np.asarray(rows, dtype=np.float64)
+
+
+@lru_cache(KEPT_ROWS)
+def _row(metric: str, lang: str, hypothesis: str, reference: str) -> tuple[float, ...]:
+    # sacrebleu's own significance tests are built on this method and on `_compute_score_from_stats`.
+    (row,) = _metric(metric, lang)._extract_corpus_statistics([hypothesis], [[reference]])
+    return tuple(row)
 
 
 def score_from_statistics(metric: str, sums: NDArray[np.float64], lang: str) -> float:

@@ -159,7 +159,8 @@ def _complete_document(app: FastAPI, service: Service) -> None:
             for body in content.values():
                 # A copy: the schema is the module's own, and servers of one process differ.
                 schema = body["schema"] = copy.deepcopy(body["schema"])
-                schema["properties"]["model"]["enum"] = list(service.registry.models)
+                if service.settings.api_key_file is None:  # names are for those who have the key
+                    schema["properties"]["model"]["enum"] = list(service.registry.models)
         return found
 
     app.openapi = document  # type: ignore[method-assign]

@@ -72,13 +72,14 @@ def read_chat(body: bytes) -> ChatRequest:
 
 
 def read_message(messages: list[Message]) -> tuple[str, list[str]]:
-    """(base64 audio, texts) of the conversation: its one recording, and what is said to do with it.
+    """(base64 audio, texts) of the conversation: its last recording, and what is said to do with it.
 
-    The first text is that of the recording's own message; then come those of the system, developer
-    and user messages, latest first.
+    Chat programs send the whole history again: recordings of earlier messages were translated then. The first
+    text is that of the recording's own message; then come those of the system, developer and user messages,
+    latest first.
 
     Raises:
-        ApiError: no recording, or several.
+        ApiError: no recording, or several in the last message that has one.
     """
     held = [
         (message, part.input_audio.data)
@@ -86,12 +87,14 @@ def read_message(messages: list[Message]) -> tuple[str, list[str]]:
         for part in _parts(message)
         if isinstance(part, AudioPart)
     ]
-    if len(held) != 1:
+    if not held:
+        raise bad_field("messages", "The messages hold no input_audio part; send one recording.")
+    own, data = held[-1]
+    if (parts := sum(message is own for message, _ in held)) > 1:
         raise bad_field(
             "messages",
-            f"The messages hold {len(held)} input_audio parts; send exactly one recording a request.",
+            f"The last message with audio holds {parts} input_audio parts; send exactly one recording a message.",
         )
-    own, data = held[0]
     others = [m for m in reversed(messages) if m is not own and m.role != "assistant"]
     return data, [_text(message) for message in (own, *others)]
 

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 from halve.translate import Translator
 from serve.errors import internal, unavailable
-from serve.pieces import DUE_PER_AUDIO_S, Piece, Watcher
+from serve.pieces import DUE_PER_AUDIO_S, LATEST_DUE_S, Piece, Watcher
 from serve.runners import Finished, Runner, runner_for
 
 log = logging.getLogger("halve.serve")
@@ -52,7 +52,7 @@ class Engine:
         ticket = piece.ticket
         ticket.audio_s += piece.duration_s
         piece.due_s = max(
-            ticket.arrival_s + DUE_PER_AUDIO_S * ticket.audio_s,
+            ticket.arrival_s + min(DUE_PER_AUDIO_S * ticket.audio_s, LATEST_DUE_S),
             time.monotonic() + DUE_PER_AUDIO_S * piece.duration_s,
         )
         with self._changed:

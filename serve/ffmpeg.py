@@ -8,7 +8,6 @@ import contextlib
 import os
 import resource
 import select
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halve.audio import SAMPLE_RATE_HZ
+from halve.environment import find_ffmpeg
 from serve.errors import ApiError, bad_audio
 
 DEMUXERS = {"mp4": "mov", "webm": "matroska", "aac": "aac"}
@@ -28,18 +28,6 @@ POLL_S = 0.2
 STALL_S = 20.0
 """A process that gives no sample for so long is taken for stuck: it would keep a reader busy."""
 MEMORY_BYTES = 2 * 1024**3
-
-
-def find() -> str | None:
-    """Where ffmpeg is, if it is installed: the system's, else that of the package imageio-ffmpeg."""
-    if found := shutil.which("ffmpeg"):
-        return found
-    try:
-        from imageio_ffmpeg import get_ffmpeg_exe
-
-        return str(get_ffmpeg_exe())
-    except (ImportError, RuntimeError):
-        return None
 
 
 def command(program: str, container: str, max_audio_s: float) -> list[str]:
@@ -60,7 +48,7 @@ def blocks(
     Raises:
         ApiError: ffmpeg is not installed, or cannot read the file.
     """
-    program = find()
+    program = find_ffmpeg()
     if program is None:
         raise ApiError(
             422,

@@ -13,6 +13,8 @@ from halve.translate import Translation
 
 DUE_PER_AUDIO_S = 0.5
 """A piece is due this long after its request's arrival for each second of audio up to its end."""
+LATEST_DUE_S = 240.0
+"""…but no later than this: the last stretches of long audio are not overtaken until its time is over."""
 LONGER_FACTOR = 2.0
 """A piece joins a batch if it is at most this many times as long as the batch's first…"""
 ALWAYS_JOINS_S = 4.0

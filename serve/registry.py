@@ -223,7 +223,10 @@ class Registry:
     async def _evict(self, model: Model) -> None:
         engine, model.engine = model.engine, None
         if engine is not None:
-            await asyncio.to_thread(engine.close, UNLOAD_WAIT_S)
+            closed = await asyncio.to_thread(engine.close, UNLOAD_WAIT_S)
+            while not closed:  # its memory is not free before its last translation is over
+                log.warning("%s: waiting for a translation that nobody wants", model.id)
+                closed = await asyncio.to_thread(engine.close, UNLOAD_WAIT_S)
             await asyncio.to_thread(_return_memory)
             log.info("%s: unloaded", model.id)
 

@@ -89,9 +89,9 @@ async function toggleRecording() {
   const hadFocus = document.activeElement === button;
   // A second click before the microphone is there would ask for another, which nothing would close.
   button.disabled = true;
+  const stop = stopRecording;
   try {
-    if (stopRecording) {
-      const stop = stopRecording;
+    if (stop) {
       stopRecording = null;
       choices += 1;
       use(await stop());
@@ -101,7 +101,7 @@ async function toggleRecording() {
       say("Recording…");
     }
   } catch {
-    say("No recording: the browser gave no microphone.", true);
+    say(stop ? "No recording: it holds no sound." : "No recording: the browser gave no microphone.", true);
   }
   button.disabled = false;
   if (hadFocus && document.activeElement === document.body) button.focus();

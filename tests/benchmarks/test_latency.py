@@ -35,7 +35,9 @@ def test_every_key_and_positive_numbers(
     assert [entry["layers"] for entry in result["models"]] == [4]
     assert result["baseline"]["path"] == str(tiny_student)
     assert result["clips"]["long"]["duration_s"] > result["clips"]["short"]["duration_s"]
-    for entry in [result["baseline"], *result["models"]]:
+    others = result["baseline_other_threads"]
+    assert [entry["threads"] for entry in others] == [2] * (environment.cores() > 1)
+    for entry in [result["baseline"], *others, *result["models"]]:
         assert entry["precision"] == "fp32"
         assert entry["load_s"] > 0
         assert entry["peak_memory_bytes"] > entry["before_load_bytes"] > 10_000_000
@@ -100,7 +102,7 @@ def test_a_model_that_says_nothing_has_no_ratio() -> None:
     """No second token, no time a token: the others' figures stand."""
     silent = _timed(0.0)
     peer = _timed(8.0, peer="llama.cpp", threads=1, compiled=True)
-    speed.compare(silent, _timed(9.0), [peer])
+    speed.compare(silent, [_timed(9.0)], [peer])
     speed.add_limits(silent, {1 << 30: 5e9}, None)
     assert silent["times_faster_than_baseline"]["short"] == {"ttft_ms": 1.0, "rtf": 1.0}
     assert silent["times_faster_than"]["llama.cpp"]["short"] == {"rtf": 1.0}
@@ -108,7 +110,7 @@ def test_a_model_that_says_nothing_has_no_ratio() -> None:
     assert "best_installed_peer" not in silent, "it had to be compiled"
     quick = _timed(2.0)
     slower = _timed(6.0, peer="genai", threads=2, compiled=False)
-    speed.compare(quick, _timed(9.0), [peer, slower])
+    speed.compare(quick, [_timed(11.0), _timed(9.0)], [peer, slower])
     assert quick["times_faster_than_baseline"]["short"]["tpot_ms"] == 4.5
     assert quick["best_installed_peer"]["short"] == {"peer": "genai", "threads": 2, "tpot_ms": 3.0}
 
@@ -116,10 +118,10 @@ def test_a_model_that_says_nothing_has_no_ratio() -> None:
 def test_a_gpu_is_compared_with_nothing_on_the_processor() -> None:
     entry = _timed(1.0, device="cuda")
     peer = _timed(6.0, peer="genai", threads=2, compiled=False)
-    speed.compare(entry, _timed(9.0), [peer])
+    speed.compare(entry, [_timed(9.0)], [peer])
     speed.add_limits(entry, {1 << 30: 5e9}, None)
     assert not {"times_faster_than_baseline", "times_faster_than", "bandwidth_limit"} & set(entry)
-    speed.compare(entry, _timed(9.0, device="cuda"), [peer])
+    speed.compare(entry, [_timed(9.0, device="cuda"), _timed(1.0)], [peer])
     assert entry["times_faster_than_baseline"]["short"]["tpot_ms"] == 9.0
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks import soak_load
+from benchmarks.soak import missing
 from benchmarks.soak_audio import Sound
-from benchmarks.soak_load import Client, Record, Stock
+from benchmarks.soak_load import Answer, Client, Record, Stock
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\ncontent-type: application/json\r\n\r\n"
 FAILED = b'data: {"type": "transcript.text.delta", "delta": "Der"}\n\ndata: {"error": {"message": "stopped"}}\n\n'
@@ -83,3 +84,20 @@ def test_a_request_never_taken_is_refused_after_the_stop_and_a_fault_before() ->
     assert after.refused_connections == 1 and not after.faults
     before = load(hang_up, False)
     assert before.faults and not before.refused_connections
+
+
+@pytest.mark.parametrize(
+    ("segments", "said", "fault"),
+    [
+        ([(0.0, 2.0, "eins"), (2.0, 5.0, "zwei")], "eins zwei", ""),
+        ([(0.0, 5.0, "eins")], "eins", ""),
+        ([(0.0, 2.0, "eins"), (3.0, 5.0, "zwei")], "eins zwei", "nothing between 2.00 and 3.00 s"),
+        ([(1.0, 2.0, "eins"), (2.0, 5.0, "zwei")], "eins zwei", "nothing between 0.00 and 1.00 s"),
+        ([(0.0, 2.0, "eins"), (2.0, 4.0, "zwei")], "eins zwei", "it ends at 4.00 of 5.00 s"),
+        ([(0.0, 2.0, "eins"), (2.0, 5.0, "zwei")], "eins", "text of no stretch"),
+    ],
+)
+def test_what_a_long_answer_leaves_out_is_a_fault(
+    segments: list[tuple[float, float, str]], said: str, fault: str
+) -> None:
+    assert missing(Answer("long", said, tuple(segments)), 5.0) == fault

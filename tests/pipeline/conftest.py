@@ -2,11 +2,12 @@
 
 import os
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.pipeline.forks import Forks, forking
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -19,20 +20,24 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """What starts commands."""
+    with forking(environment()) as found:
+        yield found
+
+
 @pytest.fixture
-def halve(tmp_path: Path) -> Halve:
+def halve(forks: Forks, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Halve:
     """`halve ARGUMENTS…` in an empty directory."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        said = tmp_path_factory.mktemp("said")
+        out, error = said / "out", said / "error"
+        forks.start(*arguments, place=tmp_path, out=out, error=error)
+        code = forks.wait()
+        texts = [file.read_text(encoding="utf8") for file in (out, error)]
+        return subprocess.CompletedProcess([str(each) for each in arguments], code, *texts)
 
     return run
 

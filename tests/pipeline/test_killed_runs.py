@@ -1,21 +1,17 @@
 """Killed with SIGKILL at any moment and run again, a run ends with the bytes of one that was never killed."""
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import pytest
 
-from tests.pipeline.conftest import ROOT, environment
+from tests.pipeline.conftest import ROOT
+from tests.pipeline.forks import Forks
 
 KILLS = 10
 STAGES = [
@@ -23,82 +19,31 @@ STAGES = [
     for name in ("corpus", "importance", "pruned", "translations", "adapter", "student")
 ]
 
-# Loads the libraries once and forks a child for each run: a run then costs its work alone.
-_ZYGOTE = """
-import json, os, pathlib, signal, sys
-import torch, transformers, peft, bitsandbytes
-import compress.importance, compress.prune, compress.distill, compress.tune, export.merge
-from pipeline.cli import main
-def die_at_rename(number):
-    '''Dies in front of the number'th renaming of a directory.'''
-    left, rename = [number], pathlib.Path.rename
-    def dying(self, target):
-        if self.is_dir():
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return rename(self, target)
-    pathlib.Path.rename = dying
-
-print("ready", flush=True)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        null = os.open(os.devnull, os.O_RDWR)
-        log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(null, 0), os.dup2(log, 1), os.dup2(log, 2)
-        arguments, renaming = json.loads(line)
-        die_at_rename(renaming)
-        main(arguments)
-    print(pid, flush=True)
-    sys.stdin.readline()  # until then a finished child stays to be looked at
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
 
 @dataclass
 class Runner:
-    """Starts runs in forked children."""
+    """Starts runs whose words go into one log."""
 
-    process: "subprocess.Popen[str]"
-    log: Path
+    forks: Forks
+    place: Path
 
     def start(self, *arguments: str, renaming: int = 0) -> int:
-        """The child's process id; it dies at its `renaming`th renaming of a directory, if that is not 0."""
-        print(json.dumps([arguments, renaming]), file=self._stdin, flush=True)
-        return int(self._stdout.readline())
+        """See `Forks.start`."""
+        both = {"out": self.log, "error": self.log}
+        return self.forks.start(*arguments, place=self.place, renaming=renaming, **both)
 
     def wait(self) -> int:
-        """The child's exit code; negative for a signal."""
-        print(file=self._stdin, flush=True)
-        return int(self._stdout.readline())
+        """See `Forks.wait`."""
+        return self.forks.wait()
 
     @property
-    def _stdin(self) -> IO[str]:
-        assert self.process.stdin is not None
-        return self.process.stdin
-
-    @property
-    def _stdout(self) -> IO[str]:
-        assert self.process.stdout is not None
-        return self.process.stdout
+    def log(self) -> Path:
+        return self.place / "log"
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> Iterator[Runner]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", _ZYGOTE],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=tmp_path,
-        env=environment(),
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield Runner(process, tmp_path / "log")
-        process.kill()
+def runner(forks: Forks, tmp_path: Path) -> Runner:
+    return Runner(forks, tmp_path)
 
 
 def state(out: Path) -> int:

@@ -1,4 +1,4 @@
-"""A server with a fake model as a process of its own: DIRECTORY DRAIN_S.
+"""A server with a fake model as a process of its own: DIRECTORY DRAIN_S [MAX_QUEUE].
 
 Its translations wait until DIRECTORY holds a file named go.
 """
@@ -40,6 +40,11 @@ if __name__ == "__main__":
     uploads = directory / "uploads"
     uploads.mkdir()
     settings = ServeSettings(
-        models=(str(model),), port=0, drain_s=float(sys.argv[2]), batch_size=4, temp_dir=uploads
+        models=(str(model),),
+        port=0,
+        drain_s=float(sys.argv[2]),
+        max_queue=int(sys.argv[3]) if sys.argv[3:] else 64,
+        batch_size=4,
+        temp_dir=uploads,
     )
     run_server(settings, Lines(), open_translator=lambda path, settings: Slow())

@@ -233,3 +233,17 @@ def test_the_document_allows_null(serve_fake) -> None:
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
     fields = body["content"]["application/json"]["schema"]["properties"]
     assert {"type": "null"} in fields["stream"]["anyOf"]
+
+
+def test_a_chat_that_goes_on_has_its_latest_recording_translated(serve_fake) -> None:
+    """Chat programs send what was said before again, recordings and all."""
+    longer = {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(wav(0.9)).decode(), "format": "wav"},
+    }
+    history = [said("user", text("Into Chinese."), AUDIO), said("assistant", "zh 0.50")]
+    with serve_fake() as server:
+        answer = ask(server, *history, said("user", longer))
+        assert answer.json()["choices"][0]["message"]["content"] == "zh 0.90"
+        both = ask(server, *history, said("user", longer, AUDIO))
+        assert both.status_code == 400 and "2 input_audio parts" in both.text

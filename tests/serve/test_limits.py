@@ -200,6 +200,7 @@ def test_keys(serve_fake, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("a-secret-key\n")
     with serve_fake(api_key_file=key) as server:
+        assert '"fake"' not in server.get("/openapi.json").text, "names need the key"
         refused(server.post(wav(0.5)), 401, "invalid_api_key")
         for wrong in ("Bearer wrong", "Bearer", "a-secret-key", "Basic a-secret-key", "Bearer ü"):
             header = {"authorization": wrong.encode("utf8")}

@@ -50,6 +50,26 @@ def test_one_of_two_servers_ends_under_load(tmp_path: Path, how: signal.Signals)
     assert set(load.statuses) == {"200"}
 
 
+def test_full_servers_refuse_and_go_on(tmp_path: Path) -> None:
+    """More clients than both take on: 429 from halve, and never the balancer's own error."""
+    with ExitStack() as stack:
+        urls = []
+        for name in ("one", "two"):
+            directory = tmp_path / name
+            directory.mkdir()
+            (directory / "go").touch()
+            urls.append(stack.enter_context(process(directory, drain_s=60, max_queue=1))[1])
+        proxy_directory = tmp_path / "nginx"
+        proxy_directory.mkdir()
+        url = stack.enter_context(balancer(proxy_directory, urls)).url
+        load = Load(url, clients=8)
+        eventually(lambda: load.statuses["200"] > 30 and load.statuses["429"] > 30)
+        assert httpx.get(f"{url}/health").status_code == 200
+        load.stop()
+        load.join()
+    assert set(load.statuses) == {"200", "429"}
+
+
 def test_the_page_and_streams_pass_through(tmp_path: Path) -> None:
     with ExitStack() as stack:
         urls = []

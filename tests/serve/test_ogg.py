@@ -101,13 +101,13 @@ def test_all_recordings_of_a_chain_are_heard() -> None:
         heard_s(chain, max_audio_s=5.0)
 
 
-@pytest.mark.skipif(ffmpeg.find() is None, reason="ffmpeg is not installed")
+@pytest.mark.skipif(ffmpeg.find_ffmpeg() is None, reason="ffmpeg is not installed")
 @pytest.mark.parametrize("options", [[], ["-page_duration", "20000"], ["-page_duration", "1"]])
 @pytest.mark.parametrize("codec", ["libopus", "libvorbis"])
 def test_what_ffmpeg_writes_is_read(codec: str, options: list[str]) -> None:
     source = io.BytesIO()
     soundfile.write(source, tiny.tone(3.0, 0), 16_000, format="WAV")
-    command = [str(ffmpeg.find()), "-v", "error", "-f", "wav", "-i", "pipe:0", "-c:a", codec]
+    command = [str(ffmpeg.find_ffmpeg()), "-v", "error", "-f", "wav", "-i", "pipe:0", "-c:a", codec]
     made = subprocess.run(
         [*command, *options, "-f", "ogg", "pipe:1"],
         input=source.getvalue(),

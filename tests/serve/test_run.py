@@ -26,10 +26,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def process(directory: Path, drain_s: float) -> Iterator[tuple[subprocess.Popen, str]]:
+def process(
+    directory: Path, drain_s: float, max_queue: int = 64
+) -> Iterator[tuple[subprocess.Popen, str]]:
     """The process and its address."""
     command = [sys.executable, "-m", "tests.serve.server_process"]
-    arguments = [str(directory), str(drain_s)]
+    arguments = [str(directory), str(drain_s), str(max_queue)]
     server = subprocess.Popen([*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None

@@ -95,10 +95,11 @@ def ask(server: Server, model: str, lang: str, file: Path) -> dict[str, Any]:
     }
 
 
-def compare(model: Path, lang: str, samples: FloatArray, segments: list[Any]) -> dict[str, int]:
+def compare(model: Path, lang: str, samples: FloatArray, segments: list[Any]) -> dict[str, Any]:
     """Every stretch against the offline translation of its samples."""
     translator = open_translator(model)
     counts = {"stretches": len(segments), "wrong_texts": 0, "tie_texts": 0}
+    differences = []
     for segment in segments:
         start, end = (round(segment[key] * SAMPLE_RATE_HZ) for key in ("start", "end"))
         if segment["stopped"] == "silence":
@@ -110,8 +111,9 @@ def compare(model: Path, lang: str, samples: FloatArray, segments: list[Any]) ->
             translator, samples[start:end], lang, offline.tokens, segment["text"], TIE_GAP
         )
         counts["tie_texts" if near else "wrong_texts"] += 1
+        differences.append({**segment, "near": near, "offline": offline.text})
     translator.close()
-    return counts
+    return {**counts, "differences": differences}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summarise(
-    found: dict[str, dict[str, Any]], sizes: dict[str, int], counts: dict[str, int]
+    found: dict[str, dict[str, Any]], sizes: dict[str, int], counts: dict[str, Any]
 ) -> dict[str, Any]:
     """The result; `faults` is empty if all went well."""
     growth = found["long"]["peak_bytes"] - found["short"]["peak_bytes"]

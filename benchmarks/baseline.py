@@ -24,7 +24,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
 
 
 @dataclass
-class TokenClock(BaseStreamer):
+class TokenClock(BaseStreamer):  # type: ignore[misc]
     """Notes when `generate` hands over each token."""
 
     times_s: list[float] = field(default_factory=list)

@@ -14,6 +14,9 @@ SMALL_BYTES = 64 << 20
 """Weights of a decoder and its head that a processor's cache holds, or nearly: rows do not share their reading."""
 SMALL_BLOCK, LARGE_BLOCK = 32, 128
 
+TILE_ROWS = 128
+"""Rows of a quantised product that onnxruntime gives a thread at once, where it has several."""
+
 _TOGETHER = {4: 32, 8: 64}
 """The largest block by bits whose rows are computed alike alone and among others."""
 
@@ -27,6 +30,14 @@ def choose_block(weight_bytes: float, widths: Iterable[int]) -> int:
     """
     fits = all(width % LARGE_BLOCK == 0 for width in widths)
     return LARGE_BLOCK if fits and weight_bytes <= SMALL_BYTES else SMALL_BLOCK
+
+
+def leaves_one(rows: int) -> bool:
+    """Whether several threads would compute a row of so many by itself, with the kernel for lone rows, where one thread does not.
+
+    So that bits do not depend on the number of threads, such products are computed otherwise.
+    """
+    return rows > 1 and rows % TILE_ROWS == 1
 
 
 def rows_alone(bits: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from export.blocks import leaves_one
 from export.caches import DeviceCaches, HostCaches
 from export.geometry import Geometry, rotary_table
 from export.rows import Decoder, RowBatch
@@ -139,6 +140,8 @@ class OnnxDecoder(Decoder):
         self.session = session
         self.row_threads: RowThreads | None = None
         """What computes several rows in parts; None computes them together."""
+        self.is_quantised = False
+        """Whether its products are of few bits, and which kernel computes a row matters."""
         self.least_rows = 1
         """Rows that a step takes at least: idle ones keep a row company that would be computed otherwise alone."""
         half = any(each.type == "tensor(float16)" for each in session.get_inputs())
@@ -162,7 +165,7 @@ class DecodeBatch(RowBatch):
         """`capacity`: positions a row may take (prompt, audio and tokens); it grows when it must."""
         super().__init__(decoder, slots)
         geometry = decoder.geometry
-        self._room = max(slots, decoder.least_rows)
+        self._room = slots + decoder.least_rows - 1
         self._embeddings = np.zeros((self._room, 1, geometry.hidden), np.float32)
         self._logits = np.zeros((self._room, geometry.vocabulary), np.float32)
         self._last = np.zeros(self._room, np.int32)
@@ -230,13 +233,27 @@ class DecodeBatch(RowBatch):
 
     def logits_after(self, inputs: FloatArray) -> FloatArray:
         """See `RowBatch.logits_after`."""
-        slot = len(self.rows)
-        embeddings = np.ascontiguousarray(inputs, dtype=np.float32)[None]
-        last = np.array([len(inputs) - 1], np.int32)
-        total = np.array(len(inputs), np.int32)
-        logits = np.empty((1, self._decoder.geometry.vocabulary), np.float32)
+        embeddings = np.ascontiguousarray(inputs, dtype=np.float32)
+        if not (self._decoder.is_quantised and leaves_one(len(inputs))):
+            return self._read(embeddings[None], [len(inputs) - 1])
+        self._read(embeddings[None, :-1], [len(inputs) - 2])
+        idle = self._decoder.least_rows - 1
+        step = np.repeat(embeddings[-1:, None], 1 + idle, axis=0)
+        return self._read(step, [len(inputs) - 1, *[0] * idle])
+
+    def _read(self, embeddings: FloatArray, last: list[int]) -> FloatArray:
+        """Reads embeddings, (rows, steps, hidden), into the first free slots; the first row's logits.
+
+        Args:
+            last: the position of each row's last step.
+        """
+        slot, rows = len(self.rows), len(embeddings)
+        total = np.array(max(last) + 1, np.int32)
+        logits = np.empty((rows, self._decoder.geometry.vocabulary), np.float32)
         session = self._decoder.session
-        binding = self._bind(session, slice(slot, slot + 1), embeddings, last, total, logits)
+        places = slice(slot, slot + rows)
+        positions = np.array(last, np.int32)
+        binding = self._bind(session, places, embeddings, positions, total, logits)
         session.run_with_iobinding(binding)
         return logits[0]
 

@@ -61,6 +61,11 @@ class Manifest:
         return Geometry(**{**facts, "rotary_frequencies": tuple(facts["rotary_frequencies"])})
 
     @property
+    def encoder_bits(self) -> int:
+        """Bits of the audio encoder's linear layers."""
+        return int(self._of_onnx("bits").get("encoder", 32))
+
+    @property
     def embedding_bits(self) -> int:
         """Bits that an embedding is stored in."""
         return int(self._of_onnx("bits")["embeddings"])

@@ -4,12 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.ahead import working_ahead
+from export.blocks import leaves_one
 from export.manifest import Manifest
 from export.rows import Decoder, RowBatch
 from export.vocabulary import VOCABULARY, Vocabulary
@@ -76,6 +78,8 @@ class PackagedTranslator(ABC):
         from export.decoding import open_session
         from export.frontend import FrontEnd
 
+        self._path, self._lock = path, Lock()
+        self._single: Any = None
         self._threads = threads or environment.cores()
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         if self.manifest.reads == "audio":
@@ -124,8 +128,22 @@ class PackagedTranslator(ABC):
         features, frames = self._front(audio)
         positions = np.array([encoder_positions(frames)], np.int64)
         feed = {"features": features[None], "positions": positions}
-        embeddings: FloatArray = self._encoder.run(["embeddings"], feed)[0]
+        encoder = self._encoder_for(int(positions[0]))
+        embeddings: FloatArray = encoder.run(["embeddings"], feed)[0]
         return embeddings[0]
+
+    def _encoder_for(self, positions: int) -> Any:
+        """The encoder's session; of one thread for the few lengths at which several would give other bits."""
+        pooled = positions // 2
+        few_bits = self.manifest.encoder_bits < 16
+        if not few_bits or self._threads == 1 or not (leaves_one(positions) or leaves_one(pooled)):
+            return self._encoder
+        from export.decoding import open_session
+
+        with self._lock:
+            if self._single is None:
+                self._single = open_session(self._path / "encoder.onnx", 1, spin=False)
+        return self._single
 
     def inputs(self, audio: Source, lang: str) -> FloatArray:
         """Embeddings of the whole prompt with one clip, or text, in it, (positions, hidden).
@@ -264,4 +282,5 @@ class PackagedTranslator(ABC):
         self._prompts.clear()
         if self.manifest.reads == "audio":
             del self._encoder
+            self._single = None
         del self._decoder, self._embed

@@ -96,6 +96,7 @@ class OnnxTranslator(PackagedTranslator):
             session, manifest.decoder, self._embed, manifest.end_ids, stop_loops, kept
         )
         if self._is_cut():
+            self._decoder.is_quantised = True
             # A session computes with as many threads in each run: rows at once want one each.
             single = open_session(path / "decoder.onnx", 1, spin=False) if apart else session
             at_once = cores if apart or threads == 1 else 1

@@ -31,7 +31,8 @@ from halve import environment
 from halve.audio import SAMPLE_RATE_HZ, read_audio
 from halve.corpus import read_corpus
 
-SHORT_S = 300.0
+SHORT_S = 900.0
+"""Long enough to meet the stretches that take most: what grows after it grows with length."""
 GROWTH_BYTES = 16_000_000
 """The long file may take so much more than the short one: text, tokens, the allocator's slack."""
 

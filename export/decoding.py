@@ -33,7 +33,7 @@ CUDA = "CUDAExecutionProvider"
 
 
 def open_session(
-    path: Path, threads: int | None, *, spin: bool, device: str = "cpu"
+    path: Path, threads: int | None, *, spin: bool, device: str = "cpu", arena: bool = True
 ) -> onnxruntime.InferenceSession:
     """Opens a graph.
 
@@ -41,6 +41,7 @@ def open_session(
         device: cpu or cuda.
         threads: None leaves the choice to onnxruntime.
         spin: whether idle threads wait actively after a run: right for many short runs.
+        arena: whether memory of a run is kept for the next one.
 
     Raises:
         GpuError: onnxruntime has a GPU's provider and cannot use it.
@@ -49,6 +50,7 @@ def open_session(
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # shapes change from run to run
+    options.enable_cpu_mem_arena = arena
     options.log_severity_level = 3
     if not spin:
         options.add_session_config_entry("session.force_spinning_stop", "1")

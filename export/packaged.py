@@ -142,7 +142,8 @@ class PackagedTranslator(ABC):
 
         with self._lock:
             if self._single is None:
-                self._single = open_session(self._path / "encoder.onnx", 1, spin=False)
+                path = self._path / "encoder.onnx"
+                self._single = open_session(path, 1, spin=False, arena=False)  # it seldom runs
         return self._single
 
     def inputs(self, audio: Source, lang: str) -> FloatArray:

@@ -23,7 +23,6 @@ _SERVED = {"model", "to_language", "response_format", "stream", "prompt", "langu
 """Fields of a form that are kept as they were made up; chats keep `model` and `stream`."""
 
 
-@schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
     """Puts speech into every second valid body that takes any."""
     body = case.body
@@ -41,3 +40,6 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     elif "file" in body:
         kept = {key: value for key, value in body.items() if key in _SERVED}
         case.body = {**kept, "file": file, "to_language": "de"}
+
+
+schemathesis.hook(before_call)

@@ -9,7 +9,7 @@ PACKAGE=${1:-runs/demo/packages/onnx-int4}
 OUT=${OUT:-runs/fuzz}
 EXAMPLES=${EXAMPLES:-300}
 mkdir -p "$OUT/tmp"
-rm -f "$OUT"/tmp/*
+rm -f "$OUT"/tmp/* "$OUT/serve.log"
 
 TMPDIR=$(realpath "$OUT/tmp") "$BIN/halve" serve --model "$PACKAGE" --port 0 > "$OUT/serve.log" 2>&1 &
 SERVER=$!

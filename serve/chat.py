@@ -40,7 +40,7 @@ _REQUEST_BODY = {
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A chat completion, or its chunks as server-sent events.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     },
     "4XX": {"model": ErrorBody, "description": "Refused."},
     "5XX": {"model": ErrorBody, "description": "Not possible now, or failed."},

@@ -241,6 +241,9 @@ GOOD = {
 }
 
 
+FROM_WAV = (str(ffmpeg.find_ffmpeg()), "-v", "error", "-f", "wav", "-i", "pipe:0")
+
+
 def with_checksums(content: bytearray) -> bytearray:
     """An Ogg file's pages made right again, as far as they can be followed."""
     place = 0
@@ -268,9 +271,8 @@ def test_damage_is_decoded_or_refused(
     reach = min(len(content), 300) if length % 2 else len(content)
     for position, value in changes:
         content[position % reach] = value
-    if (
-        name == "opus" and length % 3
-    ):  # so that the decoder sees it, and not only the check before it
+    # So that the decoder sees the damage, and not only the check before it.
+    if name == "opus" and length % 3:
         content = with_checksums(content)
     content = content[: max(12, length)]
     try:
@@ -354,17 +356,7 @@ def test_ffmpeg_refuses_damage(content: bytes) -> None:
 def test_what_ffmpeg_reads(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     codec = ["-c:a", "libopus"] if name == "a.webm" else []
-    arguments = [
-        str(ffmpeg.find_ffmpeg()),
-        "-v",
-        "error",
-        "-f",
-        "wav",
-        "-i",
-        "pipe:0",
-        *codec,
-        str(path),
-    ]
+    arguments = [*FROM_WAV, *codec, str(path)]
     subprocess.run(arguments, input=wav(2.0), check=True)
     assert abs(len(decode(path.read_bytes())) - 32_000) < 4_000
     assert refusal(path.read_bytes(), max_audio_s=1.0).code == "audio_too_long"
@@ -374,16 +366,7 @@ def test_what_ffmpeg_reads(name: str, tmp_path: Path) -> None:
 def test_m4a_that_was_cut_says_so(tmp_path: Path) -> None:
     path = tmp_path / "a.m4a"
     index_first = ["-movflags", "+faststart", str(path)]
-    arguments = [
-        str(ffmpeg.find_ffmpeg()),
-        "-v",
-        "error",
-        "-f",
-        "wav",
-        "-i",
-        "pipe:0",
-        *index_first,
-    ]
+    arguments = [*FROM_WAV, *index_first]
     subprocess.run(arguments, input=wav(20.0), check=True)
     content = path.read_bytes()
     assert lengths(content) == (pytest.approx(20.0, abs=0.2), pytest.approx(20.0, abs=0.2))

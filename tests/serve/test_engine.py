@@ -12,7 +12,7 @@ from halve.models import load_model
 from halve.translate import TorchTranslator
 from serve.engine import Engine
 from serve.errors import ApiError
-from serve.pieces import Piece, Ticket
+from serve.pieces import LATEST_DUE_S, Piece, Ticket
 from serve.runners import BatchRunner
 from tests.serve.conftest import eventually
 from tests.serve.fakes import FakeBatch, FakeRow, FakeTranslator, SteppingTranslator
@@ -92,6 +92,16 @@ def test_a_long_request_is_not_overtaken_for_ever(engine: Engine, fake: FakeTran
     fake.gate.set()
     eventually(lambda: len(fake.batches) > 1)
     assert fake.batches[1][0] == 30.0
+
+
+def test_the_end_of_an_hour_is_due_in_its_time(engine: Engine, fake: FakeTranslator) -> None:
+    first = held(engine, fake)
+    hour = Ticket(first.ticket.arrival_s - LATEST_DUE_S)
+    hour.audio_s = 3570.0  # of which all but the last stretch went in before
+    last = piece(30, hour)
+    engine.submit(last)
+    assert last.due_s <= first.due_s + 30
+    fake.gate.set()
 
 
 def test_languages_are_not_mixed(engine: Engine, fake: FakeTranslator) -> None:

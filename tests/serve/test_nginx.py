@@ -2,6 +2,7 @@
 
 import re
 import signal
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,20 +25,27 @@ def _served(url: str) -> float:
     return float(found[1]) if found else 0.0
 
 
+def two_servers(
+    stack: ExitStack, folder: Path, max_queue: int = 64
+) -> tuple[list[subprocess.Popen], list[str], str]:
+    """Two servers and nginx before them, until `stack` ends: processes, their addresses, nginx's."""
+    servers, urls = [], []
+    for name in ("one", "two"):
+        directory = folder / name
+        directory.mkdir()
+        (directory / "go").touch()
+        server, url = stack.enter_context(process(directory, drain_s=60, max_queue=max_queue))
+        servers.append(server)
+        urls.append(url)
+    proxy = folder / "nginx"
+    proxy.mkdir()
+    return servers, urls, stack.enter_context(balancer(proxy, urls)).url
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_one_of_two_servers_ends_under_load(tmp_path: Path, how: signal.Signals) -> None:
     with ExitStack() as stack:
-        servers, urls = [], []
-        for name in ("one", "two"):
-            directory = tmp_path / name
-            directory.mkdir()
-            (directory / "go").touch()
-            server, url = stack.enter_context(process(directory, drain_s=60))
-            servers.append(server)
-            urls.append(url)
-        proxy_directory = tmp_path / "nginx"
-        proxy_directory.mkdir()
-        url = stack.enter_context(balancer(proxy_directory, urls)).url
+        servers, urls, url = two_servers(stack, tmp_path)
         load = Load(url, clients=6)
         eventually(lambda: _served(urls[0]) > 5 and _served(urls[1]) > 5)
         servers[0].send_signal(how)
@@ -53,15 +61,7 @@ def test_one_of_two_servers_ends_under_load(tmp_path: Path, how: signal.Signals)
 def test_full_servers_refuse_and_go_on(tmp_path: Path) -> None:
     """More clients than both take on: 429 from halve, and never the balancer's own error."""
     with ExitStack() as stack:
-        urls = []
-        for name in ("one", "two"):
-            directory = tmp_path / name
-            directory.mkdir()
-            (directory / "go").touch()
-            urls.append(stack.enter_context(process(directory, drain_s=60, max_queue=1))[1])
-        proxy_directory = tmp_path / "nginx"
-        proxy_directory.mkdir()
-        url = stack.enter_context(balancer(proxy_directory, urls)).url
+        _, _, url = two_servers(stack, tmp_path, max_queue=1)
         load = Load(url, clients=8)  # those that are refused leave
         eventually(lambda: load.statuses["200"] > 60 and load.statuses["429"] > 0)
         assert httpx.get(f"{url}/health").status_code == 200
@@ -72,15 +72,7 @@ def test_full_servers_refuse_and_go_on(tmp_path: Path) -> None:
 
 def test_the_page_and_streams_pass_through(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        urls = []
-        for name in ("one", "two"):
-            directory = tmp_path / name
-            directory.mkdir()
-            (directory / "go").touch()
-            urls.append(stack.enter_context(process(directory, drain_s=60))[1])
-        proxy_directory = tmp_path / "nginx"
-        proxy_directory.mkdir()
-        url = stack.enter_context(balancer(proxy_directory, urls)).url
+        _, _, url = two_servers(stack, tmp_path)
         assert httpx.get(url).status_code == 200
         # As a browser on that page posts.
         answer = httpx.post(

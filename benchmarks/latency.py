@@ -74,7 +74,7 @@ def run_latency(
         check_listens(family_of(resolve_model(model, weights=False)), model)
     given = {str(path): _local(path) for path in models}
     sizes = {name: size.measure(path, name) for name, path in given.items()}
-    clips = _clips(config, corpus)
+    clips = timed_clips(config, corpus)
     _check_heard_whole(clips, given)
     stock = _stock_model(given) if config.baseline or config.peers else None
     if config.peers and (stock is None or config.new_tokens is None):
@@ -151,7 +151,7 @@ def _jobs(
         if config.peers:
             yield _Job("bandwidth", "", threads, _worker(config, threads, {"backend": "bandwidth"}))
         for number, (name, path) in enumerate(given.items()):
-            muted = _muted(path, folder / f"model-{number}-{threads}", config.new_tokens)
+            muted = without_ends(path, folder / f"model-{number}-{threads}", config.new_tokens)
             asked = {"backend": "halve", "path": str(muted.resolve()), "clips": files}
             yield _Job("halve", name, threads, _worker(config, threads, asked))
         for peer in names if stock else []:
@@ -220,7 +220,7 @@ def _worker(
     return lambda: _measure(config, threads, request)
 
 
-def _muted(path: Path, folder: Path, new_tokens: int | None) -> Path:
+def without_ends(path: Path, folder: Path, new_tokens: int | None) -> Path:
     """The model with no token that ends a translation, as links, where a number of tokens is set."""
     if new_tokens is None:
         return path
@@ -239,7 +239,7 @@ def _local(path: str | Path) -> Path:
     return Path(path) if Path(path).exists() else Path(resolve_model(path))
 
 
-def _clips(config: LatencyConfig, corpus_path: Path) -> list[Clip]:
+def timed_clips(config: LatencyConfig, corpus_path: Path) -> list[Clip]:
     corpus = read_corpus(corpus_path)
     segments = corpus.split(config.split, config.lang)
     return [
@@ -254,6 +254,11 @@ def _stock_model(given: Mapping[str, Path]) -> str | None:
     return next((name for name, path in given.items() if can_load(path)), None)
 
 
+def worker_command() -> list[str]:
+    """What starts a process that times one of halve's models."""
+    return [sys.executable, "-m", "benchmarks.latency_worker"]
+
+
 def _measure(config: LatencyConfig, threads: int, request: Mapping[str, Any]) -> dict[str, Any]:
     """One model's timings, from a fresh process."""
     path = request.get("path", "memory bandwidth")
@@ -261,7 +266,7 @@ def _measure(config: LatencyConfig, threads: int, request: Mapping[str, Any]) ->
     full = {**request, "threads": threads, **config.model_dump(include=fields)}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.latency_worker"],
+            worker_command(),
             input=json.dumps(full).encode(),
             capture_output=True,
             check=False,

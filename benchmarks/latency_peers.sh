@@ -2,7 +2,7 @@
 # Times halve beside other runtimes on the same weights, two shapes: the demo's teacher, and a generated decoder
 # of 12 layers x 512. Each takes about 6 minutes on 2 cores, after conversions that are kept in runs/peers.
 #   bash benchmarks/latency_peers.sh [prepare | demo | wide | rivals]      without a name: the first three
-# rivals: int4 packages and genai's int4 in turns, ROUNDS times, for a ratio that the machine's moods do not make.
+# rivals: int4 packages and genai's int4 in turns, clip by clip, for ratios that the machine's moods do not make.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 HALVE=${HALVE:-.venv/bin/halve}
@@ -44,16 +44,12 @@ bench() { # NAME MODELS…
 }
 
 rivals() {
-    for ROUND in $(seq "${ROUNDS:-3}"); do
-        for SHAPE in teacher wide; do
-            MODEL=$IN/wide
-            if [ $SHAPE = teacher ]; then MODEL=demo/teacher; fi
-            "$HALVE" bench latency --models $MODEL "$IN/$SHAPE-int4" "$IN/$SHAPE-int4-block32" --corpus demo/corpus --lang de --threads 1 \
-                --also-threads "$THREADS" --new-tokens 32 --repeats 7 --warmup 2 --no-baseline --peers genai-int4 genai-int4-block128 \
-                --peer-folder runs/peers --out "$OUT/rivals-$SHAPE-$ROUND"
-        done
+    for SHAPE in teacher wide; do
+        MODEL=$IN/wide
+        if [ $SHAPE = teacher ]; then MODEL=demo/teacher; fi
+        "${HALVE%halve}python" -m benchmarks.rivals --model $MODEL --packages "$IN/$SHAPE-int4" "$IN/$SHAPE-int4-block32" \
+            --corpus demo/corpus --lang de --threads 1 "$THREADS" --rounds "${ROUNDS:-40}" --out "$OUT/rivals-$SHAPE"
     done
-    "${HALVE%halve}python" -m benchmarks.rivals "$OUT"
 }
 
 for PART in "${@:-prepare demo wide}"; do

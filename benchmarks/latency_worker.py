@@ -1,6 +1,7 @@
 """Times one model in a process of its own, so that load time and peak memory are its alone.
 
-Run as `python -m benchmarks.latency_worker`: one JSON request on stdin, one JSON answer on stdout.
+Run as `python -m benchmarks.latency_worker`: one JSON request on stdin, one JSON answer on stdout; or, where the
+request has `turns`, an answer for every line after it (`benchmarks.turns`).
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 from benchmarks.bandwidth import read_bandwidth
 from benchmarks.memory import peak_gpu_memory_bytes, peak_memory_bytes, resident_memory_bytes
+from benchmarks.turns import answer_turns
 from export.gguf_file import GGUF, decoder_bytes
 from halve.audio import SAMPLE_RATE_HZ, FloatArray, read_audio
 from halve.errors import HalveError
@@ -88,6 +90,18 @@ def _time_clip(run: Run, audio: FloatArray, request: dict[str, Any]) -> dict[str
     }
 
 
+def _clip_timer(request: dict[str, Any]) -> Callable[[str], dict[str, float]]:
+    """Opens a package or model of halve's; what times one of the request's clips each time it is called."""
+    clips = {name: read_audio(path) for name, path in request["clips"].items()}
+    run, *_ = _halve(request)
+
+    def timed(name: str) -> dict[str, float]:
+        timing = run(clips[name], request["new_tokens"])
+        return {"ttft_ms": 1000 * timing.first_s, "tpot_ms": 1000 * timing.token_s}
+
+    return timed
+
+
 def _halve(request: dict[str, Any]) -> tuple[Run, Callable[[], int], str, str]:
     from export.runtime import open_translator
 
@@ -140,27 +154,65 @@ def _stream_run(translator: Any, lang: str) -> Run:
     return run
 
 
+def _text_of(translator: Any) -> Callable[[Sequence[int]], str]:
+    """What makes text of tokens: packages and models on torch call it differently."""
+    text: Callable[[Sequence[int]], str] = getattr(translator, "text", None) or translator.decode
+    return text
+
+
 def _until_text(translator: Any, tokens: Sequence[int]) -> int:
     """How many tokens it takes until there is text to show."""
     from halve.translate import TextStream
 
-    stream = TextStream(getattr(translator, "text", None) or translator.decode)
+    stream = TextStream(_text_of(translator))
     counts = range(1, len(tokens) + 1)
     return next((count for count in counts if stream.push(tokens[:count])), max(1, len(tokens)))
 
 
 def _exact_run(translator: Any, lang: str) -> Run:
-    """Times a translation of one token and one of all: the first piece of text may take several."""
+    """Times every token as it is chosen: a piece of text may take several."""
+    say = _package_tokens if hasattr(translator, "open_batch") else _torch_tokens
+    text = _text_of(translator)
 
     def run(audio: FloatArray, limit: int) -> Timing:
+        times_s: list[float] = []
         started = time.perf_counter()
-        translator.translate([audio], lang, limits=[1])
-        first_s = time.perf_counter() - started
-        started = time.perf_counter()
-        found = translator.translate([audio], lang, limits=[limit])[0]
-        return Timing(time.perf_counter() - started, first_s, len(found.tokens), found.text)
+        tokens = say(translator, audio, lang, limit, lambda: times_s.append(time.perf_counter()))
+        first_s, total_s = times_s[0] - started, times_s[-1] - started
+        return Timing(total_s, first_s, len(tokens), text(tokens))
 
     return run
+
+
+def _package_tokens(
+    package: Any, audio: FloatArray, lang: str, limit: int, chosen: Callable[[], None]
+) -> list[int]:
+    """What a package on onnxruntime or llama.cpp says; tells of each token when it is chosen."""
+    inputs = package.inputs(audio, lang)
+    batch = package.open_batch(1, len(inputs) + limit)
+    row = batch.add(inputs, limit)
+    chosen()
+    while not row.stopped:
+        batch.step()
+        chosen()
+    tokens: list[int] = row.tokens
+    return tokens
+
+
+def _torch_tokens(
+    translator: Any, audio: FloatArray, lang: str, limit: int, chosen: Callable[[], None]
+) -> list[int]:
+    """What a model on torch says; tells of each token when it is chosen."""
+
+    def gone(_: int) -> bool:
+        chosen()  # asked after every token but the last
+        return False
+
+    heard = translator.encode_all([audio])
+    found = translator.translate_embeddings(heard, lang, limits=[limit], gone=gone)
+    chosen()
+    tokens: list[int] = found[0].tokens
+    return tokens
 
 
 def _weight_bytes(translator: Any, path: Path) -> int:
@@ -202,7 +254,11 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf8")
     os.dup2(2, 1)  # What libraries print must not mix with the answer.
     try:
-        answer = measure(json.loads(sys.stdin.read()))
+        request = json.loads(sys.stdin.readline())
+        if request.get("turns"):
+            answer_turns(_clip_timer(request), answers)
+            return 0
+        answer = measure(request)
     except HalveError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

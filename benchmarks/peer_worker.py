@@ -1,13 +1,14 @@
 """Prepares or times one peer, in a process and if need be an environment of its own.
 
-Run as `python -m benchmarks.peer_worker`: one JSON request on stdin, one JSON answer on stdout. Needs
-numpy and the peer's libraries, nothing of halve.
+Run as `python -m benchmarks.peer_worker`: one JSON request on stdin, one JSON answer on stdout; or, where the
+request has `turns`, an answer for every line after it. Needs numpy and the peer's libraries, nothing of halve.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.memory import peak_memory_bytes, resident_memory_bytes
+from benchmarks.turns import answer_turns
 
 _LIBRARIES = (
     "onnxruntime",
@@ -77,6 +79,19 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _prompt_timer(request: dict[str, Any]) -> Callable[[str], dict[str, float]]:
+    """Loads a prepared peer; what times one of the request's prompts each time it is called."""
+    peer = peer_class(request["peer"])(Path(request["folder"]), request["threads"])
+    prompts = {name: dict(np.load(path)) for name, path in request["prompts"].items()}
+    count = request["new_tokens"]
+
+    def timed(name: str) -> dict[str, float]:
+        first_s, total_s, _ = peer.run(prompts[name], count)
+        return {"ttft_ms": 1000 * first_s, "tpot_ms": 1000 * (total_s - first_s) / (count - 1)}
+
+    return timed
+
+
 def _time_prompt(peer: Any, prompt: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     count = request["new_tokens"]
     for _ in range(request["warmup"]):
@@ -111,7 +126,10 @@ def main() -> int:
     """Answers one request."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf8")
     os.dup2(2, 1)  # What libraries print must not mix with the answer.
-    request = json.loads(sys.stdin.read())
+    request = json.loads(sys.stdin.readline())
+    if request.get("turns"):
+        answer_turns(_prompt_timer(request), answers)
+        return 0
     answer = {"prepare": prepare, "measure": measure}[request["action"]](request)
     json.dump(answer, answers)
     answers.close()

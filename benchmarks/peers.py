@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_names import PeerName
+from benchmarks.turns import Contender
 from halve.errors import HalveError
 from halve.families import family_for
 from halve.languages import language
@@ -106,10 +107,18 @@ class TextPeers:
         self, name: PeerName, settings: Mapping[str, Any], variables: Mapping[str, str]
     ) -> dict[str, Any]:
         """One peer's timings, from a fresh process; settings: threads, warmup, repeats, new_tokens."""
-        prompts = {clip: str(path) for clip, path in self._prompts().items()}
-        timeout_s = settings["timeout_s"]
-        request = {"action": "measure", "prompts": prompts, **settings}
-        return self._ask(name, request, variables, timeout_s)
+        request = {"action": "measure", "prompts": self._prompt_files(), **settings}
+        return self._ask(name, request, variables, settings["timeout_s"])
+
+    def contender(
+        self, name: PeerName, settings: Mapping[str, Any], variables: Mapping[str, str]
+    ) -> Contender:
+        """One peer in a process that waits for its turns; settings: threads, new_tokens."""
+        request = {"prompts": self._prompt_files(), **settings}
+        return Contender(self._command(name), self._request(name, request), variables)
+
+    def _prompt_files(self) -> dict[str, str]:
+        return {clip: str(path) for clip, path in self._prompts().items()}
 
     def _prompts(self) -> dict[str, Path]:
         text = self._folder / "text"
@@ -122,13 +131,18 @@ class TextPeers:
         variables: Mapping[str, str],
         timeout_s: float | None,
     ) -> dict[str, Any]:
-        command = [python_of(PEERS[name], self._environments), "-m", "benchmarks.peer_worker"]
-        full = {"peer": name, "folder": str((self._folder / name).resolve()), **request}
+        full = json.dumps(self._request(name, request)).encode()
         doing = f"{request['action']} of {name}"
         found: dict[str, Any] = json.loads(
-            _run(command, json.dumps(full).encode(), variables, doing, timeout_s)
+            _run(self._command(name), full, variables, doing, timeout_s)
         )
         return found
+
+    def _command(self, name: PeerName) -> list[str]:
+        return [python_of(PEERS[name], self._environments), "-m", "benchmarks.peer_worker"]
+
+    def _request(self, name: PeerName, request: Mapping[str, Any]) -> dict[str, Any]:
+        return {"peer": name, "folder": str((self._folder / name).resolve()), **request}
 
 
 def _run(

@@ -1,67 +1,171 @@
-"""The rounds of `latency_peers.sh rivals` as one table: medians over rounds of each round's p50.
+"""Packages beside other runtimes on the same decoder, clip by clip in turns.
 
-python -m benchmarks.rivals runs/latency-peers
+    python -m benchmarks.rivals --model demo/teacher --packages runs/latency/teacher-int4 --corpus demo/corpus --lang de \\
+        --out runs/rivals-teacher
+
+Every contender is a process that stays open; a round asks each of them once for each clip, in an order drawn anew. A
+ratio is of two times of one round, so that what slows the machine for a while slows both: reported are the median over
+rounds and its 95 % bootstrap interval.
 """
 
 import argparse
-from collections.abc import Sequence
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
-from halve.errors import ArtefactError
-from halve.json_files import read_json, write_json
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.config import LatencyConfig
+from benchmarks.latency import pinned_environment, timed_clips, without_ends, worker_command
+from benchmarks.peer_names import PeerName
+from benchmarks.peers import TextPeers
+from benchmarks.turns import Contender
+from halve.environment import machine, versions
+from halve.json_files import write_json
+
+PAUSE_S = 0.1
+"""Between two turns: threads of the one before may still wait actively."""
+RESAMPLES = 10_000
+Rounds = dict[str, dict[str, list[float]]]
+"""Milliseconds a token: {clip: {contender: [a round, ...]}}."""
 
 
-def collect(folder: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Milliseconds a token of each round: {shape: {clip: {"NAME, N threads": [a round, ...]}}}.
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one contender is as another."""
 
-    Raises:
-        ArtefactError: no round is there.
-    """
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for path in sorted(folder.glob("rivals-*-*/latency.json")):
-        shape = path.parent.name.split("-")[1]
-        result = read_json(path)
-        for entry in [*result["models"], *result["other_threads"], *result["peers"]]:
-            name = f"{entry.get('peer') or Path(entry['path']).name}, {entry['threads']} threads"
-            for clip, timed in entry["clips"].items():
-                of_clip = found.setdefault(shape, {}).setdefault(clip, {})
-                of_clip.setdefault(name, []).append(timed["tpot_ms"]["p50"])
-    if not found:
-        raise ArtefactError(
-            f"{folder} holds no rounds", mend="bash benchmarks/latency_peers.sh rivals"
-        )
+    median: float
+    low: float
+    high: float
+    """Bounds of the 95 % interval."""
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Ratio:
+    """Median over rounds of theirs / ours, with a percentile bootstrap over rounds."""
+    ratios = np.asarray(theirs) / np.asarray(ours)
+    draws = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def run_rounds(
+    contenders: Mapping[str, Contender], clips: Sequence[str], rounds: int, warmup: int, seed: int
+) -> Rounds:
+    """Asks every contender for every clip once a round; the first `warmup` rounds do not count."""
+    found: Rounds = {clip: {name: [] for name in contenders} for clip in clips}
+    order = random.Random(seed)
+    for number in track(range(rounds + warmup), "Rounds", console=Console(stderr=True)):
+        for clip in clips:
+            for name in order.sample(list(contenders), len(contenders)):
+                time.sleep(PAUSE_S)
+                timed = contenders[name].turn(clip)["tpot_ms"]
+                if number >= warmup:
+                    found[clip][name].append(timed)
     return found
 
 
-def table(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
-    """Fastest first, by shape and clip."""
+def compared(rounds: Rounds, ours: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Ratios of each of ours to each of the others: {clip: {ours: {other: Ratio's fields}}}."""
+    return {
+        clip: {
+            name: {
+                other: vars(paired_ratio(timed[name], timed[other]))
+                for other in timed
+                if other not in ours
+            }
+            for name in ours
+        }
+        for clip, timed in rounds.items()
+    }
+
+
+def table(rounds: Rounds, ours: Sequence[str]) -> str:
+    """The times and ratios in Markdown."""
+    ratios = compared(rounds, ours)
     lines = []
-    for shape, clips in found.items():
-        for clip, names in clips.items():
-            lines += [
-                f"## {shape}, {clip} clip",
-                "",
-                "| runtime | a token ms, median of rounds | by round |",
-                "|---|---|---|",
-            ]
-            for name, values in sorted(names.items(), key=lambda each: median(each[1])):
-                shown = ", ".join(f"{value:.3f}" for value in values)
-                lines.append(f"| {name} | {median(values):.3f} | {shown} |")
-            lines.append("")
+    for clip, timed in rounds.items():
+        others = [name for name in timed if name not in ours]
+        lines += [f"## {clip} clip", "", "| a token, ms | median | times as fast as |", "|---|---|---|"]
+        for name in sorted(timed, key=lambda each: median(timed[each])):
+            said = "; ".join(
+                f"{other} {each['median']:.2f} [{each['low']:.2f}, {each['high']:.2f}]"
+                for other in others
+                if (each := ratios[clip].get(name, {}).get(other))
+            )
+            lines.append(f"| {name} | {median(timed[name]):.3f} | {said} |")
+        lines.append("")
     return "\n".join(lines)
 
 
+def measure(given: argparse.Namespace) -> tuple[Rounds, list[str]]:
+    """Opens all contenders, times them, and says which are packages of halve's."""
+    config = LatencyConfig(lang=given.lang, new_tokens=given.new_tokens)
+    clips = timed_clips(config, given.corpus)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        files = {clip.name: str(clip.write(Path(folder))) for clip in clips}
+        durations_s = {clip.name: clip.duration_s for clip in clips}
+        peers = TextPeers(given.model, given.lang, durations_s, given.peer_folder)
+        peers.prepare(given.peers, pinned_environment(None))
+        contenders: dict[str, Contender] = {}
+        ours = []
+        for threads in given.threads:
+            variables = pinned_environment(threads)
+            shared = {"threads": threads, "new_tokens": given.new_tokens}
+            for number, path in enumerate(given.packages):
+                muted = without_ends(path, Path(folder, f"{number}-{threads}"), given.new_tokens)
+                request = shared | {"path": str(muted.resolve()), "clips": files, "lang": given.lang}
+                ours.append(_name(path.name, threads))
+                contenders[ours[-1]] = stack.enter_context(
+                    Contender(worker_command(), request, variables)
+                )
+            for peer in given.peers:
+                contenders[_name(peer, threads)] = stack.enter_context(
+                    peers.contender(peer, shared, variables)
+                )
+        rounds = run_rounds(contenders, list(files), given.rounds, given.warmup, given.seed)
+    return rounds, ours
+
+
+def _name(what: str, threads: int) -> str:
+    return f"{what}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """See the module."""
+    """Measures, writes rivals.json and rivals.md, and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args(arguments).folder
-    found: dict[str, Any] = collect(folder)
-    write_json(folder / "rivals.json", found)
-    page = table(found)
-    (folder / "rivals.md").write_text(page, encoding="utf8")
+    parser.add_argument("--model", type=Path, required=True, help="whose decoder the peers run")
+    parser.add_argument("--packages", type=Path, nargs="+", required=True, help="of that model")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=get_args(PeerName),
+        default=["genai-int4", "genai-int4-block128"],
+    )
+    parser.add_argument("--peer-folder", type=Path, default=Path("runs/peers"))
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--lang", required=True)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="of the order within a round")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    rounds, ours = measure(given)
+    given.out.mkdir(parents=True, exist_ok=True)
+    page = table(rounds, ours)
+    facts = {"machine": machine(), "versions": versions(), "new_tokens": given.new_tokens}
+    result = facts | {"ms_per_token": rounds, "times_as_fast": compared(rounds, ours)}
+    write_json(given.out / "rivals.json", result)
+    (given.out / "rivals.md").write_text(page, encoding="utf8")
     print(page)
     return 0
 

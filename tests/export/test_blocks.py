@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.latency import _muted
+from benchmarks.latency import without_ends
 from export.blocks import choose_block, rows_alone
 from export.config import PackageConfig
 from export.decoding import DecodeBatch, rows_that_agree
@@ -115,7 +115,7 @@ def test_a_trimmed_package_that_says_no_end_is_opened(tmp_path: Path, tiny_corpu
         precision="int4", langs=("de",), quantise="rtn", block_size=32, trim_vocab=True, force=True
     )
     whole = run_package(config, model, tiny_corpus, tmp_path / "package").path
-    translator = open_translator(_muted(whole, tmp_path / "muted", 7), threads=1)
+    translator = open_translator(without_ends(whole, tmp_path / "muted", 7), threads=1)
     assert translator._decoder.ends == {-1}
     assert len(translator.translate([tiny.tone(1.0, 0)], "de", limits=[7])[0].tokens) == 7
     translator.close()

@@ -222,4 +222,4 @@ class Genai:
 class GenaiBlock128(Genai):
     """The same with a scale for 128 weights, beside halve's packages of `--block-size 128`."""
 
-    options = ("int4_block_size=128",)
+    options = ("block_size=128",)

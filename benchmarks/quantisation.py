@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gptq, blocks of 32": {"quantise": "gptq", "encoder_bits": 4, "block_size": 32},
     "gptq, blocks of 64": {"quantise": "gptq", "encoder_bits": 4, "block_size": 64},
     "gptq, vocabulary trimmed": {"quantise": "gptq", "encoder_bits": 4, "trim_vocab": True},
+    "gptq, keys and values in 8 bits": {"quantise": "gptq", "encoder_bits": 4, "kv_bits": 8},
     "int8": {"precision": "int8"},
 }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from export.cache_scales import Peaks
 from export.gptq import Moments, gptq_blocks
 from export.quantise import Blocks, FloatArray, quantise_blocks
 from halve.corpus import Corpus, Segment, evenly, read_corpus
@@ -165,6 +166,27 @@ class Calibration:
             return self._head_moments()
         stage, number, name = self._place(key)
         return stage.moments(number, name)
+
+    def cache_peaks(self) -> list[Peaks]:
+        """What keys and values reach at most in each layer, with the weights that the layers have now."""
+        import torch
+
+        decoder = self._speech.part(self._speech.family.decoder)
+
+        def peaks(inputs: "torch.Tensor") -> "list[tuple[torch.Tensor, torch.Tensor]]":
+            with torch.inference_mode():
+                cache = decoder(inputs_embeds=inputs[None], use_cache=True).past_key_values
+            return [
+                (layer.keys.abs().amax((0, 2)), layer.values.abs().amax((0, 2)))
+                for layer in cache.layers
+            ]
+
+        with _crew_of(decoder, len(self._inputs)) as crew:
+            found = crew.map(peaks, [inputs for inputs, _ in self._inputs])
+        return [
+            Peaks(*(torch.stack(each).amax(0).float().cpu().numpy() for each in zip(*of_layer, strict=True)))
+            for of_layer in zip(*found, strict=True)
+        ]
 
     def _is_head(self, key: str) -> bool:
         return f"{key}." == self._speech.family.disk_head

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from export.cache_scales import CacheScales
 from export.geometry import Geometry
 from export.graph import FUSED, GraphWriter
 from halve.errors import FamilyError
@@ -105,7 +106,7 @@ class DecoderWriter:
     Inputs: inputs_embeds (batch, steps, hidden), last_positions (batch,) int32, total_positions ()
     int32, cosines and sines (positions, head_dim / 2), past_key.N and past_value.N (batch, kv heads,
     capacity, head_dim). Outputs: logits (batch, vocabulary) of the last step, key.N, value.N. Keys and
-    values are of the type that the graph computes in, all else is float32.
+    values are of the type that the graph computes in, or int8; all else is float32.
     """
 
     def __init__(
@@ -116,8 +117,11 @@ class DecoderWriter:
         bits: int,
         head_bits: int,
         block_size: int,
+        caches: Sequence[CacheScales] | None = None,
     ) -> None:
+        """`caches`: of each layer, where keys and values are kept in 8 bits."""
         self._graph = graph
+        self._caches = caches
         self._geometry = geometry
         self._biased = biased
         self._bits, self._head_bits, self._block_size = bits, head_bits, block_size
@@ -181,33 +185,60 @@ class DecoderWriter:
         return self._add_and_norm(f"layers.{layer}.next_norm", hidden, down, next_norm)
 
     def _linear(
-        self, name: str, x: str, keys: Sequence[str], read: Read, biased: bool = False
+        self,
+        name: str,
+        x: str,
+        keys: Sequence[str],
+        read: Read,
+        biased: bool = False,
+        factors: FloatArray | None = None,
     ) -> str:
         """One layer out of layers of the checkpoint that read the same."""
         weight = np.concatenate([read(f"{key}.weight") for key in keys])
         bias = np.concatenate([read(f"{key}.bias") for key in keys]) if biased else None
         return self._graph.linear(
-            name, x, weight, bias, bits=self._bits, block_size=self._block_size, keys=keys
+            name,
+            x,
+            weight,
+            bias,
+            bits=self._bits,
+            block_size=self._block_size,
+            keys=keys,
+            factors=factors,
         )
 
     def _attention(self, layer: int, prefix: str, normed: str, read: Read) -> str:
         graph, geometry = self._graph, self._geometry
         parts = [f"{prefix}self_attn.{part}_proj" for part in "qkv"]
-        packed = self._linear(f"layers.{layer}.qkv", normed, parts, read, self._biased)
+        scales = self._caches[layer] if self._caches else None
+        factors = scales.qkv_factors if scales else None
+        packed = self._linear(f"layers.{layer}.qkv", normed, parts, read, self._biased, factors)
         shape: list[str | int] = ["batch", geometry.kv_heads, "capacity", geometry.head_dim]
-        key = graph.input(f"past_key.{layer}", shape, graph.float_type)
-        value = graph.input(f"past_value.{layer}", shape, graph.float_type)
+        kept = TensorProto.INT8 if scales else graph.float_type
+        key = graph.input(f"past_key.{layer}", shape, kept)
+        value = graph.input(f"past_value.{layer}", shape, kept)
+        inputs = [packed, "", "", key, value, "last_positions", "total_positions", *self._rotary]
+        options: dict[str, Any] = {}
+        if scales:
+            inputs += ["", "", ""]
+            inputs += [
+                graph.weight(f"layers.{layer}.{name}_scale", np.array([scale], np.float32))
+                for name, scale in (("key", scales.key), ("value", scales.value))
+            ]
+            options = dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_TENSOR")
+            options["kv_cache_bit_width"] = 8
         attended, _, _ = graph.nodes(
             "GroupQueryAttention",
-            [packed, "", "", key, value, "last_positions", "total_positions", *self._rotary],
+            inputs,
             [None, f"key.{layer}", f"value.{layer}"],
             FUSED,
             num_heads=geometry.heads,
             kv_num_heads=geometry.kv_heads,
             do_rotary=1,
+            **options,
         )
-        graph.output(f"key.{layer}", shape, graph.float_type)
-        graph.output(f"value.{layer}", shape, graph.float_type)
+        graph.output(f"key.{layer}", shape, kept)
+        graph.output(f"value.{layer}", shape, kept)
         return attended
 
     def _mlp(self, layer: int, prefix: str, normed: str, read: Read) -> str:

@@ -29,6 +29,12 @@ PROBE_POSITIONS = 4
 PROBE_ROWS = (1, 2, 3, 5)
 
 
+_CACHE_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
+"""What keys and values are kept in, by the type of a graph's last input, which is a cache."""
 CUDA = "CUDAExecutionProvider"
 
 
@@ -146,8 +152,7 @@ class OnnxDecoder(Decoder):
         """Whether its products are of few bits, and which kernel computes a row matters."""
         self.least_rows = 1
         """Rows that a step takes at least: idle ones keep a row company that would be computed otherwise alone."""
-        half = any(each.type == "tensor(float16)" for each in session.get_inputs())
-        self._cache_type = np.float16 if half else np.float32
+        self._cache_type = _CACHE_TYPES[session.get_inputs()[-1].type]
         self.on_device = CUDA in session.get_providers()
         """Whether the graph computes on a GPU."""
 

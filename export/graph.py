@@ -144,18 +144,24 @@ class GraphWriter:
         bits: int = 32,
         block_size: int = 32,
         keys: Sequence[str] = (),
+        factors: FloatArray | None = None,
     ) -> str:
-        """x @ weight.T + bias, with the weight (out, in) as it is or in blocks of 4 or 8 bits.
+        """(x @ weight.T + bias) * factors, with the weight (out, in) as it is or in blocks of 4 or 8 bits.
 
         Args:
             keys: the layers of the checkpoint whose weights follow each other in `weight`.
+            factors: (out,), which cost nothing: weights are quantised without them, and scales take them in.
         """
+        if bias is not None and factors is not None:
+            bias = bias * factors
         if bits == 32:
+            weight = weight if factors is None else weight * factors[:, None]
             out = self.node("MatMul", [x, self.weight(name, weight.T)])
             return (
                 out if bias is None else self.node("Add", [out, self.weight(f"{name}_bias", bias)])
             )
-        return self.linear_blocks(name, x, self._quantise(keys, weight, bits, block_size), bias)
+        blocks = self._quantise(keys, weight, bits, block_size)
+        return self.linear_blocks(name, x, blocks if factors is None else blocks.times(factors), bias)
 
     def linear_blocks(
         self, name: str, x: str, blocks: Blocks, bias: FloatArray | None = None

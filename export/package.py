@@ -136,7 +136,8 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
     config = job.config
     bits = _BITS[config.precision]
     exact = bits == 32
-    method, quantise = _quantiser(job, bits)
+    calibration = _calibration(job, bits)
+    method, quantise = _quantiser(job, bits, calibration)
     encoder_bits = config.encoder_bits or (bits if method == "gptq" else 8)
     head_bits = bits if exact else config.head_bits or bits
     chosen = Bits(
@@ -146,9 +147,17 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
         encoder=bits if exact else encoder_bits,
         block_size=config.block_size or _block(job, bits, head_bits),
         half=config.precision == "fp16",
+        cache=config.kv_bits or (16 if config.precision == "fp16" else 32),
     )
     facts, _ = write_onnx(
-        job.folder, job.student, job.family, job.processor, chosen, _kept(job), quantise
+        job.folder,
+        job.student,
+        job.family,
+        job.processor,
+        chosen,
+        _kept(job),
+        quantise,
+        calibration.cache_peaks if calibration and config.kv_bits else None,
     )
     facts["quantise"] = method
     _write_tokenizer(job)
@@ -204,26 +213,47 @@ def _write_tokenizer(job: _Job) -> None:
     (job.folder / "tokenizer.json").write_text(tokenizer, encoding="utf8")
 
 
-def _quantiser(job: _Job, bits: int) -> tuple[str, Quantiser | None]:
-    """The method that weights are quantised with, and what does it.
+def _method(job: _Job, bits: int) -> str:
+    """How weights become codes."""
+    config = job.config
+    if bits == 32:
+        return "none"
+    if min(bits, config.encoder_bits or 8, config.head_bits or 8) == 8:
+        return "rtn"
+    if config.quantise == "auto":
+        return "gptq" if job.corpus else "search"
+    return config.quantise
+
+
+def _calibration(job: _Job, bits: int) -> Calibration | None:
+    """The student on segments of `train`, where a setting asks for it.
 
     Raises:
         InputError: calibration without a corpus.
     """
-    method = job.config.quantise
-    if bits == 32:
-        return "none", None
-    if min(bits, job.config.encoder_bits or 8, job.config.head_bits or 8) == 8:
-        return "rtn", DataFree(search=False)
-    if method == "auto":
-        method = "gptq" if job.corpus else "search"
-    if method != "gptq":
-        return method, DataFree(method != "rtn", method == "k-quant")
+    method = _method(job, bits)
+    if method != "gptq" and not job.config.kv_bits:
+        return None
     if job.corpus is None:
-        raise InputError("GPTQ needs a corpus to calibrate on", mend="name --corpus")
+        what = "GPTQ" if method == "gptq" else "A cache in 8 bits"
+        raise InputError(f"{what} needs a corpus to calibrate on", mend="name --corpus")
     speech = load_model(job.student, dtype="float32")
     samples = read_samples(job.corpus, job.langs, speech, job.config.calibration_segments)
-    return method, Calibrated(Calibration(speech, samples))
+    return Calibration(speech, samples)
+
+
+def _quantiser(
+    job: _Job, bits: int, calibration: Calibration | None
+) -> tuple[str, Quantiser | None]:
+    """The method that weights are quantised with, and what does it."""
+    method = _method(job, bits)
+    if method == "none":
+        return method, None
+    if method == "gptq":
+        assert calibration is not None
+        return method, Calibrated(calibration)
+    searched = method != "rtn"
+    return method, DataFree(searched, method == "k-quant")
 
 
 TARGETS: dict[str, Callable[[_Job], dict[str, Any] | None]] = {

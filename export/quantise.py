@@ -4,7 +4,7 @@ Only weights are quantised, in blocks along a row. Activations are never scaled 
 row's translation cannot depend on its neighbours.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,11 @@ class Blocks:
         """The matrix that the codes stand for, (rows, columns)."""
         values = _decode(self.codes, self.scales, _zeros(self.zeros, self.bits))
         return np.ascontiguousarray(values.reshape(len(values), -1)[:, : self.columns])
+
+    def times(self, factors: FloatArray) -> "Blocks":
+        """The matrix with each row multiplied by a factor, (rows,), which its scales take in."""
+        scales = (self.scales * factors[:, None]).astype(self.scales.dtype)
+        return replace(self, scales=scales)
 
     def packed(self) -> ByteArray:
         """Codes as bytes, (rows, blocks, block size * bits / 8); of two 4-bit codes the first is low."""

@@ -4,6 +4,7 @@ Three parts: audio encoder with projector, token embedding table, decoder with k
 tensors are read one at a time, so that memory does not grow with the model.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.cache_scales import Peaks, scales_of
 from export.calibrate import Quantiser
 from export.decoder_graph import DecoderWriter, check_layer, geometry_of
 from export.embeddings import write_table
@@ -37,6 +39,8 @@ class Bits:
     block_size: int = 32
     half: bool = False
     """Whether what is not quantised is stored and computed in float16."""
+    cache: int = 32
+    """Of a key or value in the decoder's cache; 32 is the type that is computed in."""
 
 
 class TensorReader:
@@ -82,11 +86,13 @@ def write_onnx(
     bits: Bits,
     kept: TokenIds | None = None,
     quantise: Quantiser | None = None,
+    cache_peaks: Callable[[], Sequence[Peaks]] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes all parts of an ONNX package but its tokenizer.
 
     Args:
         quantise: how linear layers' weights become codes; by the weights alone where None.
+        cache_peaks: asked, once the encoder is written, for each layer's peaks where keys and values are kept in 8 bits.
         kept: ascending ids of the tokens to keep; all where None.
 
     Returns:
@@ -106,7 +112,8 @@ def write_onnx(
         folder, config, family, processor, read, bits, quantise
     )
     graph = GraphWriter(folder, "decoder", quantise, bits.half)
-    writer = DecoderWriter(graph, geometry, biased, bits.decoder, bits.head, block)
+    caches = scales_of(cache_peaks(), geometry) if cache_peaks else None
+    writer = DecoderWriter(graph, geometry, biased, bits.decoder, bits.head, block, caches)
     norm = family.disk_layers.removesuffix("layers.") + "norm.weight"
     embeddings = f"{family.disk_embeddings}weight"
     # A tied head is not stored, and not calibrated.

@@ -12,6 +12,7 @@ PeerName = Literal[
     "torch-onnx-int4",
     "genai-int4",
     "genai-int4-block128",
+    "genai-int4-kv8",
     "optimum-fp32",
     "optimum-int8",
     "ctranslate2-int8",

@@ -39,6 +39,7 @@ def peer_class(name: str) -> Any:
         "torch-onnx-int4": peers_onnx.TorchOnnxInt4,
         "genai-int4": peers_onnx.Genai,
         "genai-int4-block128": peers_onnx.GenaiBlock128,
+        "genai-int4-kv8": peers_onnx.GenaiKv8,
         "optimum-fp32": peers_text.Optimum,
         "optimum-int8": peers_text.OptimumInt8,
         "ctranslate2-int8": peers_text.CTranslate2,

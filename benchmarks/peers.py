@@ -48,6 +48,7 @@ PEERS: dict[PeerName, Peer] = {
     "torch-onnx-int4": Peer("int4", environment="onnx"),
     "genai-int4": Peer("int4", environment="onnx"),
     "genai-int4-block128": Peer("int4", environment="onnx"),
+    "genai-int4-kv8": Peer("int4", environment="onnx"),
     "optimum-fp32": Peer("fp32", "optimum"),
     "optimum-int8": Peer("int8", "optimum"),
     "ctranslate2-int8": Peer("int8", "ctranslate2"),

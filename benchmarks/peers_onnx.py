@@ -5,9 +5,11 @@ them uses anything of halve's.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +186,18 @@ class Genai:
     @classmethod
     def prepare(cls, text_model: Path, out: Path) -> None:
         """Builds the graph as its command line does."""
+        cls.build(text_model, out, cls.options)
+
+    @staticmethod
+    def build(text_model: Path, out: Path, options: Sequence[str]) -> None:
+        """Runs the builder; an option that it does not know it ignores without a word."""
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         command += ["-i", str(text_model), "-o", str(out), "-p", "int4", "-e", "cpu"]
-        command += ["-c", str(out / "cache"), "--extra_options", "int4_accuracy_level=4"]
-        command += cls.options
+        command += ["-c", str(out / "cache"), "--extra_options", "int4_accuracy_level=4", *options]
         subprocess.run(command, check=True)
+        wanted = dict(option.split("=") for option in options).get("block_size")
+        if wanted and (found := _block_sizes(out / GRAPH)) != {int(wanted)}:
+            raise SystemExit(f"The builder wrote blocks of {found}, not {wanted}")
 
     def __init__(self, folder: Path, threads: int) -> None:
         import onnxruntime_genai
@@ -223,3 +232,59 @@ class GenaiBlock128(Genai):
     """The same with a scale for 128 weights, beside halve's packages of `--block-size 128`."""
 
     options = ("block_size=128",)
+
+
+class GenaiKv8(GenaiBlock128):
+    """That with keys and values in 8 bits, a scale a layer, which its builder writes but has no tool to find.
+
+    They are found here as halve finds its own: what keys and values reach at most after the prompts.
+    """
+
+    @classmethod
+    def prepare(cls, text_model: Path, out: Path) -> None:
+        """Builds the graph without them, reads the prompts, and builds it again."""
+        plain = out / "plain"
+        cls.build(text_model, plain, cls.options)
+        scales = out / "scales.json"
+        scales.write_text(json.dumps({"scales": _cache_scales(plain / GRAPH, text_model)}))
+        shutil.rmtree(plain)
+        kept = ("kv_cache_quant_scheme=int8_per_tensor", f"kv_cache_scale_file={scales}")
+        cls.build(text_model, out, (*cls.options, *kept))
+
+
+def _block_sizes(graph: Path) -> set[int]:
+    import onnx
+
+    nodes = onnx.load(str(graph), load_external_data=False).graph.node
+    return {
+        attribute.i
+        for node in nodes
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "block_size"
+    }
+
+
+def _cache_scales(graph: Path, text_model: Path) -> dict[str, list[float]]:
+    """What a code of 1 of each layer's keys and values stands for."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    settings = json.loads((graph.parent / "genai_config.json").read_text(encoding="utf8"))
+    decoder = settings["model"]["decoder"]
+    shape = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
+    peaks: dict[str, NDArray[Any]] = {}
+    for path in sorted(text_model.glob("prompt-*.npz")):
+        ids = np.load(path)["ids"][None].astype(np.int64)
+        feed: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        for node in session.get_inputs():
+            if node.name.startswith("past"):
+                feed[node.name] = np.zeros(shape, np.float32)
+        names = [node.name for node in session.get_outputs()]
+        for name, states in zip(names, session.run(names, feed), strict=True):
+            peaks[name] = np.maximum(peaks.get(name, 0.0), np.abs(states).max())
+    layers = range(decoder["num_hidden_layers"])
+    return {
+        f"{part[0]}_scales": [float(peaks[f"present.{layer}.{part}"]) / 127 for layer in layers]
+        for part in ("key", "value")
+    }

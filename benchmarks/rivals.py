@@ -88,17 +88,21 @@ def compared(rounds: Rounds, ours: Sequence[str]) -> dict[str, dict[str, dict[st
 
 
 def table(rounds: Rounds, ours: Sequence[str]) -> str:
-    """The times and ratios in Markdown."""
+    """The times, and ratios to the others with as many threads, in Markdown."""
     ratios = compared(rounds, ours)
     lines = []
     for clip, timed in rounds.items():
-        others = [name for name in timed if name not in ours]
-        lines += [f"## {clip} clip", "", "| a token, ms | median | times as fast as |", "|---|---|---|"]
+        lines += [
+            f"## {clip} clip",
+            "",
+            "| a token, ms | median | times as fast as |",
+            "|---|---|---|",
+        ]
         for name in sorted(timed, key=lambda each: median(timed[each])):
             said = "; ".join(
-                f"{other} {each['median']:.2f} [{each['low']:.2f}, {each['high']:.2f}]"
-                for other in others
-                if (each := ratios[clip].get(name, {}).get(other))
+                f"{_split(other)[0]} {each['median']:.2f} [{each['low']:.2f}, {each['high']:.2f}]"
+                for other, each in ratios[clip].get(name, {}).items()
+                if _split(other)[1] == _split(name)[1]
             )
             lines.append(f"| {name} | {median(timed[name]):.3f} | {said} |")
         lines.append("")
@@ -121,7 +125,11 @@ def measure(given: argparse.Namespace) -> tuple[Rounds, list[str]]:
             shared = {"threads": threads, "new_tokens": given.new_tokens}
             for number, path in enumerate(given.packages):
                 muted = without_ends(path, Path(folder, f"{number}-{threads}"), given.new_tokens)
-                request = shared | {"path": str(muted.resolve()), "clips": files, "lang": given.lang}
+                request = shared | {
+                    "path": str(muted.resolve()),
+                    "clips": files,
+                    "lang": given.lang,
+                }
                 ours.append(_name(path.name, threads))
                 contenders[ours[-1]] = stack.enter_context(
                     Contender(worker_command(), request, variables)
@@ -138,6 +146,12 @@ def _name(what: str, threads: int) -> str:
     return f"{what}, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def _split(name: str) -> tuple[str, str]:
+    """What `_name` has put together."""
+    what, _, threads = name.partition(", ")
+    return what, threads
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, writes rivals.json and rivals.md, and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -147,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--peers",
         nargs="+",
         choices=get_args(PeerName),
-        default=["genai-int4", "genai-int4-block128"],
+        default=["genai-int4", "genai-int4-block128", "genai-int4-kv8"],
     )
     parser.add_argument("--peer-folder", type=Path, default=Path("runs/peers"))
     parser.add_argument("--corpus", type=Path, required=True)

@@ -52,7 +52,11 @@ class CacheScales:
         largest = float(np.exp(np.log(pairs).mean()))
         factors = np.concatenate([pairs, pairs], axis=1) / largest
         queries = factors.repeat(geometry.heads // geometry.kv_heads, axis=0)
-        rows = [queries.ravel(), (1 / factors).ravel(), np.ones(peaks.values.size, np.float32)]
+        rows: list[FloatArray] = [
+            queries.ravel(),
+            (1 / factors).ravel(),
+            np.ones(peaks.values.size, np.float32),
+        ]
         return cls(
             key=largest / LARGEST,
             value=max(float(peaks.values.max()), _SMALLEST) / LARGEST,

@@ -184,7 +184,12 @@ class Calibration:
         with _crew_of(decoder, len(self._inputs)) as crew:
             found = crew.map(peaks, [inputs for inputs, _ in self._inputs])
         return [
-            Peaks(*(torch.stack(each).amax(0).float().cpu().numpy() for each in zip(*of_layer, strict=True)))
+            Peaks(
+                *(
+                    torch.stack(each).amax(0).float().cpu().numpy()
+                    for each in zip(*of_layer, strict=True)
+                )
+            )
             for of_layer in zip(*found, strict=True)
         ]
 

@@ -161,7 +161,9 @@ class GraphWriter:
                 out if bias is None else self.node("Add", [out, self.weight(f"{name}_bias", bias)])
             )
         blocks = self._quantise(keys, weight, bits, block_size)
-        return self.linear_blocks(name, x, blocks if factors is None else blocks.times(factors), bias)
+        return self.linear_blocks(
+            name, x, blocks if factors is None else blocks.times(factors), bias
+        )
 
     def linear_blocks(
         self, name: str, x: str, blocks: Blocks, bias: FloatArray | None = None

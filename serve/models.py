@@ -217,11 +217,12 @@ def _widened_bytes(path: Path) -> int:
 
 
 def _cache_bytes(path: Path, settings: ServeSettings) -> int:
-    """Keys and values of a full batch, which a package keeps in 32 bits."""
+    """Keys and values of a full batch of a package."""
     facts = _read_json(path / "package.json").get("onnx")
     geometry = facts.get("decoder", {}) if isinstance(facts, dict) else {}
     sizes = [geometry.get(key, 0) for key in ("layers", "kv_heads", "head_dim")]
-    if not all(isinstance(size, int) for size in sizes):
+    bits = facts.get("bits", {}).get("cache", 32) if isinstance(facts, dict) else 32
+    if not all(isinstance(size, int) for size in [*sizes, bits]):
         return 0
     positions = LONGEST_POSITIONS if settings.reserve else CACHE_POSITIONS
-    return int(2 * 4 * settings.batch_size * positions * math.prod(sizes))
+    return int(2 * bits // 8 * settings.batch_size * positions * math.prod(sizes))

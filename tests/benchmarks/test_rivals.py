@@ -15,7 +15,6 @@ from benchmarks.speed import compare
 from benchmarks.turns import Contender
 from export.runtime import open_translator
 
-
 WORKER = """
 import sys
 from benchmarks.turns import answer_turns
@@ -68,10 +67,14 @@ def test_a_model_says_every_token_in_its_turn(
 
 
 def test_the_fastest_stands_first_with_its_ratios() -> None:
-    rounds = {"short": {"genai": [0.6, 0.61, 0.4], "ours": [0.5, 0.9, 0.52]}}
-    lines = table(rounds, ["ours"]).splitlines()
-    assert lines[4].startswith("| ours | 0.520 | genai 0.77 [0.68, 1.20] |")
-    assert lines[5] == "| genai | 0.600 |  |"
+    timed = {
+        "genai, 1 thread": [0.6, 0.61, 0.4],
+        "genai, 2 threads": [0.7, 0.7, 0.7],
+        "ours, 1 thread": [0.5, 0.9, 0.52],
+    }
+    lines = table({"short": timed}, ["ours, 1 thread"]).splitlines()
+    assert lines[4] == "| ours, 1 thread | 0.520 | genai 0.77 [0.68, 1.20] |"
+    assert lines[5] == "| genai, 1 thread | 0.600 |  |"
 
 
 def test_ratios_say_what_pruning_adds_and_which_peer_is_next() -> None:

@@ -374,6 +374,10 @@ def test_an_onnx_package_counts_its_batch_cache(tmp_path: Path) -> None:
         for size in (1, 16)
     ]
     assert sizes == [2 * 4 * 512 * 10 * 2 * 64 * size for size in (1, 16)]
+    facts = {"onnx": {"decoder": geometry, "bits": {"cache": 8}}}
+    (tmp_path / "package.json").write_text(json.dumps(facts))
+    found = find_models(ServeSettings(**settings, batch_size=16))[tmp_path.name]
+    assert found.size_bytes == sizes[1] / 4
 
 
 def test_counters(serve_fake) -> None:

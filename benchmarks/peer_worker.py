@@ -6,6 +6,7 @@ request has `turns`, an answer for every line after it. Needs numpy and the peer
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -52,11 +53,13 @@ def peer_class(name: str) -> Any:
 def prepare(request: dict[str, Any]) -> dict[str, Any]:
     """Converts the text model; what is there already is left."""
     folder = Path(request["folder"])
-    done = folder / "prepared"
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        peer_class(request["peer"]).prepare(Path(request["text_model"]), folder)
-        done.touch()
+    done, peer = folder / "prepared", peer_class(request["peer"])
+    made_with = " ".join(getattr(peer, "options", ()))
+    if not done.exists() or done.read_text(encoding="utf8") != made_with:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        peer.prepare(Path(request["text_model"]), folder)
+        done.write_text(made_with, encoding="utf8")
     return {"folder": str(folder)}
 
 
@@ -81,7 +84,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt_timer(request: dict[str, Any]) -> Callable[[str], dict[str, float]]:
-    """Loads a prepared peer; what times one of the request's prompts each time it is called."""
+    """Loads a prepared peer; what times one of the request's prompts each time it is called.
+
+    `new_tokens` is at least 2.
+    """
     peer = peer_class(request["peer"])(Path(request["folder"]), request["threads"])
     prompts = {name: dict(np.load(path)) for name, path in request["prompts"].items()}
     count = request["new_tokens"]

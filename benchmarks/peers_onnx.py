@@ -195,7 +195,7 @@ class Genai:
         command += ["-i", str(text_model), "-o", str(out), "-p", "int4", "-e", "cpu"]
         command += ["-c", str(out / "cache"), "--extra_options", "int4_accuracy_level=4", *options]
         subprocess.run(command, check=True)
-        wanted = dict(option.split("=") for option in options).get("block_size")
+        wanted = dict(option.split("=", 1) for option in options).get("block_size")
         if wanted and (found := _block_sizes(out / GRAPH)) != {int(wanted)}:
             raise SystemExit(f"The builder wrote blocks of {found}, not {wanted}")
 
@@ -235,9 +235,10 @@ class GenaiBlock128(Genai):
 
 
 class GenaiKv8(GenaiBlock128):
-    """That with keys and values in 8 bits, a scale a layer, which its builder writes but has no tool to find.
+    """That with keys and values in 8 bits, a scale a layer: what they reach at most after the prompts.
 
-    They are found here as halve finds its own: what keys and values reach at most after the prompts.
+    genai's own tool for these scales reads texts through a tokenizer; the prompts here are given as tokens. How fast a
+    step is does not depend on them.
     """
 
     @classmethod
@@ -250,6 +251,16 @@ class GenaiKv8(GenaiBlock128):
         shutil.rmtree(plain)
         kept = ("kv_cache_quant_scheme=int8_per_tensor", f"kv_cache_scale_file={scales}")
         cls.build(text_model, out, (*cls.options, *kept))
+        if not _has_bytes(out / GRAPH):
+            raise SystemExit("The builder kept keys and values as they are computed")
+
+
+def _has_bytes(graph: Path) -> bool:
+    """Whether a graph takes keys and values in 8 bits."""
+    import onnx
+
+    inputs = onnx.load(str(graph), load_external_data=False).graph.input
+    return any(each.type.tensor_type.elem_type == onnx.TensorProto.INT8 for each in inputs)
 
 
 def _block_sizes(graph: Path) -> set[int]:

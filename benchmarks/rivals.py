@@ -173,6 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the order within a round")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
+    if given.new_tokens < 2 or len({path.name for path in given.packages}) < len(given.packages):
+        parser.error("--new-tokens is at least 2, and packages have different names")
     rounds, ours = measure(given)
     given.out.mkdir(parents=True, exist_ok=True)
     page = table(rounds, ours)

@@ -18,18 +18,31 @@ from export.geometry import Geometry
 FloatArray = NDArray[np.float32]
 
 LARGEST = 127
-"""The largest of the codes; what is larger than a peak is cut to it."""
-_SMALLEST = 1e-6
-"""A channel that is always 0 has some scale, too."""
+"""The largest of the codes; what is larger is cut to it."""
+HEADROOM = 1.05
+"""Peaks are the student's: its package, whose weights are rounded, goes a little beyond."""
+_LEAST_SHARE = 1e-3
+"""Channels smaller than this share of a layer's largest are not made larger than this: some are always 0."""
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """The largest magnitudes that calibration saw in a layer's cache, each (kv heads, head_dim)."""
+    """The largest magnitudes that calibration saw in a layer's cache."""
 
     keys: FloatArray
-    """Rotated, as they are kept."""
+    """Of each pair of channels that rotary embeddings turn into each other, (kv heads, head_dim / 2): the length of the
+    two together, which a channel may reach by itself at another position."""
     values: FloatArray
+    """(kv heads, head_dim)."""
+
+    @classmethod
+    def of(cls, keys: FloatArray, values: FloatArray) -> "Peaks":
+        """Of keys and values, each (kv heads, positions, head_dim)."""
+        first, second = np.split(keys, 2, axis=-1)
+        return cls(np.hypot(first, second).max(1), np.abs(values).max(1))
+
+    def __or__(self, other: "Peaks") -> "Peaks":
+        return Peaks(np.maximum(self.keys, other.keys), np.maximum(self.values, other.values))
 
 
 @dataclass(frozen=True)
@@ -45,22 +58,18 @@ class CacheScales:
     @classmethod
     def of_layer(cls, peaks: Peaks, geometry: Geometry) -> "CacheScales":
         """The scales under which no peak is cut."""
-        half = geometry.head_dim // 2
-        keys = np.maximum(peaks.keys, _SMALLEST)
-        pairs = np.maximum(keys[:, :half], keys[:, half:])
+        least = float(np.finfo(np.float32).tiny)
+        pairs = np.maximum(peaks.keys, max(_LEAST_SHARE * float(peaks.keys.max()), least))
         # Around 1, so that what the factors become part of keeps its range.
-        largest = float(np.exp(np.log(pairs).mean()))
-        factors = np.concatenate([pairs, pairs], axis=1) / largest
+        typical = np.float32(np.exp(np.log(pairs).mean()))
+        factors = (np.concatenate([pairs, pairs], axis=1) / typical).astype(np.float32)
         queries = factors.repeat(geometry.heads // geometry.kv_heads, axis=0)
-        rows: list[FloatArray] = [
-            queries.ravel(),
-            (1 / factors).ravel(),
-            np.ones(peaks.values.size, np.float32),
-        ]
+        ones = np.ones(peaks.values.size, np.float32)
+        rows = np.concatenate([queries.ravel(), np.float32(1) / factors.ravel(), ones])
         return cls(
-            key=largest / LARGEST,
-            value=max(float(peaks.values.max()), _SMALLEST) / LARGEST,
-            qkv_factors=np.concatenate(rows).astype(np.float32),
+            key=HEADROOM * float(typical) / LARGEST,
+            value=HEADROOM * max(float(peaks.values.max()), least) / LARGEST,
+            qkv_factors=rows.astype(np.float32),
         )
 
 

@@ -6,7 +6,8 @@ they will have in the package, so that a layer also makes up for the errors of e
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -173,25 +174,15 @@ class Calibration:
 
         decoder = self._speech.part(self._speech.family.decoder)
 
-        def peaks(inputs: "torch.Tensor") -> "list[tuple[torch.Tensor, torch.Tensor]]":
+        def peaks(inputs: "torch.Tensor") -> dict[int, Peaks]:
+            noted = peak_cache()
             with torch.inference_mode():
-                cache = decoder(inputs_embeds=inputs[None], use_cache=True).past_key_values
-            return [
-                (layer.keys.abs().amax((0, 2)), layer.values.abs().amax((0, 2)))
-                for layer in cache.layers
-            ]
+                decoder(inputs_embeds=inputs[None], past_key_values=noted, use_cache=True)
+            return noted.peaks
 
         with _crew_of(decoder, len(self._inputs)) as crew:
             found = crew.map(peaks, [inputs for inputs, _ in self._inputs])
-        return [
-            Peaks(
-                *(
-                    torch.stack(each).amax(0).float().cpu().numpy()
-                    for each in zip(*of_layer, strict=True)
-                )
-            )
-            for of_layer in zip(*found, strict=True)
-        ]
+        return [reduce(or_, (each[layer] for each in found)) for layer in sorted(found[0])]
 
     def _is_head(self, key: str) -> bool:
         return f"{key}." == self._speech.family.disk_head
@@ -263,6 +254,23 @@ class Calibration:
             for states, (_, prompt) in zip(last, self._inputs, strict=True):
                 total = total + _outer(norm(states)[0, prompt - 1 :])
         return np.asarray(total)
+
+
+def peak_cache() -> Any:
+    """A key-value cache that notes what it is given, as `peaks` by layer, and keeps none of it."""
+    from transformers import DynamicCache
+
+    class PeakCache(DynamicCache):
+        def __init__(self) -> None:
+            super().__init__()
+            self.peaks: dict[int, Peaks] = {}
+
+        def update(self, keys: Any, values: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
+            states = (part[0].float().cpu().numpy() for part in (keys, values))
+            self.peaks[layer_idx] = Peaks.of(*states)
+            return keys, values
+
+    return PeakCache()
 
 
 class Calibrated:

@@ -81,8 +81,8 @@ class PackageConfig(Config):
     embedding_bits: Literal[4, 8] | None = None
     """Bits of the embedding table; those of `precision` where None."""
     kv_bits: Literal[8] | None = None
-    """8: an int8 or int4 ONNX package keeps keys and values in 8 bits, their scales calibrated on `train`: a quarter of the
-    memory, and faster steps after long audio. As they are computed where None."""
+    """8: an int8 or int4 ONNX package keeps keys and values in 8 bits, their scales calibrated on `train` by the student in
+    float32: a quarter of the memory, and faster steps after long audio. As they are computed where None."""
     trim_vocab: bool = False
     """ONNX and GGUF of models that hear: keeps only the tokens that the corpus's translations into `langs` need
     (`train` and `select`), and every single byte or character. The same texts, greedily, wherever the student says no other

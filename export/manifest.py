@@ -71,6 +71,11 @@ class Manifest:
         return int(self._of_onnx("bits")["embeddings"])
 
     @property
+    def cache_bits(self) -> int:
+        """Bits that a key or value is kept in."""
+        return int(self._of_onnx("bits").get("cache", 32))
+
+    @property
     def rows_alone(self) -> bool:
         """Whether the decoder's rows must be computed one by one (`export.blocks`)."""
         return self.target == "onnx" and rows_alone(self._of_onnx("bits"))

@@ -149,6 +149,10 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
         half=config.precision == "fp16",
         cache=config.kv_bits or (16 if config.precision == "fp16" else 32),
     )
+    cache_peaks = calibration.cache_peaks if calibration and config.kv_bits else None
+    if cache_peaks and method != "gptq":
+        known = cache_peaks()
+        cache_peaks, calibration = (lambda: known), None  # frees the student
     facts, _ = write_onnx(
         job.folder,
         job.student,
@@ -157,7 +161,7 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
         chosen,
         _kept(job),
         quantise,
-        calibration.cache_peaks if calibration and config.kv_bits else None,
+        cache_peaks,
     )
     facts["quantise"] = method
     _write_tokenizer(job)
@@ -195,6 +199,7 @@ def _write_gguf(job: _Job) -> dict[str, Any]:
         encoder=32 if exact else config.encoder_bits or 8,
     )
     facts = write_gguf(job.folder, job.student, job.family, job.processor, chosen, _kept(job))
+    del facts["bits"]["cache"]  # llama.cpp's choice
     facts["quantise"] = "none" if exact else "rtn"
     _write_tokenizer(job)
     return facts

@@ -42,8 +42,7 @@ class Blocks:
 
     def times(self, factors: FloatArray) -> "Blocks":
         """The matrix with each row multiplied by a factor, (rows,), which its scales take in."""
-        scales = (self.scales * factors[:, None]).astype(self.scales.dtype)
-        return replace(self, scales=scales)
+        return replace(self, scales=_storable(self.scales.astype(np.float32) * factors[:, None]))
 
     def packed(self) -> ByteArray:
         """Codes as bytes, (rows, blocks, block size * bits / 8); of two 4-bit codes the first is low."""

@@ -13,7 +13,7 @@ from export.manifest import MANIFEST, Manifest, read_manifest
 from export.packaged import PackagedTranslator, cannot_be_opened
 from export.rows import RowBatch
 from halve import environment
-from halve.errors import GpuError, InputError, MissingExtraError
+from halve.errors import ArtefactError, GpuError, InputError, MissingExtraError
 from halve.shards import half_bytes
 from halve.translate import Translator
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from export.decoding import OnnxDecoder
 
 
+EIGHT_BIT_CACHES = (1, 32)
+"""The onnxruntime that computes with keys and values in 8 bits on a CPU."""
 log = logging.getLogger("halve.runtime")
 
 
@@ -53,10 +55,12 @@ class OnnxTranslator(PackagedTranslator):
             MissingExtraError: onnxruntime is not installed.
         """
         try:
-            import onnxruntime  # noqa: F401
+            import onnxruntime
         except ImportError:
             raise MissingExtraError("onnxruntime", "cpu") from None
         manifest = read_manifest(path, "onnx")
+        if manifest.cache_bits == 8:
+            _check_onnxruntime(path, onnxruntime.__version__)
         self.device = _pick_device(path, manifest, device)
         super().__init__(manifest)
         try:
@@ -126,6 +130,21 @@ class OnnxTranslator(PackagedTranslator):
         from export.decoding import DecodeBatch
 
         return DecodeBatch(self._decoder, slots, capacity)
+
+
+def _check_onnxruntime(path: Path, version: str) -> None:
+    """Refuses to open a package that keeps keys and values in 8 bits where nothing can compute with them.
+
+    Raises:
+        ArtefactError: this onnxruntime cannot.
+    """
+    if tuple(int(part) for part in version.split(".")[:2]) < EIGHT_BIT_CACHES:
+        needed = ".".join(map(str, EIGHT_BIT_CACHES))
+        raise ArtefactError(
+            f"{path} keeps keys and values in 8 bits, which onnxruntime {version} cannot",
+            expected=f"onnxruntime {needed} or newer",
+            mend="install that, or make the package again without --kv-bits",
+        )
 
 
 def _is_small(path: Path) -> bool:

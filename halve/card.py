@@ -155,8 +155,11 @@ def _made(
         mean = f", the mean of {facts['mean_of']} adapters" if facts.get("mean_of") else ""
         lines.append(f"- Adapter merged onto: {facts['onto']}{mean}")
     if facts.get("bits"):
-        bits = ", ".join(f"{part} {count}" for part, count in facts["bits"].items())
+        counts = {part: count for part, count in facts["bits"].items() if part != "cache"}
+        bits = ", ".join(f"{part} {count}" for part, count in counts.items())
         lines.append(f"- Bits of each weight (32: unchanged): {bits}")
+        if facts["bits"].get("cache") == 8:
+            lines.append("- Keys and values are kept in 8 bits.")
     if facts.get("bits_per_weight"):
         shown = ", ".join(f"{part} {bits:.2f}" for part, bits in facts["bits_per_weight"].items())
         lines.append(f"- Bits a weight with scales, as stored: {shown}")

@@ -221,7 +221,8 @@ def _cache_bytes(path: Path, settings: ServeSettings) -> int:
     facts = _read_json(path / "package.json").get("onnx")
     geometry = facts.get("decoder", {}) if isinstance(facts, dict) else {}
     sizes = [geometry.get(key, 0) for key in ("layers", "kv_heads", "head_dim")]
-    bits = facts.get("bits", {}).get("cache", 32) if isinstance(facts, dict) else 32
+    stored = facts.get("bits") if isinstance(facts, dict) else None
+    bits = stored.get("cache", 32) if isinstance(stored, dict) else 32
     if not all(isinstance(size, int) for size in [*sizes, bits]):
         return 0
     positions = LONGEST_POSITIONS if settings.reserve else CACHE_POSITIONS

@@ -131,13 +131,12 @@ def measure(given: argparse.Namespace) -> tuple[Rounds, list[str]]:
                     "lang": given.lang,
                 }
                 ours.append(_name(path.name, threads))
-                contenders[ours[-1]] = stack.enter_context(
-                    Contender(worker_command(), request, variables)
-                )
+                contenders[ours[-1]] = Contender(worker_command(), request, variables)
+                stack.callback(contenders[ours[-1]].close)
             for peer in given.peers:
-                contenders[_name(peer, threads)] = stack.enter_context(
-                    peers.contender(peer, shared, variables)
-                )
+                contender = peers.contender(peer, shared, variables)
+                stack.callback(contender.close)
+                contenders[_name(peer, threads)] = contender
         rounds = run_rounds(contenders, list(files), given.rounds, given.warmup, given.seed)
     return rounds, ours
 

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, TextIO
 
 Timed = dict[str, float]
@@ -26,7 +25,7 @@ def _say(answer: Timed, answers: TextIO) -> None:
 
 
 class Contender:
-    """A worker that has opened its model and waits for its turn; close it, or open it as a context."""
+    """A worker that has opened its model and waits for its turn; close it."""
 
     def __init__(
         self, command: list[str], request: Mapping[str, Any], variables: Mapping[str, str]
@@ -70,14 +69,3 @@ class Contender:
     def close(self) -> None:
         """Ends the worker."""
         self._process.communicate()
-
-    def __enter__(self) -> "Contender":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -1,6 +1,7 @@
 """Timings in turns, and what is said of them."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_a_slow_hour_makes_no_ratio() -> None:
 
 def test_contenders_take_turns() -> None:
     command = [sys.executable, "-c", WORKER]
-    with Contender(command, {}, pinned_environment(1)) as contender:
+    with closing(Contender(command, {}, pinned_environment(1))) as contender:
         assert contender.turn("short") == {"tpot_ms": 3.0, "long": False}
         rounds = run_rounds({"x": contender}, ["long"], rounds=1, warmup=0, seed=0)
         assert rounds == {"long": {"x": [5.0]}}
@@ -57,7 +58,7 @@ def test_a_model_says_every_token_in_its_turn(
         "threads": 1,
         "new_tokens": 5,
     }
-    with Contender(worker_command(), request, pinned_environment(1)) as contender:
+    with closing(Contender(worker_command(), request, pinned_environment(1))) as contender:
         timed = contender.turn("short")
     assert timed["ttft_ms"] > 0
     assert timed["tpot_ms"] > 0

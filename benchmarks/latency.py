@@ -240,6 +240,7 @@ def _local(path: str | Path) -> Path:
 
 
 def timed_clips(config: LatencyConfig, corpus_path: Path) -> list[Clip]:
+    """The short and the long clip that models are timed on."""
     corpus = read_corpus(corpus_path)
     segments = corpus.split(config.split, config.lang)
     return [

@@ -6,9 +6,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 students() { bash benchmarks/students.sh "$@"; }
 
-# C and D learn from all clips, the others from 6,000.
+# C, D and B_long learn from all clips, the others from 6,000.
 export OUT=runs/students-half
 GROUPS_OF_STUDENTS=half students corpus plans translations C D baselines select test
+for SEED in 0 1 2; do SEED=$SEED students B_long; done
+GROUPS_OF_STUDENTS=long students B_long_mean select test
 
 export OUT=runs/students LIMIT=6000 STEPS_A=1800 STEPS_B=1800 STEPS_AGAIN=500
 BATCH_QLORA=16 students plans translations searched B B_twice B_searched baselines
@@ -24,5 +26,5 @@ SEED=2 GROUPS_OF_STUDENTS=fine students select test
 SEED=0 SEED_A=2 GROUPS_OF_STUDENTS=searched students select
 GROUPS_OF_STUDENTS="mean head4" students select test
 GROUPS_OF_STUDENTS=equal students test
-for CODE in de zh; do cp -r "runs/students-half/test-$CODE-half" runs/students; done
+for CODE in de zh; do cp -r "runs/students-half/test-$CODE-half" "runs/students-half/test-$CODE-long" runs/students; done
 students table

@@ -27,7 +27,7 @@ STUDENTS = {
     "teacher-int4-fine": "teacher, ONNX int4, tower and head in 8 bits, finer blocks",
     "A-fine-2": "nothing pruned, QLoRA, ONNX int4, tower and head in 8 bits, finer blocks",
     "A-mean-fine": "nothing pruned, mean of three seeds' QLoRA, else the same",
-    "B-twice-head4-0": "a quarter of the layers pruned, QLoRA twice, ONNX int4, tower in 8 bits, finer blocks",
+    "B-long-mean-head4": "a quarter of the layers pruned, mean of three seeds' QLoRA, ONNX int4, tower in 8 bits, finer blocks",
     "C-0": "half of the layers pruned, trained in full, bf16",
     "D-0": "half of the layers pruned, trained in full, ONNX int4, head in 8 bits",
 }

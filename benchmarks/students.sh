@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
-# Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_searched A_unheard B B_mean B_twice B_twice_fine B_searched B_unheard C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
+# Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_searched A_unheard B B_long B_long_mean B_mean B_twice B_twice_fine B_searched B_unheard C D baselines select test table
+# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, long B_long_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, BATCH_QLORA, RATE_QLORA.
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
 #   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
 #   B_twice  B, merged, and tuned as long again
 #   B_twice_fine  B_twice in blocks of 16, its head in 4 bits like the layers: what its bar leaves room for; named B-twice-head4
+#   B_long  B for STEPS_LONG of 96 rows; B_long_mean  the mean of the adapters of its seeds 0, 1 and 2, stored as B_twice_fine is
 #   B_searched  B, merged, and tuned as long again on the best of the teacher's five beams
 #   A_searched  A, merged, and tuned for STEPS_AGAIN on the best of five beams; stored as A_fine
 #   A_unheard, B_unheard  the same on the teacher's translations of speech that it was not trained on (untranslated, from the GIMP help)
@@ -31,6 +32,7 @@ STEPS_A=${STEPS_A:-3000}
 STEPS_B=${STEPS_B:-3000}
 STEPS_C=${STEPS_C:-3000}
 STEPS_AGAIN=${STEPS_AGAIN:-1000}
+STEPS_LONG=${STEPS_LONG:-2400}
 LANGS=(--lang de --lang zh)
 TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --states-dir "$OUT/states" --translations "$OUT/translations" --epochs 100 --schedule linear
     --warmup 0.03 --spec-mask 0.08 --logit-weight 0.5 --checkpoint-every 50 --eval-every 300 --select-segments 120 --patience 100)
@@ -107,6 +109,8 @@ mean() { # MODEL NAME
 A_mean() { mean "$TEACHER" A; package "$OUT/merged/A-mean" A-mean-fine "${ROOM[@]}" --block-size 16; }
 B_mean() { mean "$OUT/pruned-quarter" B; package "$OUT/merged/B-mean" B-mean "${ROOM[@]}"; }
 A_fine() { package "$OUT/merged/A-$SEED" "A-fine-$SEED" "${ROOM[@]}" --block-size 16; }
+B_long() { tune "$OUT/pruned-quarter" B-long "$STEPS_LONG" "${QLORA[@]}" --batch-size 96 --eval-every "$STEPS_LONG"; }
+B_long_mean() { mean "$OUT/pruned-quarter" B-long; package "$OUT/merged/B-long-mean" B-long-mean-head4 --encoder-bits 8 --block-size 16; }
 B_twice() {
     again "$OUT/merged/B-$SEED" B-twice "$STEPS_B"
     package "$OUT/merged/B-twice-$SEED" "B-twice-$SEED" "${ROOM[@]}"
@@ -136,6 +140,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
             seeds) quality "$1" seeds "$OUT/packages/A-0" "$OUT/packages/A-1" "$OUT/packages/A-2" ;;
             fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;
             unheard) quality "$1" unheard "$OUT/packages/A-unheard-${SEED_A:-$SEED}" "$OUT/packages/B-unheard-$SEED" ;;
+            long) quality "$1" long "$OUT/packages/B-long-mean-head4" ;;
             mean) quality "$1" mean "$OUT/packages/A-mean-fine" ;;
             head4) quality "$1" head4 "$OUT/packages/B-twice-head4-$SEED" ;;
             equal) quality "$1" equal "$OUT/packages/teacher-int4-fine" ;;

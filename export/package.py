@@ -1,7 +1,7 @@
 """Packages a student for one runtime, and publishes only what translates as the student does."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from export.manifest import Manifest, write_manifest
 from export.parity import check_parity
 from export.runtime import open_translator
 from export.scoring import SelectSet, open_select_sets
-from export.vocabulary import TokenIds, kept_tokens
+from export.trim import lines_of, said_in, trimmed
+from export.vocabulary import TokenIds
 from halve import artefact
 from halve.artefact import Artefact
 from halve.audio import SAMPLE_RATE_HZ
 from halve.card import write_card
-from halve.corpus import read_corpus
 from halve.errors import FamilyError, InputError, MissingExtraError
 from halve.families import Family, family_for
 from halve.languages import LANGUAGES, language
@@ -46,6 +46,7 @@ class _Job:
     processor: Any
     folder: Path
     progress: Progress
+    texts: Sequence[Path] = ()
 
 
 def run_package(
@@ -54,18 +55,24 @@ def run_package(
     corpus: Path | None,
     out: Path,
     progress: Progress = SILENT,
+    *,
+    texts: Sequence[Path] = (),
 ) -> Artefact:
     """Writes a package and checks it against its student before it is published.
 
     Args:
         corpus: its `select` is what the check translates; without it the package is marked unchecked.
+        texts: UTF-8 files in the languages translated into, whose tokens a trimmed vocabulary keeps, too.
 
     Raises:
-        InputError: a precision that the target has not, a vocabulary that cannot be trimmed, or no language named.
+        InputError: a precision that the target has not, a vocabulary that cannot be trimmed, texts that cannot be read or are not
+            used, or no language named.
         FamilyError: the model cannot be packaged so.
         ParityError: the package is not faithful enough (`config.force` keeps it, marked).
     """
     check_possible(config)
+    if texts and not config.trim_vocab:
+        raise InputError("Texts for a vocabulary that is not trimmed", mend="add --trim-vocab")
     model = resolve_model(model)
     settings = read_config(model)
     family = family_for(settings)
@@ -80,11 +87,12 @@ def run_package(
     if not langs:
         raise InputError("No language was named", expected="a corpus, or at least one --lang")
     parents = {"model": model} | ({"corpus": corpus} if corpus else {})
+    parents |= {f"texts {number}": path for number, path in enumerate(texts, 1)}
     recipe = config.model_dump(mode="json")
     with artefact.writing(out, "package", recipe, config.seed, parents) as draft:
         _clear(draft.path)
         job = _Job(
-            config, model, corpus, langs, family, load_processor(model), draft.path, progress
+            config, model, corpus, langs, family, load_processor(model), draft.path, progress, texts
         )
         progress.message(f"package: write {config.target} in {config.precision}")
         onnx = TARGETS[config.target](job)
@@ -294,21 +302,13 @@ def _kept(job: _Job) -> TokenIds | None:
         return None
     if job.corpus is None:
         raise InputError("Trimming the vocabulary needs a corpus", mend="name --corpus")
-    segments = [s for s in read_corpus(job.corpus).segments if s.split != "test"]
-    for code in job.langs:
-        if plain := sum(s.wants(code) and code not in s.references for s in segments):
-            job.progress.warn(
-                f"{plain} of {len(segments)} segments have no {code} reference: what their translations alone "
-                "would need is trimmed, and the check on `select` does not show it."
-            )
-    texts = [s.references[code] for s in segments for code in job.langs if code in s.references]
-    needed = {id_ for ids in _prompts(job).values() for part in ids for id_ in part}
-    text = job.family.text_config(read_config(job.student))
-    return kept_tokens(
+    prompts = {id_ for ids in _prompts(job).values() for part in ids for id_ in part}
+    return trimmed(
         job.processor.tokenizer.backend_tokenizer,
-        texts,
-        needed | set(job.family.end_ids(_generating(job))),
-        int(text["vocab_size"]),
+        said_in(job.corpus, job.langs, job.progress) + lines_of(job.texts),
+        prompts | set(job.family.end_ids(_generating(job))),
+        int(job.family.text_config(read_config(job.student))["vocab_size"]),
+        job.progress,
     )
 
 

@@ -4,6 +4,7 @@ A token that is kept has the same embedding and the same logit as before: a trim
 same tokens for as long as its student would say kept ones. The tokenizer stays whole.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,6 +93,21 @@ def kept_tokens(tokenizer: Any, texts: Iterable[str], needed: Iterable[int], siz
         kept.update(encoding.ids)
     kept.update(id_ for token, id_ in tokenizer.get_vocab().items() if _is_unit(token))
     return np.array(sorted(id_ for id_ in kept if id_ < size), dtype=np.int64)
+
+
+def unseen_share(tokenizer: Any, texts: Sequence[str]) -> float:
+    """Estimates which share of a new text's tokens is in none of these texts, 0 to 1.
+
+    Good and Turing's estimate (Good 1953): the share of tokens that one text alone has. Tokens that are kept for
+    another reason count as well: an estimate from above, for texts of the kind given.
+    """
+    seen: Counter[int] = Counter()
+    tokens = 0
+    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
+        seen.update(set(encoding.ids))
+        tokens += len(encoding.ids)
+    once = sum(count == 1 for count in seen.values())
+    return once / tokens if tokens else 1.0
 
 
 def _is_unit(token: str) -> bool:

@@ -181,12 +181,24 @@ def merge(
 
 @command(app, "package", PackageConfig)
 def package(
-    config: PackageConfig, model: Model, corpus: MaybeCorpus = None, out: Out = None
+    config: PackageConfig,
+    model: Model,
+    corpus: MaybeCorpus = None,
+    vocab_texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--vocab-texts",
+            metavar="FILE",
+            help="With --trim-vocab: more text in the target languages, a line each, whose tokens are kept.",
+        ),
+    ] = None,
+    out: Out = None,
 ) -> Result:
     """Packages a student for one target, checked against the student first."""
     name = f"package-{config.target}-{config.precision}"
-    place = shell.place(out, name, config, model, *([corpus] if corpus else []))
-    return shell.do(steps.package(config, model, corpus, place))
+    texts = vocab_texts or []
+    place = shell.place(out, name, config, model, *([corpus] if corpus else []), *texts)
+    return shell.do(steps.package(config, model, corpus, place, texts))
 
 
 @command(app, "report")

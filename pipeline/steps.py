@@ -168,15 +168,22 @@ def merge(
     return Step("merge", "student", out, config, inputs, work, roles=roles)
 
 
-def package(config: PackageConfig, model: Model, speech: Path | None, out: Path) -> Step:
-    """Packages a student."""
+def package(
+    config: PackageConfig,
+    model: Model,
+    speech: Path | None,
+    out: Path,
+    texts: Sequence[Path] = (),
+) -> Step:
+    """Packages a student; of `texts` a trimmed vocabulary keeps the tokens."""
 
     def work(progress: Progress) -> Artefact:
         from export.package import run_package
 
-        return run_package(config, resolve_model(model), speech, out, progress)
+        return run_package(config, resolve_model(model), speech, out, progress, texts=texts)
 
-    return Step("package", "package", out, config, (model, *([speech] if speech else [])), work)
+    inputs = (model, *([speech] if speech else []), *texts)
+    return Step("package", "package", out, config, inputs, work)
 
 
 def quality(

@@ -13,7 +13,7 @@ from export.package import run_package
 from export.parity import check_parity, top_two_gap
 from export.runtime import open_translator
 from export.scoring import open_select_sets
-from export.vocabulary import kept_tokens
+from export.vocabulary import kept_tokens, unseen_share
 from halve import artefact
 from halve.errors import FamilyError, InputError, ParityError
 from halve.models import load_model
@@ -21,6 +21,7 @@ from halve.progress import SILENT
 from halve.shards import tensor_shapes
 from halve.translate import TorchTranslator
 from tests import tiny
+from tests.importing import Heard
 
 
 def parity_of(path: Path) -> dict:
@@ -205,6 +206,48 @@ def test_a_trimmed_vocabulary_says_the_same(
     for text in ("Zeilenumbruch — ß, 漢字 🙂", "Tabelle öffnen"):
         spelled = tokenizer.backend_tokenizer
         assert trimmed.text(spelled.encode(text).ids) == text
+
+
+def test_a_trimmed_vocabulary_keeps_further_texts_and_says_what_it_lacks(
+    student: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    more = tmp_path / "more.de.txt"
+    more.write_text("Zeilenumbruch und Tabellenblatt\n\n", encoding="utf8")
+    config = PackageConfig(precision="fp32", langs=("de",), trim_vocab=True, force=True)
+    kept, told = [], Heard()
+    for number, texts in enumerate(([], [more])):
+        path = run_package(
+            config, student, tiny_corpus, tmp_path / str(number), told, texts=texts
+        ).path
+        kept.append(set(np.load(path / "vocabulary.npy").tolist()))
+    tokenizer = tiny.make_tokenizer().backend_tokenizer
+    wanted = set(tokenizer.encode("Zeilenumbruch und Tabellenblatt", add_special_tokens=False).ids)
+    assert kept[1] == kept[0] | wanted > kept[0]
+    warned = [text for text in told.warnings if "are expected not to be among them" in text]
+    assert len(warned) == 2 and f"trimmed to {len(kept[0])} of 512 tokens" in warned[0]
+    with pytest.raises(InputError, match="not trimmed"):
+        run_package(
+            PackageConfig(langs=("de",)), student, tiny_corpus, tmp_path / "p", texts=[more]
+        )
+    for content in (b"\n", b"\xff\xfe"):
+        more.write_bytes(content)
+        with pytest.raises(InputError, match=r"more\.de\.txt"):
+            run_package(config, student, tiny_corpus, tmp_path / "p", texts=[more])
+    with pytest.raises(InputError, match="nowhere"):
+        run_package(config, student, tiny_corpus, tmp_path / "p", texts=[tmp_path / "nowhere"])
+
+
+def test_unseen_tokens_are_estimated_by_those_of_one_text_alone() -> None:
+    tokenizer = tiny.make_tokenizer().backend_tokenizer
+    half = ["Datei öffnen", "Datei öffnen", "Tabelle", "Tabelle"]
+    assert unseen_share(tokenizer, half) == 0
+    once = set(tokenizer.encode("Zeilenumbruch").ids) - {
+        id_ for text in half for id_ in tokenizer.encode(text).ids
+    }
+    tokens = sum(len(tokenizer.encode(text).ids) for text in [*half, "Zeilenumbruch"])
+    assert once
+    assert unseen_share(tokenizer, [*half, "Zeilenumbruch"]) == len(once) / tokens
+    assert unseen_share(tokenizer, []) == 1
 
 
 def test_kept_tokens_can_spell_anything() -> None:

@@ -13,7 +13,7 @@ help:
 	@echo "make lint   ruff, mypy, import rule"
 	@echo "make slow   long proofs"
 	@echo "make bench  README's demo figures and the results behind the documents, made again"
-	@echo "make evidence  README's students, trained and measured again: a day on two cores"
+	@echo "make evidence  README's students, trained and measured again: days on two cores"
 	@echo "make docs   docs/cli.md, made again"
 	@echo "make clean  remove runs/ and caches (not the environment)"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes README's students again, all of them, from the committed teacher: hours on a GPU, about a day on two cores.
+# Makes README's students again, all of them, from the committed teacher: hours on a GPU, two or three days on two cores.
 #   bash benchmarks/evidence.sh          then commit runs/students as benchmarks/results/DATE-students*, and python -m benchmarks.readme --write
 # Each step keeps what it has finished; a killed run goes on. On processors without bfloat16: DTYPE=float32.
 set -euo pipefail

@@ -14,7 +14,7 @@ STEPS=${STEPS:-300}
 OUT=${OUT:-runs/recovery}
 # To run some of them: WAYS="teacher random" bash benchmarks/recovery.sh
 WAYS=${WAYS:-references translations forward-0.5 forward-1.0 reverse-0.5 slow qlora qlora-forward-0.5 healed strict unfiltered hypotheses random middle block-influence teacher}
-# At student B's budget: TRAIN=qlora BATCH=96 STEPS=1000 WAYS="search no-distillation random middle block-influence teacher" OUT=runs/recovery-budget
+# The layers' choices, 96,000 rows of QLoRA: TRAIN=qlora BATCH=96 STEPS=1000 WAYS="search no-distillation random middle block-influence teacher" OUT=runs/recovery-budget
 COMMON=(--corpus "$CORPUS" --lang de --lang zh --states-dir "$STUDENTS/states" --max-steps "$STEPS" --epochs 100
     --batch-size "${BATCH:-48}" --schedule linear --warmup 0.03 --spec-mask 0.08 --checkpoint-every 50 --eval-every "${EVERY:-$((STEPS / 3))}")
 FULL=(--method full --learning-rate 5e-4 --weight-decay 0.01)

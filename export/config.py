@@ -85,7 +85,7 @@ class PackageConfig(Config):
     float32: a quarter of the memory, and faster steps after long audio. As they are computed where None."""
     trim_vocab: bool = False
     """ONNX and GGUF of models that hear: keeps only the tokens that the corpus's translations into `langs` need
-    (`train` and `select`), those of `--vocab-texts`, and every single byte or character. The same texts, greedily, wherever the student says no other
+    (`train` and `select`), those of `halve package --vocab-texts`, and every single byte or character. The same texts, greedily, wherever the student says no other
     token, which the check on `select` counts; a beam search weighs the kept tokens alone."""
     encoder_bits: Literal[4, 8, 32] | None = None
     """Bits of the audio encoder's linear layers in an int8 or int4 package. Where None, those of

@@ -54,12 +54,12 @@ def trimmed(
     share = unseen_share(tokenizer, texts)
     told = (
         f"the vocabulary is trimmed to {len(kept)} of {size} tokens, those of {len(texts)} texts; of the tokens of new "
-        f"translations about {100 * share:.2g} % are expected not to be among them"
+        f"translations about {100 * share:.3g} % are expected not to be among them"
     )
     if share > _MOST_UNSEEN:
         progress.warn(
             f"{told}: the check on `select`, whose references are kept, shows less. More text in the target languages "
-            "helps: --vocab-texts FILE, a line each"
+            "helps: `halve package --vocab-texts FILE`, a line each"
         )
     else:
         progress.message(f"package: {told}")

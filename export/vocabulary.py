@@ -98,16 +98,17 @@ def kept_tokens(tokenizer: Any, texts: Iterable[str], needed: Iterable[int], siz
 def unseen_share(tokenizer: Any, texts: Sequence[str]) -> float:
     """Estimates which share of a new text's tokens is in none of these texts, 0 to 1.
 
-    Good and Turing's estimate (Good 1953): the share of tokens that one text alone has. Tokens that are kept for
-    another reason count as well: an estimate from above, for texts of the kind given.
+    Good and Turing's estimate (Good 1953): the share of tokens that one text alone has; texts that are there twice count
+    once. Tokens that are kept for another reason count as well, and of several languages it is the mean over all their
+    tokens: an estimate for texts of the kind and the mixture given.
     """
-    seen: Counter[int] = Counter()
-    tokens = 0
-    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
-        seen.update(set(encoding.ids))
-        tokens += len(encoding.ids)
-    once = sum(count == 1 for count in seen.values())
-    return once / tokens if tokens else 1.0
+    texts_with: Counter[int] = Counter()
+    tokens: Counter[int] = Counter()
+    for encoding in tokenizer.encode_batch(list(dict.fromkeys(texts)), add_special_tokens=False):
+        texts_with.update(set(encoding.ids))
+        tokens.update(encoding.ids)
+    once = sum(count for id_, count in tokens.items() if texts_with[id_] == 1)
+    return once / tokens.total() if tokens else 1.0
 
 
 def _is_unit(token: str) -> bool:

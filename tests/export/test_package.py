@@ -239,14 +239,13 @@ def test_a_trimmed_vocabulary_keeps_further_texts_and_says_what_it_lacks(
 
 def test_unseen_tokens_are_estimated_by_those_of_one_text_alone() -> None:
     tokenizer = tiny.make_tokenizer().backend_tokenizer
-    half = ["Datei öffnen", "Datei öffnen", "Tabelle", "Tabelle"]
-    assert unseen_share(tokenizer, half) == 0
-    once = set(tokenizer.encode("Zeilenumbruch").ids) - {
-        id_ for text in half for id_ in tokenizer.encode(text).ids
-    }
-    tokens = sum(len(tokenizer.encode(text).ids) for text in [*half, "Zeilenumbruch"])
-    assert once
-    assert unseen_share(tokenizer, [*half, "Zeilenumbruch"]) == len(once) / tokens
+    texts = ["Datei öffnen", "Datei schließen", "Zeilenumbruch Zeilenumbruch"]
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    alone = [id_ for of in ids for id_ in of if sum(id_ in other for other in ids) == 1]
+    assert 0 < len(alone) < sum(map(len, ids)) and len(set(alone)) < len(alone)
+    share = len(alone) / sum(map(len, ids))
+    assert unseen_share(tokenizer, texts) == share
+    assert unseen_share(tokenizer, texts * 2) == share
     assert unseen_share(tokenizer, []) == 1
 
 

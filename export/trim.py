@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.vocabulary import TokenIds, kept_tokens, unseen_share
+from export.vocabulary import TokenIds, encoded, kept_tokens, unseen_share
 from halve.corpus import read_corpus
 from halve.errors import InputError
 from halve.progress import SILENT, Progress
@@ -50,10 +50,11 @@ def trimmed(
     tokenizer: Any, texts: Sequence[str], needed: Iterable[int], size: int, progress: Progress
 ) -> TokenIds:
     """The tokens to keep: see `kept_tokens`. Says how many, and what new translations are expected to lack."""
-    kept = kept_tokens(tokenizer, texts, needed, size)
-    share = unseen_share(tokenizer, texts)
+    ids = encoded(tokenizer, texts)
+    kept = kept_tokens(tokenizer, ids, needed, size)
+    share = unseen_share(ids)
     told = (
-        f"the vocabulary is trimmed to {len(kept)} of {size} tokens, those of {len(texts)} texts; of the tokens of new "
+        f"the vocabulary is trimmed to {len(kept)} of {size} tokens, those of {len(ids)} texts; of the tokens of new "
         f"translations about {100 * share:.3g} % are expected not to be among them"
     )
     if share > _MOST_UNSEEN:

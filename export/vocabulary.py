@@ -78,35 +78,42 @@ WHOLE = Vocabulary()
 """Nothing trimmed, nothing suppressed."""
 
 
-def kept_tokens(tokenizer: Any, texts: Iterable[str], needed: Iterable[int], size: int) -> TokenIds:
+def encoded(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
+    """The token ids of each text; one that is there twice comes once."""
+    unlike = list(dict.fromkeys(texts))
+    return [each.ids for each in tokenizer.encode_batch(unlike, add_special_tokens=False)]
+
+
+def kept_tokens(
+    tokenizer: Any, texts: Iterable[Sequence[int]], needed: Iterable[int], size: int
+) -> TokenIds:
     """The token ids to keep, ascending.
 
     Args:
         tokenizer: a tokenizers.Tokenizer.
-        texts: what the package should be able to say; every token of them is kept, and so is every
+        texts: what the package should be able to say, `encoded`; every token of them is kept, and so is every
             token of one byte or character, with which any text can be spelled.
         needed: tokens of prompts and ends.
         size: rows of the model's embedding table; ids beyond it are left out.
     """
     kept = set(needed)
-    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
-        kept.update(encoding.ids)
+    for ids in texts:
+        kept.update(ids)
     kept.update(id_ for token, id_ in tokenizer.get_vocab().items() if _is_unit(token))
     return np.array(sorted(id_ for id_ in kept if id_ < size), dtype=np.int64)
 
 
-def unseen_share(tokenizer: Any, texts: Sequence[str]) -> float:
+def unseen_share(texts: Iterable[Sequence[int]]) -> float:
     """Estimates which share of a new text's tokens is in none of these texts, 0 to 1.
 
-    Good and Turing's estimate (Good 1953): the share of tokens that one text alone has; texts that are there twice count
-    once. Tokens that are kept for another reason count as well, and of several languages it is the mean over all their
+    Good and Turing's estimate (Good 1953): the share of tokens that one text alone has, of texts `encoded`. Tokens that are kept for another reason count as well, and of several languages it is the mean over all their
     tokens: an estimate for texts of the kind and the mixture given.
     """
     texts_with: Counter[int] = Counter()
     tokens: Counter[int] = Counter()
-    for encoding in tokenizer.encode_batch(list(dict.fromkeys(texts)), add_special_tokens=False):
-        texts_with.update(set(encoding.ids))
-        tokens.update(encoding.ids)
+    for ids in texts:
+        texts_with.update(set(ids))
+        tokens.update(ids)
     once = sum(count for id_, count in tokens.items() if texts_with[id_] == 1)
     return once / tokens.total() if tokens else 1.0
 

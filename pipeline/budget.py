@@ -345,7 +345,7 @@ def _chosen(found: list[Choice], number: int | None) -> Choice:
 
 
 def _kept_tokens(model: Path, corpus: Path, code: str | None) -> int:
-    from export.vocabulary import kept_tokens
+    from export.vocabulary import encoded, kept_tokens
 
     family = family_for(read_config(model))
     processor = load_processor(model)
@@ -364,7 +364,7 @@ def _kept_tokens(model: Path, corpus: Path, code: str | None) -> int:
         )
     vocabulary = int(family.text_config(read_config(model))["vocab_size"])
     tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer
-    return len(kept_tokens(tokenizer, texts, (), vocabulary))
+    return len(kept_tokens(tokenizer, encoded(tokenizer, texts), (), vocabulary))
 
 
 def _write_recipe(

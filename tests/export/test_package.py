@@ -13,7 +13,7 @@ from export.package import run_package
 from export.parity import check_parity, top_two_gap
 from export.runtime import open_translator
 from export.scoring import open_select_sets
-from export.vocabulary import kept_tokens, unseen_share
+from export.vocabulary import encoded, kept_tokens, unseen_share
 from halve import artefact
 from halve.errors import FamilyError, InputError, ParityError
 from halve.models import load_model
@@ -244,14 +244,14 @@ def test_unseen_tokens_are_estimated_by_those_of_one_text_alone() -> None:
     alone = [id_ for of in ids for id_ in of if sum(id_ in other for other in ids) == 1]
     assert 0 < len(alone) < sum(map(len, ids)) and len(set(alone)) < len(alone)
     share = len(alone) / sum(map(len, ids))
-    assert unseen_share(tokenizer, texts) == share
-    assert unseen_share(tokenizer, texts * 2) == share
-    assert unseen_share(tokenizer, []) == 1
+    assert unseen_share(encoded(tokenizer, texts)) == share
+    assert unseen_share(encoded(tokenizer, texts * 2)) == share
+    assert unseen_share([]) == 1
 
 
 def test_kept_tokens_can_spell_anything() -> None:
     tokenizer = tiny.make_tokenizer().backend_tokenizer
-    kept = kept_tokens(tokenizer, ["Datei öffnen"], [1, 2], 512)
+    kept = kept_tokens(tokenizer, encoded(tokenizer, ["Datei öffnen"]), [1, 2], 512)
     names = {tokenizer.id_to_token(int(id_)) for id_ in kept}
     assert set(ByteLevel.alphabet()) <= names
     assert {*tokenizer.encode("Datei öffnen").ids, 1, 2} <= set(kept.tolist())

@@ -19,6 +19,8 @@ REQUIREMENTS = (
 )
 VARIABLE = "HALVE_COMET"
 """Environment variable with the directory to use in place of the default one."""
+_MARK = ".halve"
+"""A file that says that the directory is halve's to remove."""
 NEEDED_BYTES = 4_000_000_000
 """Disk that installing takes, downloads included."""
 
@@ -73,13 +75,15 @@ def install(folder: Path | None = None, progress: Progress = SILENT) -> Path:
 def _make_room(folder: Path) -> None:
     try:
         if folder.exists():
-            if any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
+            ours = any((folder / name).is_file() for name in (_MARK, ".complete"))
+            if any(folder.iterdir()) and not ours:
                 raise HalveError(
-                    f"{folder} holds something that is no environment",
-                    mend=f"name another directory in ${VARIABLE}",
+                    f"{folder} holds something that halve has not made",
+                    mend=f"remove it, or name another directory in ${VARIABLE}",
                 )
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
+        (folder / _MARK).touch()
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise HalveError(f"{folder} cannot be written ({error.strerror})") from None

@@ -48,7 +48,9 @@ def voices(corpus: Corpus, segments: Sequence[Segment]) -> list[str]:
     Returns:
         "trained" or "untrained"; empty if a segment has no voice or the corpus carries no training segments.
     """
-    trained = {s.extra.get("voice") for s in corpus.segments if s.split == "train"}
+    trained = {
+        s.extra["voice"] for s in corpus.segments if s.split == "train" and s.extra.get("voice")
+    }
     if not trained or not all(segment.extra.get("voice") for segment in segments):
         return []
     return [_TRAINED if s.extra["voice"] in trained else _UNTRAINED for s in segments]

@@ -68,6 +68,23 @@ def measure(
     return Similarity(scores, _signature(Path(model)))
 
 
+def check(model: str) -> None:
+    """Refuses what embeds no text: no encoder, one without a token that fills a batch, one that must be told what to say.
+
+    Raises:
+        InputError: it cannot be loaded, or used.
+    """
+    encoder, tokenizer = _load(Path(model))
+    try:
+        _embed(encoder, tokenizer, ["one text", "and another, longer one"], 2)
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"{model} embeds no text: {said}",
+            expected="a text encoder, as LaBSE or multilingual-e5",
+        ) from None
+
+
 def _load(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 

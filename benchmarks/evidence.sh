@@ -19,8 +19,7 @@ SEED=2 BATCH_QLORA=32 students A_fine
 students A_mean
 students B_twice_fine
 SEED=2 BATCH_QLORA=16 students A_searched
-BATCH_QLORA=16 students unheard untranslated B_unheard
-# What learnt from beams or from unheard speech is measured on `select` alone.
+# What learnt from beams is measured on `select` alone.
 SEED=0 GROUPS_OF_STUDENTS="quarter seeds" students select test
 SEED=2 GROUPS_OF_STUDENTS=fine students select test
 SEED=0 SEED_A=2 GROUPS_OF_STUDENTS=searched students select

@@ -22,6 +22,7 @@ from compress.importance import by_translation, make_task
 from compress.reference import StockTranslator, only_layers
 from compress.search import Ledger, Ranking, removable
 from compress.task import SearchTask
+from export import parity
 from halve import environment, metrics
 from halve.artefact import Artefact, Draft, read, writing
 from halve.corpus import read_corpus
@@ -31,6 +32,7 @@ from halve.models import SpeechModel, load_model, read_config, resolve_model
 from halve.progress import SILENT, Progress
 from halve.sources import asked
 from halve.stock import generating, greedy_config
+from halve.translate import TorchTranslator
 
 RESULT = "importance.json"
 MOST_NEAR_TIES = 0.01
@@ -318,19 +320,9 @@ def token_differences(
 def top_two_gap(
     speech: SpeechModel, task: SearchTask, kept: Sequence[int], row: int, before: Sequence[int]
 ) -> float:
-    """The gap of the best two logits after `before`, by the stock model with the `kept` layers."""
-    family = speech.family
-    instruction = family.instruction(language(task.lang))
-    dtype = getattr(torch, speech.dtype)
-    inputs = family.stock_inputs(speech.processor, task.audio[row], instruction, dtype)
-    inputs = {key: value.to(speech.device) for key, value in inputs.items()}
-    said = torch.tensor([list(before)], dtype=torch.long, device=speech.device)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], said], dim=1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(said)], dim=1)
-    with torch.inference_mode(), only_layers(speech.model, family, kept):
-        logits = speech.model(**inputs).logits[0, -1].float()
-    top = logits.topk(2).values
-    return float(top[0] - top[1])
+    """The gap of the best two logits after `before`, of what the model with the `kept` layers may say there."""
+    with only_layers(speech.model, speech.family, kept):
+        return parity.top_two_gap(TorchTranslator(speech), task.audio[row], task.lang, before)
 
 
 def _write_hypotheses(path: Path, task: SearchTask, side: Side) -> None:

@@ -102,7 +102,7 @@ def run_latency(
     return read(out)
 
 
-def check_listens(family: Family, model: str | Path) -> None:
+def check_listens(family: Family, model: str | Path, bench: str = "latency bench") -> None:
     """Refuses a model that there is nothing to time of.
 
     Raises:
@@ -110,7 +110,7 @@ def check_listens(family: Family, model: str | Path) -> None:
     """
     if family.reads == "text":
         raise InputError(
-            f"{model} reads text, and the latency bench times audio",
+            f"{model} reads text, and the {bench} times audio",
             expected="models that listen",
             mend="leave it out; `halve bench quality` measures text models",
         )

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import comet as comet_metric
 from benchmarks import conditions, embedding, scoring, size
 from benchmarks.config import QualityConfig
-from benchmarks.earlier import has_translations, scorers, take_over
+from benchmarks.earlier import SCORING_ALONE, has_translations, scorers, take_over
 from benchmarks.heard import Heard, read_all
 from benchmarks.workload import shuffled_partners, silence_like
 from export.runtime import open_translator
@@ -102,9 +102,10 @@ def run_quality(
     }
     parents["corpus"] = corpus
     is_made = has_translations(out, config, parents)
+    translating = (set(config.recorded()) - SCORING_ALONE, set(parents))
     parents |= scorers(config)
     settings = config.recorded()
-    with writing(out, "results", settings, config.seed, parents) as draft:
+    with writing(out, "results", settings, config.seed, parents, work_needs=translating) as draft:
         if is_made:
             ids = [segment.id for segment in workload.segments]
             take_over(out, draft.work, _chunks(workload.segments, config.batch_size), ids)
@@ -119,7 +120,7 @@ def check_config(config: QualityConfig) -> None:
     """Refuses what is named and not there, before hours of translating.
 
     Raises:
-        InputError: a COMET checkpoint, its interpreter or an embedding model that does not exist.
+        InputError: a COMET checkpoint, its interpreter or an embedding model that does not exist, or one that embeds nothing.
     """
     named = {
         "COMET checkpoint": (config.comet_checkpoint, "--comet-checkpoint"),
@@ -133,6 +134,8 @@ def check_config(config: QualityConfig) -> None:
                 mend=f"correct the path, or leave {option} (in a recipe, "
                 f"{option[2:].replace('-', '_')}) out",
             )
+    if config.embedding_model is not None:
+        embedding.check(config.embedding_model)
 
 
 def _warn_of_comet(config: QualityConfig, workload: "_Workload", progress: Progress) -> None:
@@ -420,10 +423,11 @@ def _conditions(
     if heard := conditions.voices(workload.corpus, workload.segments):
         entry["by_voice"] = conditions.by_voice(texts, references, heard, config.lang)
     if config.noise_db is not None and f"{name}.{conditions.NOISE}" in found:
-        of_teacher = None if name == teacher else found[f"{teacher}.{conditions.NOISE}"].texts
+        # A teacher that reads hears no noise.
+        of_teacher = None if name == teacher else found.get(f"{teacher}.{conditions.NOISE}")
         entry["noisy"] = conditions.noisy_entry(
             found[f"{name}.{conditions.NOISE}"].texts,
-            of_teacher,
+            None if of_teacher is None else of_teacher.texts,
             references,
             config.lang,
             config.noise_db,

@@ -3,7 +3,7 @@
 import asyncio
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ import httpx
 
 from benchmarks.batching import decode_rates
 from benchmarks.config import ServeBenchConfig
-from benchmarks.latency import percentiles
+from benchmarks.latency import check_listens, percentiles
 from benchmarks.memory import peak_memory_bytes
 from benchmarks.server_process import SERVE, serving
 from benchmarks.ties import differs_at_tie
@@ -25,7 +25,7 @@ from halve.audio import read_audio
 from halve.corpus import read_corpus
 from halve.errors import HalveError, InputError
 from halve.json_files import write_json
-from halve.models import resolve_model
+from halve.models import family_of, resolve_model
 from halve.progress import SILENT, Progress
 from halve.translate import Translation
 
@@ -85,7 +85,7 @@ def run_serve_bench(
     given) with `--engine plain`. Every answer is compared with the offline translation of the same file.
 
     Raises:
-        InputError: stock code has nothing to load of what would be the baseline.
+        InputError: stock code has nothing to load of what would be the baseline, or a model reads text.
         HalveError: a server did not start, or answered nothing.
     """
     # No client may be refused: a refusal is no answer to time.
@@ -96,6 +96,8 @@ def run_serve_bench(
     sides.append(_Side("one_at_a_time", _local(model), "auto", ("--batch-size", "1", *room)))
     sides.append(_Side("baseline", _local(teacher or model), "plain", room))
     _check_baseline(sides[-1].path)
+    for side in sides:
+        check_listens(family_of(side.path), side.path, "serve bench")
     parents = {"corpus": corpus, "model": sides[0].path, "baseline": sides[-1].path}
     settings = config.recorded() | environment.measured_on()
     with writing(out, "results", settings, config.seed, parents) as draft:
@@ -210,9 +212,9 @@ def _measure(
                 # Each of its turns has its share; the last one takes what is left.
                 begun = bool(regime.latencies_ms)
                 share = config.requests // (len(turns) // len(sides))
-                requests = config.requests - share if begun else share
+                chosen = range(share, config.requests) if begun else range(share)
                 url = servers[side.name].url
-                asyncio.run(_drive(config, url, files, clients, requests, regime))
+                asyncio.run(_drive(config, url, files, clients, chosen, regime))
         peaks = {name: peak_memory_bytes(server.pid) for name, server in servers.items()}
     return {
         side.name: _record(config, side, files, regimes[side.name], progress)
@@ -247,7 +249,7 @@ async def _drive(
     url: str,
     files: Mapping[str, Path],
     clients: int,
-    requests: int,
+    chosen: Iterable[int],
     regime: _Regime,
 ) -> None:
     """Keeps `clients` requests under way until enough are answered; adds them to what `regime` has."""
@@ -266,7 +268,7 @@ async def _drive(
         warm = _Regime()
         for start in range(0, config.warmup):
             await asyncio.gather(*(ask(start + place, warm) for place in range(clients)))
-        waiting = iter(range(requests))
+        waiting = iter(chosen)
         started = time.perf_counter()
 
         async def client_loop() -> None:

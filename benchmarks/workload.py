@@ -36,9 +36,9 @@ def shuffled_partners(durations_s: Sequence[float], texts: Sequence[str]) -> lis
     """
     if len(durations_s) < 2:
         raise CorpusError(
-            "The shuffled-audio control got one segment",
+            "The control with another segment's source got one segment",
             expected="at least 2 segments",
-            mend="raise --limit",
+            mend="use --no-controls, or a split of more segments",
         )
     order = sorted(range(len(durations_s)), key=lambda i: (durations_s[i], i))
     partners = [0] * len(order)

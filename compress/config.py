@@ -216,7 +216,7 @@ class TuneConfig(AdapterConfig):
     """Tuning the pruned model on references and the teacher's translations."""
 
     method: Literal["qlora", "lora", "full"] = "qlora"
-    """qlora trains an adapter over NF4 weights, lora over plain ones; full trains the decoder and writes a student."""
+    """qlora trains an adapter over NF4 weights, lora over plain ones; full trains all but the audio tower (and images' parts) and writes a student."""
     logit_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the loss that is the divergence from the teacher's distribution; needs translations made with `--logits`."""
     divergence: Literal["forward", "reverse"] = "forward"

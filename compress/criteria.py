@@ -17,7 +17,7 @@ from compress.footprint import Footprint
 from compress.rows import end_token
 from compress.search import Candidate, Ledger, Ranking, plan_chunks, removable
 from compress.task import SearchTask
-from halve.errors import FamilyError, InputError
+from halve.errors import InputError
 from halve.models import SpeechModel
 from halve.progress import Advance, Progress
 
@@ -62,6 +62,11 @@ def spaced(num_layers: int, inner: Sequence[int], remove: int) -> tuple[int, ...
     return tuple(sorted([*gone[:remove], *more[: max(0, remove - len(gone))]]))
 
 
+def in_128s(footprint: Footprint, lengths: Sequence[int]) -> list[list[int]]:
+    """Chunks of 128 rows, whatever they take."""
+    return plan_chunks(lambda chunks: True, lengths, 128)
+
+
 def block_influence(before: Tensor, after: Tensor) -> Tensor:
     """How much a layer changes its input: one minus the cosine of input and output.
 
@@ -93,33 +98,43 @@ def angular_distance(before: Tensor, after: Tensor) -> Tensor:
 
 
 def by_similarity(
-    method: str, speech: SpeechModel, task: SearchTask, remove: int, progress: Progress
+    method: str,
+    speech: SpeechModel,
+    task: SearchTask,
+    remove: int,
+    progress: Progress,
+    cut: Cut = in_128s,
 ) -> Ranking:
-    """Ranks by block influence or angular distance in one walk through the whole model."""
-    check_walkable(speech)
+    """Ranks by block influence or angular distance in one walk through the whole model.
+
+    Args:
+        cut: puts segments into chunks that there is room for, one at a time.
+    """
     texts = reference_tokens(speech, task)
     num_layers = len(speech.part(speech.family.layers))
     inner = removable(range(num_layers), num_layers, speech.family.must_stay(speech.config))
     influence = np.zeros(num_layers)
     last: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
     with ExactTranslator(speech, task) as walker:
-        packs = walker.pack(range(len(texts)), texts)
-        tokens = sum(float(_weights(pack).sum()) for pack in packs)
-        with progress.task(method, len(packs)) as advance:
-            for pack in packs:
+        lengths = [len(audio) for audio in task.audio]
+        chunks = cut(walker.footprint(decodes=False), lengths)
+        tokens = 0.0
+        with progress.task(method, len(texts)) as advance:
+            for pack in (
+                pack for rows in chunks for pack in walker.pack(rows, [texts[row] for row in rows])
+            ):
+                tokens += float(_weights(pack).sum())
                 ends = [end - 1 for end in pack.attention.starts[1:]]
                 for layer in range(num_layers):
                     before = pack.hidden
                     last[layer].append(before[ends].clone())
                     walker.advance(pack, layer)
-                    influence[layer] += (
-                        float(block_influence(before, pack.hidden) @ _weights(pack)) / tokens
-                    )
+                    influence[layer] += float(block_influence(before, pack.hidden) @ _weights(pack))
                 last[num_layers].append(pack.hidden[ends].clone())
                 _forget(pack)
-                advance()
+                advance(len(pack.rows))
         if method == "block-influence":
-            return _least_influence(influence, remove, inner, len(texts))
+            return _least_influence(influence / tokens, remove, inner, len(texts))
         return _nearest_block([torch.cat(rows) for rows in last], remove, inner)
 
 
@@ -186,20 +201,6 @@ def _nearest_block(states: Sequence[Tensor], remove: int, inner: Sequence[int]) 
     return Ranking(tuple(range(first, first + remove)), tuple(candidates), "angular", signature)
 
 
-def check_walkable(speech: SpeechModel) -> None:
-    """Refuses what these criteria cannot walk through.
-
-    Raises:
-        FamilyError: layers attend to an encoder.
-    """
-    if speech.family.attends_to_encoder:
-        raise FamilyError(
-            f"Criteria that do not translate are not supported for {speech.family.name}: its decoder layers "
-            "attend to an encoder",
-            expected="--method exact, reference, bounded, racing, spaced, random or middle",
-        )
-
-
 def reference_tokens(speech: SpeechModel, task: SearchTask) -> list[list[int]]:
     """Each reference as the model would write it, its end token included."""
     end = end_token(speech)
@@ -207,11 +208,6 @@ def reference_tokens(speech: SpeechModel, task: SearchTask) -> list[list[int]]:
     return [
         [*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in task.references
     ]
-
-
-def in_128s(footprint: Footprint, lengths: Sequence[int]) -> list[list[int]]:
-    """Chunks of 128 rows, whatever they take."""
-    return plan_chunks(lambda chunks: True, lengths, 128)
 
 
 def by_loss(
@@ -227,7 +223,6 @@ def by_loss(
     Mean negative log-likelihood of a reference token, in nats, with the true tokens before it (teacher
     forcing). As SLEB (Song et al. 2024, arXiv 2402.09025), which takes perplexity on running text.
     """
-    check_walkable(speech)
     texts = reference_tokens(speech, task)
     lengths = [len(text) for text in texts]
     num_layers = len(speech.part(speech.family.layers))

@@ -133,18 +133,27 @@ class ExactTranslator:
     # Packing
 
     def pack(self, rows: Sequence[int], drafts: Sequence[Sequence[int]]) -> list[Pack]:
-        """Packs of rows with drafts, longest rows first, each of at most one pass's tokens."""
+        """Packs of rows with drafts, longest rows first, each of at most one pass's tokens.
+
+        They are alike in size and as many for each thread, as far as rows allow it: threads wait for one another.
+        """
         lengths = [
             len(self._prompts[row]) - self._stem + max(0, len(draft) - 1)
             for row, draft in zip(rows, drafts, strict=True)
         ]
         order = sorted(range(len(rows)), key=lambda index: (-lengths[index], rows[index]))
+        least = -(-sum(lengths) // self._pass_tokens)
+        count = min(len(rows), -(-least // self._crew.size) * self._crew.size)
+        share = -(-sum(lengths) // count)
         packs: list[Pack] = []
         chosen: list[int] = []
-        total = 0
+        total, done = 0, 0
         for index in order:
-            if chosen and total + lengths[index] > self._pass_tokens:
+            # A pack ends where the next row would take it further from its share than it is.
+            is_full = done + total + lengths[index] / 2 > share * (len(packs) + 1)
+            if chosen and (is_full or total + lengths[index] > self._pass_tokens):
                 packs.append(self._pack(chosen, rows, drafts))
+                done += total
                 chosen, total = [], 0
             chosen.append(index)
             total += lengths[index]

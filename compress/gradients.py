@@ -26,13 +26,6 @@ from halve.models import SpeechModel, pick_device
 from halve.progress import SILENT, Progress
 
 
-def sequence_loss(
-    speech: SpeechModel, batch: Batch, states: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
-    """Cross entropy summed over the batch's target tokens; arguments as `target_logits` takes them."""
-    return cross_entropy(target_logits(speech, batch, states), batch, label_smoothing)
-
-
 def cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
     """The loss of logits, (targets, vocabulary), summed over the batch's target tokens."""
     return functional.cross_entropy(

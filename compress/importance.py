@@ -7,6 +7,7 @@ Ranks on the corpus's `select` split. The paper's search (Moslem 2025, arXiv 250
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from compress.prune import check_teacher
 from halve import artefact, environment, metrics
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
-from halve.errors import InputError
+from halve.errors import FamilyError, InputError
 from halve.families import Family, family_for
 from halve.json_files import append_jsonl, write_json
 from halve.languages import language
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 TRANSLATING = ("exact", "reference", "bounded", "racing")
 """The methods that rank by translations; the others have nothing for workers to do."""
+BLIND = ("random", "middle", "spaced")
+"""The methods that look at nothing but the number of layers."""
 DEFAULT_BUDGET = 0.4
 """Share of the device's memory that a search without a stated budget may take for its caches."""
 ACTIVATIONS_SHARE = 0.2
@@ -44,6 +47,7 @@ def run_importance(
     Raises:
         InputError: unknown language or metric, a split that must not be ranked on, or more layers to
             remove than can go.
+        FamilyError: a criterion that cannot be had of this family.
         CorpusError: no such segments.
     """
     model = resolve_model(model)
@@ -52,6 +56,7 @@ def run_importance(
     num_layers = family.num_layers(teacher)
     stay = family.must_stay(teacher)
     metric = check_config(config, num_layers, stay)
+    check_method(config, family)
     # Here already: a search of hours ends in a plan that pruning would refuse.
     check_teacher(model, family, teacher)
     heard = read_corpus(corpus)
@@ -61,7 +66,7 @@ def run_importance(
     _say_unused(config, progress)
     recipe = config.recorded()
     with artefact.writing(Path(out), "importance", recipe, config.seed, parents) as draft:
-        if config.method in ("random", "middle", "spaced"):
+        if config.method in BLIND:
             from compress.criteria import blind
 
             ranking = blind(config.method, num_layers, config.remove, config.seed, stay)
@@ -137,6 +142,25 @@ def check_config(
     return metric
 
 
+def check_method(config: ImportanceConfig, family: Family) -> None:
+    """Refuses criteria that do not translate where layers attend to an encoder: they cannot walk through such a model.
+
+    Raises:
+        FamilyError: the method, or the shortlist's, is one of them.
+    """
+    if not family.attends_to_encoder:
+        return
+    translates = config.method in TRANSLATING
+    if config.method not in BLIND and not (translates and config.shortlist is None):
+        walks = (
+            f"--shortlist (by {config.shortlist_by})" if translates else f"--method {config.method}"
+        )
+        raise FamilyError(
+            f"{walks} is not supported for {family.name}: its decoder layers attend to an encoder",
+            expected=f"--method {', '.join([*TRANSLATING, *BLIND])}, without a shortlist",
+        )
+
+
 def make_task(
     speech: SpeechModel, corpus: Corpus, segments: Sequence[Segment], lang: str, metric: str
 ) -> "SearchTask":
@@ -163,6 +187,8 @@ def _say_unused(config: ImportanceConfig, progress: Progress) -> None:
         "--shortlist": not translates and config.shortlist is not None,
         "--shortlist-by": config.shortlist is None
         and config.shortlist_by != config.default("shortlist_by"),
+        "--memory-gb": config.memory_gb is not None and config.method in ("reference", *BLIND),
+        "--metric": not translates and config.metric is not None,
         "--confidence": config.method != "racing"
         and config.confidence != config.default("confidence"),
     }
@@ -197,6 +223,7 @@ def _search(
         threads=environment.threads(),
         workers=config.workers,
         device=speech.device,
+        resumed=draft.resumed,  # then it is the last process's alone
     )
     return ranking
 
@@ -221,7 +248,7 @@ def _cheap(
 
     if method == "loss":
         return criteria.by_loss(speech, task, remove, ledger, progress, cut)
-    return criteria.by_similarity(method, speech, task, remove, progress)
+    return criteria.by_similarity(method, speech, task, remove, progress, cut)
 
 
 def _shortlist(
@@ -272,9 +299,14 @@ def by_translation(
         progress.message(f"Encoding {len(task.ids)} segments")
     with _opened(config, speech, task, progress) as (pool, rooms):
         fits = checked(rooms, task.ids)
-        cut = stratify if config.method in plays else plan_chunks
+        cut = partial(stratify, method=config.method) if config.method in plays else plan_chunks
         lengths = [len(audio) for audio in task.audio]
         chunks = ledger.chunks(lambda: cut(fits, lengths, config.batch_size))
+        if not fits(chunks):
+            progress.warn(
+                "The search was begun with room for more segments at once than there is now (fewer workers, or a larger "
+                "device): it goes on with them, and may take more memory than it is allowed"
+            )
         num_layers = _num_layers(speech)
         most = config.shortlist or num_layers
         stay = speech.family.must_stay(speech.config)

@@ -13,8 +13,11 @@ from compress.footprint import Fits
 from compress.search import Candidate, Search, Tokens
 from halve import metrics
 
-PARTS = 6
-"""Parts that the segments are cut into, where memory asks for no more: what can be saved is a part."""
+PARTS = {"bounded": 6, "racing": 4}
+"""Parts that the segments are cut into, where memory asks for no more: what can be saved is a part, and each part's
+rows are decoded apart from the others', which costs the more the smaller it is."""
+FIRST = {"bounded": 4, "racing": 1}
+"""Parts that are translated together at first: before two thirds nobody is far enough behind for `bounded`."""
 SMALLEST_PART = 4
 FEWEST_TO_JUDGE = 16
 """Racing judges nobody on fewer segments than this."""
@@ -22,15 +25,25 @@ RESAMPLES = 400
 """Racing's resamples; more where the confidence asked for is finer than they can tell."""
 
 
-def stratify(fits: Fits, lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Segments dealt out into as few parts as fit, alike in length, each of at most `most`."""
+def stratify(
+    fits: Fits, lengths: Sequence[int], most: int, method: str = "racing"
+) -> list[list[int]]:
+    """Segments dealt out into as few parts as fit, alike in length, each of at most `most`.
+
+    Those of FIRST are one, where that fits too.
+    """
     count = len(lengths)
     order = sorted(range(count), key=lambda row: (-lengths[row], row))
-    parts = max(-(-count // most), min(PARTS, count // SMALLEST_PART), 1)
+    wanted = min(PARTS[method], count // SMALLEST_PART)
+    parts = max(-(-count // most), wanted, 1)
     # The first part, with the longest of each rank, tells nearly always.
     while parts < count and not (fits([order[::parts]]) and fits(_dealt(order, parts))):
         parts += 1
-    return _dealt(order, parts)
+    dealt, first = _dealt(order, parts), FIRST[method]
+    together = [row for place, row in enumerate(order) if place % parts < first]
+    if first < parts and len(together) <= most and fits([together]):
+        return [together, *dealt[first:]]
+    return dealt
 
 
 def _dealt(order: Sequence[int], parts: int) -> list[list[int]]:
@@ -47,26 +60,28 @@ def bounded(
     order's F-score, one that does not lowers it. For other metrics no bound is claimed, and all are scored.
     """
     chunks = range(len(search.chunks))
-    search.translate(number, kept, drafts, candidates, [0])
-    first = {layer: _partial(search, number, layer, [0]) for layer in candidates}
-    order = sorted(candidates, key=lambda layer: (-first[layer], layer))
-    search.translate(number, kept, drafts, order[:1], chunks)
-    leader = _complete(search, number, order[0])
-    done = {order[0]: leader}
-    alive = order[1:]
+    alive = list(candidates)
+    done: dict[int, Candidate] = {}
+    leader: Candidate | None = None
     for chunk in chunks:
         search.translate(number, kept, drafts, alive, [chunk])
         seen = range(chunk + 1)
+        if chunk + 1 == len(chunks):
+            break
+        bounds = {layer: upper_bound(search, number, layer, seen) for layer in alive}
+        first = max(alive, key=lambda layer: (_partial(search, number, layer, seen), -layer))
+        if leader is None:
+            if min(bounds.values()) >= _partial(search, number, first, seen):
+                continue  # nobody can be far enough behind yet to be worth a leader's whole score
+            search.translate(number, kept, drafts, [first], chunks)
+            leader = _complete(search, number, first)
         for layer in list(alive):
-            if chunk + 1 == len(chunks):
-                done[layer] = _complete(search, number, layer)
-                continue
-            bound = upper_bound(search, number, layer, seen)
-            if (bound, -layer) < (leader.score, -leader.layer):
+            if (bounds[layer], -layer) < (leader.score, -leader.layer) and layer != leader.layer:
                 alive.remove(layer)
                 search.skip(len(chunks) - chunk - 1)
                 facts = {"settled": "bound", "segments": _count(search, seen)}
-                done[layer] = Candidate(number, layer, bound, facts)
+                done[layer] = Candidate(number, layer, bounds[layer], facts)
+    done |= {layer: _complete(search, number, layer) for layer in alive}
     return [done[layer] for layer in candidates]
 
 

@@ -33,7 +33,7 @@ from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.card import write_card
 from halve.corpus import Corpus, Segment, evenly, read_corpus
-from halve.errors import ArtefactError, InputError
+from halve.errors import ArtefactError, CorpusError, InputError
 from halve.languages import language
 from halve.metrics import signature
 from halve.models import SpeechModel, load_model, resolve_model
@@ -160,7 +160,14 @@ def _material(
     covered = {row.id for row in rows}
     chosen = evenly([each for each in segments if each.id in covered], config.train_segments)
     ids = {segment.id for segment in chosen}
-    return chosen, [row for row in rows if row.id in ids]
+    taken = [row for row in rows if row.id in ids]
+    if missing := set(langs) - {row.lang for row in taken}:
+        raise CorpusError(
+            f"Of {len(chosen)} train segments none has a text in {', '.join(sorted(missing))}",
+            expected="texts in every language",
+            mend="raise --train-segments, or name the other languages alone",
+        )
+    return chosen, taken
 
 
 def _soft_loss(config: TuneConfig, translations: Path | None) -> LogitLoss | None:

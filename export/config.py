@@ -85,8 +85,9 @@ class PackageConfig(Config):
     float32: a quarter of the memory, and faster steps after long audio. As they are computed where None."""
     trim_vocab: bool = False
     """ONNX and GGUF of models that hear: keeps only the tokens that the corpus's translations into `langs` need
-    (`train` and `select`), those of `halve package --vocab-texts`, and every single byte or character. The same texts, greedily, wherever the student says no other
-    token, which the check on `select` counts; a beam search weighs the kept tokens alone."""
+    (`train` and `select`), those of `--vocab-texts`, and every single byte or character. The same texts, greedily, wherever the student says no other
+    token. The check on `select` flatters, as its references' tokens are kept: packaging says what share of new translations'
+    tokens is expected to be missing. A beam search weighs the kept tokens alone."""
     encoder_bits: Literal[4, 8, 32] | None = None
     """Bits of the audio encoder's linear layers in an int8 or int4 package. Where None, those of
     `precision` if the weights are calibrated, else 8."""
@@ -178,13 +179,13 @@ def check_family(config: PackageConfig, family: Family, model: Mapping[str, Any]
     if config.target in ("onnx", "gguf") and family.no_onnx:
         raise FamilyError(
             f"{family.name} models cannot be written as {config.target.upper()}: {family.no_onnx}",
-            mend="package it with --target checkpoint",
+            mend="package it with --target checkpoint --precision nf4 (or bf16)",
         )
     if config.target == "onnx" and (found := family.unlike_onnx(model)):
         raise FamilyError(
             f"A model with {found} cannot be written as ONNX yet",
             expected=f"a decoder of type {', '.join(sorted(family.onnx_layouts))} in its plain form",
-            mend="package it with --target checkpoint",
+            mend="package it with --target checkpoint --precision nf4 (or bf16)",
         )
     if config.trim_vocab and family.reads == "text":
         raise InputError(

@@ -5,7 +5,7 @@ A row's cache lies in a slot of buffers that the graph reads and writes in place
 
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,10 @@ class RowThreads:
         """Runs all the bindings; returns when the last is done."""
         shares = [bindings[k :: self._at_once] for k in range(min(self._at_once, len(bindings)))]
         others = [self._pool.submit(self._run_each, share) for share in shares[1:]]
-        self._run_each(shares[0])
+        try:
+            self._run_each(shares[0])
+        finally:
+            wait(others)  # a part that goes on writes to rows that are given up when another fails
         for other in others:
             other.result()
 

@@ -32,6 +32,14 @@ def _never() -> bool:
     return False
 
 
+def _stamps(path: Path) -> list[tuple[int, int]]:
+    """What tells an encoder's files from others of their names."""
+    files = [path / "encoder.onnx", path / "encoder.bin"]
+    return [
+        (found.st_dev, found.st_ino) for found in (file.stat() for file in files if file.is_file())
+    ]
+
+
 def cannot_be_opened(path: Path, error: Exception) -> ArtefactError:
     """What a user reads where a runtime cannot load a package's files."""
     said = str(error).splitlines() or [type(error).__name__]
@@ -79,6 +87,7 @@ class PackagedTranslator(ABC):
         from export.frontend import FrontEnd
 
         self._path, self._lock = path, Lock()
+        self._made = _stamps(path)
         self._single: Any = None
         self._threads = threads or environment.cores()
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -142,6 +151,8 @@ class PackagedTranslator(ABC):
 
         with self._lock:
             if self._single is None:
+                if _stamps(self._path) != self._made:
+                    return self._encoder  # made anew since, or gone: another encoder would not fit
                 path = self._path / "encoder.onnx"
                 self._single = open_session(path, 1, spin=False, arena=False)  # it seldom runs
         return self._single

@@ -26,10 +26,6 @@ class SelectSet:
         """All segments' translations, under the limits that their durations give."""
         return translator.translate(self.audio, self.lang, batch_size=batch_size)
 
-    def score(self, translations: Sequence[Translation]) -> float:
-        """The corpus score by the language's selection metric."""
-        return self.scored(translations).score
-
     def scored(self, translations: Sequence[Translation]) -> Score:
         """The corpus score by the language's selection metric, with its signature."""
         texts = [translation.text for translation in translations]

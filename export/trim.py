@@ -60,7 +60,7 @@ def trimmed(
     if share > _MOST_UNSEEN:
         progress.warn(
             f"{told}: the check on `select`, whose references are kept, shows less. More text in the target languages "
-            "helps: `halve package --vocab-texts FILE`, a line each"
+            "helps: `halve package --vocab-texts FILE` (in a recipe, vocab_texts), a line each"
         )
     else:
         progress.message(f"package: {told}")

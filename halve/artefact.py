@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,8 +264,14 @@ def writing(
     recipe: Mapping[str, Any],
     seed: int,
     parents: Mapping[str, Path],
+    *,
+    work_needs: tuple[Collection[str], Collection[str]] | None = None,
 ) -> Iterator[Draft]:
     """Writes an artefact: complete in its place at the end, or not there at all.
+
+    Args:
+        work_needs: the settings and the inputs that unfinished work depends on, where those are not all: it is kept when
+            only others have changed.
 
     Raises:
         ArtefactError: `out` is taken by something else, is one of the inputs, lies inside an artefact, or is
@@ -282,7 +288,12 @@ def writing(
     if (partial / partials.CLAIM).is_file():
         with partials.alone(partial) as is_alone:
             partials.refuse_company(is_alone, partial)
-    draft = _open_draft(partial, claim)
+    of_work = ""
+    if work_needs is not None:
+        used = {key: value for key, value in recipe.items() if key in work_needs[0]}
+        heard = {name: value for name, value in hashes.items() if name in work_needs[1]}
+        of_work = _fingerprint(kind, used, 0, heard)
+    draft = _open_draft(partial, claim, of_work)
     started = time.monotonic()
     with partials.alone(partial) as is_alone:
         partials.refuse_company(is_alone, partial)
@@ -367,24 +378,41 @@ def _check_inputs(out: Path, parents: Iterable[Path]) -> None:
             )
 
 
-def _open_draft(partial: Path, claim: str) -> Draft:
-    """Takes a killed run's partial directory when it was making the same thing, else a fresh one."""
+def _open_draft(partial: Path, claim: str, of_work: str = "") -> Draft:
+    """Takes a killed run's partial directory when it was making the same thing, else a fresh one.
+
+    Args:
+        of_work: stands for what unfinished work depends on, where that is not all.
+    """
     record = partial / partials.CLAIM
+    ours = {"fingerprint": claim} | ({"work": of_work} if of_work else {})
     if record.is_file():
+        work = partial / partials.WORK
         try:
-            if json.loads(record.read_bytes())["fingerprint"] == claim:
+            found = json.loads(record.read_bytes())
+            if found["fingerprint"] == claim or (of_work and found.get("work") == of_work):
                 for torn in partial.rglob(".*.new"):  # `write_json` was killed at it
                     torn.unlink()
+                if found["fingerprint"] != claim:
+                    _clear_but(partial, work)
+                    write_json(record, ours)
                 return Draft(partial, resumed=True)
         except (ValueError, KeyError):
             pass
-        work = partial / partials.WORK
         if work.is_dir() and any(work.iterdir()):
             log.warning("%s was begun with other settings, inputs or code: it starts anew", partial)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_json(record, {"fingerprint": claim})
+    write_json(record, ours)
     return Draft(partial, resumed=False)
+
+
+def _clear_but(partial: Path, kept: Path) -> None:
+    for entry in partial.iterdir():
+        if entry.is_dir() and entry != kept:
+            shutil.rmtree(entry)
+        elif not entry.is_dir():
+            entry.unlink()
 
 
 def _finish_publishing(out: Path) -> None:

@@ -154,17 +154,27 @@ def _made(
     if facts.get("onto"):
         mean = f", the mean of {facts['mean_of']} adapters" if facts.get("mean_of") else ""
         lines.append(f"- Adapter merged onto: {facts['onto']}{mean}")
-    if facts.get("bits"):
-        counts = {part: count for part, count in facts["bits"].items() if part != "cache"}
-        bits = ", ".join(f"{part} {count}" for part, count in counts.items())
-        lines.append(f"- Bits of each weight (32: unchanged): {bits}")
-        if facts["bits"].get("cache") == 8:
-            lines.append("- Keys and values are kept in 8 bits.")
+    lines += _bits(facts.get("bits") or {})
     if facts.get("bits_per_weight"):
         shown = ", ".join(f"{part} {bits:.2f}" for part, bits in facts["bits_per_weight"].items())
         lines.append(f"- Bits a weight with scales, as stored: {shown}")
     lines.append(f"- Decoder layers: {family_for(config).num_layers(config)}")
     return [*lines, ""]
+
+
+def _bits(bits: Mapping[str, Any]) -> list[str]:
+    """What a package's weights are stored in."""
+    parts = {
+        name: bits[name] for name in ("decoder", "head", "embeddings", "encoder") if name in bits
+    }
+    if not parts or bits.get("half"):  # all in 16 bits, as the line of stored bits says
+        return []
+    listed = ", ".join(f"{name} {count}" for name, count in parts.items())
+    blocks = f", a scale for every {bits['block_size']} weights" if min(parts.values()) < 16 else ""
+    lines = [f"- Bits of each weight (32: unchanged): {listed}{blocks}"]
+    if bits.get("cache") == 8:
+        lines.append("- Keys and values are kept in 8 bits.")
+    return lines
 
 
 def _size(config: Mapping[str, Any], folder: Path, facts: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,8 @@ _PACKAGES = (
     "sacrebleu",
     "numpy",
     "soundfile",
+    "soxr",
+    "mweralign",
 )
 WEIGHTS_SHARE = 0.8
 """Of the main memory: the most that weights widened to 32 bits may take."""
@@ -113,7 +115,14 @@ def machine() -> dict[str, Any]:
 
 def measured_on() -> dict[str, Any]:
     """What a timing depends on beside its settings: it is on the record of benches that time, and decides whether one is current."""
-    names = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu")
+    names = (
+        "torch",
+        "transformers",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "llama-cpp-python",
+        "bitsandbytes",
+    )
     known = versions()
     facts = {key: value for key, value in machine().items() if key in ("cpu", "cores", "gpu")}
     return {"measured_on": facts | {name: known[name] for name in names if name in known}}

@@ -7,8 +7,7 @@ tuning and `halve bench quality` say how good a student is.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,81 +23,7 @@ from halve.languages import language
 from halve.models import find_config, load_processor, local_model, read_config, resolve_model
 from halve.shards import WEIGHTS
 from pipeline.console import Result, size, table
-from pipeline.stage_costs import NF4_BYTES
-
-GRAPH_BYTES = 500_000
-"""An ONNX package's graphs without their weights, about."""
-_BYTES = {4: 0.5 + 2 / 32, 8: 1 + 2 / 32, 16: 2.0}
-"""Of a weight by bits; quantised ones share a half-precision scale among 32 (small decoders' 4-bit weights among 128: a little less)."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a student is stored."""
-
-    package: str
-    note: str
-    decoder_bytes: float
-    """Of each parameter of the decoder layers."""
-    tables_bytes: float
-    """Of each parameter of embeddings and head."""
-    tower_bytes: float
-    """Of each parameter of the audio encoder."""
-    settings: dict[str, Any]
-    """The recipe's section of it."""
-    trims: bool = False
-    points_lost: float = 0.0
-    """A guess at what storing so costs, in points of the selection metric: only to break ties in rank."""
-
-
-FORMS = (
-    Form("checkpoint bf16", "bfloat16 everywhere", 2.0, 2.0, 2.0, {"precision": "bf16"}),
-    Form(
-        "checkpoint nf4",
-        "NF4 in the decoder, the rest bfloat16",
-        NF4_BYTES,
-        2.0,
-        2.0,
-        {"precision": "nf4"},
-        points_lost=0.6,
-    ),
-    Form(
-        "onnx int8",
-        "8 bits everywhere",
-        _BYTES[8],
-        _BYTES[8],
-        _BYTES[8],
-        {"precision": "int8"},
-        points_lost=0.1,
-    ),
-    Form(
-        "onnx int4, tables in 8",
-        "4 bits in the decoder, 8 in embeddings, head and encoder",
-        _BYTES[4],
-        _BYTES[8],
-        _BYTES[8],
-        {"precision": "int4", "head_bits": 8, "embedding_bits": 8, "encoder_bits": 8},
-        points_lost=0.3,
-    ),
-    Form(
-        "onnx int4",
-        "4 bits in decoder, embeddings and head, 8 in the encoder",
-        _BYTES[4],
-        _BYTES[4],
-        _BYTES[8],
-        {"precision": "int4", "encoder_bits": 8},
-        points_lost=0.4,
-    ),
-    Form(
-        "onnx int4 throughout",
-        "4 bits everywhere",
-        _BYTES[4],
-        _BYTES[4],
-        _BYTES[4],
-        {"precision": "int4", "encoder_bits": 4},
-        points_lost=0.8,
-    ),
-)
+from pipeline.forms import Form, forms, stored_bytes, trimmed
 
 _UNITS = {
     "": 1.0,
@@ -147,21 +72,13 @@ def parse_bytes(text: str) -> float:
         raise InputError(f"{text!r} is no size", expected="for example 4GB or 500MB") from None
 
 
-def forms(trims: bool) -> Iterator[Form]:
-    """Every way to store a student; with a trimmed vocabulary too where that can be had."""
-    for form in FORMS:
-        yield form
-        if trims and form.package.startswith("onnx"):
-            settings = {**form.settings, "trim_vocab": True}
-            yield replace(form, package=f"{form.package}, trimmed", settings=settings, trims=True)
-
-
 def choices(
     config: dict[str, Any],
     budget_bytes: float,
     side_bytes: float = 0.0,
     kept_tokens: int | None = None,
     measured: Table | None = None,
+    unseen_share: float = 0.0,
 ) -> list[Choice]:
     """For each way to store a student, the most layers that fit; the most promising first.
 
@@ -169,12 +86,13 @@ def choices(
         side_bytes: of the tokenizer and other files that every package carries.
         kept_tokens: vocabulary after trimming; None where that is not known.
         measured: ranks by the score that is left; without it, more layers come first.
+        unseen_share: see `forms`.
     """
     family = family_for(config)
     found = []
     # A model that reads needs the tokens of whatever it will be given.
     trims = kept_tokens is not None and family.reads == "audio"
-    for form in forms(trims):
+    for form in forms(trims, unseen_share):
         if form.package.startswith("onnx") and not family.has_onnx(config):
             continue
         for layers in range(family.num_layers(config), 1, -1):
@@ -183,7 +101,7 @@ def choices(
                 continue
             counts = family.count_parameters(family.kept_config(config, kept))
             if form.trims and kept_tokens is not None:
-                counts = _trimmed(counts, family, config, kept_tokens)
+                counts = trimmed(counts, family, config, kept_tokens)
             stored = stored_bytes(counts, form) + side_bytes
             if stored <= budget_bytes:
                 score = _left(measured, family.num_layers(config) - layers, form)
@@ -192,7 +110,7 @@ def choices(
                     Choice(layers, form.package, counts.total, stored, form.note, score, section)
                 )
                 break
-    lost = {form.package: form.points_lost for form in forms(True)}
+    lost = {form.package: form.points_lost for form in forms(True, unseen_share)}
     return sorted(
         found,
         key=lambda c: (c.score is None, -(c.score or 0.0), -c.layers, lost[c.package]),
@@ -212,30 +130,6 @@ def _left(measured: Table | None, removed: int, form: Form) -> float | None:
     if measured is None or removed >= len(measured.scores):
         return None
     return measured.scores[removed] - form.points_lost
-
-
-def stored_bytes(counts: Counts, form: Form) -> float:
-    """Stored bytes of a student's weights, and of the graphs where there are some."""
-    tables = counts.embeddings + counts.head
-    rest = counts.total - counts.decoder - tables - counts.audio_tower
-    is_onnx = form.package.startswith("onnx")
-    graphs = GRAPH_BYTES if is_onnx else 0
-    if is_onnx and not counts.head:
-        tables += counts.embeddings  # a tied one is looked up in one file and multiplied in another
-    return (
-        counts.decoder * form.decoder_bytes
-        + tables * form.tables_bytes
-        + counts.audio_tower * form.tower_bytes
-        + rest * max(form.decoder_bytes, 2.0 if form.tables_bytes == 2.0 else 0.0)
-        + graphs
-    )
-
-
-def _trimmed(counts: Counts, family: Family, config: dict[str, Any], kept: int) -> Counts:
-    share = min(1.0, kept / int(family.text_config(config)["vocab_size"]))
-    embeddings, head = round(counts.embeddings * share), round(counts.head * share)
-    gone = counts.embeddings + counts.head - embeddings - head
-    return replace(counts, total=counts.total - gone, embeddings=embeddings, head=head)
 
 
 def read_table(importance: Path, model: str, config: dict[str, Any]) -> Table:
@@ -293,9 +187,9 @@ def plan(
     place = resolve_model(model, weights=False) if corpus else local_model(model)
     config = find_config(model)
     side_bytes = _side_bytes(place) if place else 0.0
-    kept = _kept_tokens(place, corpus, code) if place and corpus else None
+    kept, unseen = _kept_tokens(place, corpus, code) if place and corpus else (None, 0.0)
     measured = read_table(importance, model, config) if importance else None
-    found = choices(config, budget_bytes, side_bytes, kept, measured)
+    found = choices(config, budget_bytes, side_bytes, kept, measured, unseen)
     if not found:
         smallest = choices(config, float("inf"), side_bytes, kept)
         raise InputError(
@@ -311,9 +205,15 @@ def plan(
         "logical_parameters": whole.total,
         "budget_bytes": budget_bytes,
         "metric": measured.metric if measured else None,
+        "unseen_share": unseen if kept is not None else None,
         "choices": [vars(one) for one in found],
     }
     text = f"{title}\n{_listed(found, whole, measured)}"
+    if any(one.settings.get("trim_vocab") for one in found):
+        text += (
+            f"\nTrimmed to {kept} tokens, those of the corpus's translations: about {100 * unseen:.3g} % of the tokens of "
+            "new translations are expected not to be among them. More text (vocab_texts in the recipe's package) keeps more."
+        )
     if write is not None:
         chosen = _chosen(found, choice)
         listens = family_for(config).reads == "audio"
@@ -344,8 +244,9 @@ def _chosen(found: list[Choice], number: int | None) -> Choice:
     return found[number - 1]
 
 
-def _kept_tokens(model: Path, corpus: Path, code: str | None) -> int:
-    from export.vocabulary import encoded, kept_tokens
+def _kept_tokens(model: Path, corpus: Path, code: str | None) -> tuple[int, float]:
+    """How many tokens a trimmed vocabulary keeps, and the share of new translations' tokens that it is expected to lack."""
+    from export.vocabulary import encoded, kept_tokens, unseen_share
 
     family = family_for(read_config(model))
     processor = load_processor(model)
@@ -364,7 +265,8 @@ def _kept_tokens(model: Path, corpus: Path, code: str | None) -> int:
         )
     vocabulary = int(family.text_config(read_config(model))["vocab_size"])
     tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer
-    return len(kept_tokens(tokenizer, encoded(tokenizer, texts), (), vocabulary))
+    ids = encoded(tokenizer, texts)
+    return len(kept_tokens(tokenizer, ids, (), vocabulary)), unseen_share(ids)
 
 
 def _write_recipe(
@@ -435,6 +337,6 @@ def _least(config: dict[str, Any], side_bytes: float, kept: int | None) -> float
         some = _some(family, config, layers) or []
         counts = family.count_parameters(family.kept_config(config, some))
         if form.trims and kept is not None:
-            counts = _trimmed(counts, family, config, kept)
+            counts = trimmed(counts, family, config, kept)
         sizes.append(stored_bytes(counts, form) + side_bytes)
     return min(sizes)

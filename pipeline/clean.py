@@ -48,7 +48,8 @@ def _is_over(run: Path) -> bool:
 
 def _is_in_use(path: Path) -> bool:
     """Whether a run writes it, or writes beside it: the run may read it then."""
-    return any(partials.is_being_written(entry) for entry in path.parent.glob(".*.partial"))
+    beside = [*path.parent.glob(".*.partial"), *path.parent.glob("*/.*.partial")]
+    return any(partials.is_being_written(entry) for entry in beside)
 
 
 def _candidates(root: Path) -> Iterator[tuple[Path, str]]:
@@ -80,7 +81,7 @@ def _why(path: Path) -> str:
         return "made on the way to the student, which is finished; `halve run --from package` goes on without it"
     is_model = path == adapter and (path / "config.json").is_file()
     if is_model and _was_made_of(student, path) and _is_whole(path.parent / "report"):
-        return "tuned in full: the student is its copy, and the report has its history"
+        return "tuned in full: the student is its copy, and the report has its history (one made anew has not)"
     return ""
 
 

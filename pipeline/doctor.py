@@ -40,9 +40,10 @@ def _onnxruntime() -> Check:
     return found
 
 
-def _program(name: str, means: str) -> Check:
+def _program(name: str, means: str, package: str = "") -> Check:
     place = shutil.which(name)
-    return Check(name, "yes" if place else "no", place or f"apt-get install {name}", means)
+    how = place or f"apt-get install {package or name}"
+    return Check(name, "yes" if place else "no", how, means)
 
 
 def _python() -> Check:
@@ -67,7 +68,12 @@ def _memory() -> Check:
     whole = environment.memory_bytes()
     state = "yes" if whole >= 4e9 else "limited"
     found = f"{size(whole)}, {environment.cores()} cores, {environment.cpu_model()}"
-    return Check("memory", state, found, "4 GB run the demo; 7B models take 20 GB and more")
+    return Check(
+        "memory",
+        state,
+        found,
+        "4 GB run the demo; 7B models take 20 GB and more, 70 to teach one in full",
+    )
 
 
 def _bfloat16() -> Check:
@@ -89,7 +95,9 @@ def _disk() -> Check:
     writable = os.access(place, os.W_OK)
     state = "yes" if free >= 2e9 and writable else "limited"
     found = f"{size(free)} free in {place}" + ("" if writable else ", not writable")
-    return Check("disk", state, found, "2 GB run the demo; 7B models take 60 GB")
+    return Check(
+        "disk", state, found, "2 GB run the demo; 7B models take 60 GB, 200 to teach one in full"
+    )
 
 
 def _comet() -> Check:
@@ -129,7 +137,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     lambda: _program("ffmpeg", "serving audio that libsndfile does not read (m4a, webm)"),
     lambda: _program("espeak-ng", "making the whole demo corpus again"),
     lambda: _program("flite", "making the whole demo corpus again"),
-    lambda: _program("opusenc", "making the whole demo corpus again"),
+    lambda: _program("opusenc", "making the whole demo corpus again", "opus-tools"),
     _demo,
 )
 

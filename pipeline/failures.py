@@ -65,12 +65,17 @@ class Failure:
     exit_code: int
 
 
-def explain(error: BaseException) -> Failure:
-    """The line and the exit code for anything that a command can raise."""
+def explain(error: BaseException, *, resumes: bool = True) -> Failure:
+    """The line and the exit code for anything that a command can raise.
+
+    Args:
+        resumes: whether the command keeps finished work when it is stopped.
+    """
     if isinstance(error, HalveError):
         return Failure(str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt):
-        return Failure(f"Stopped. To go on, {_RESUME}.", INTERRUPTED)
+        on = f"To go on, {_RESUME}." if resumes else "The same command begins anew."
+        return Failure(f"Stopped. {on}", INTERRUPTED)
     for reading in (_from_text, _from_kind):
         found = reading(error)
         if found is not None:

@@ -31,6 +31,13 @@ class CorpusSection(CorpusConfig):
     """A directory or table, relative to the recipe, or (hf) the id of a data set on the hub."""
 
 
+class PackageSection(PackageConfig):
+    """One package of the student."""
+
+    vocab_texts: tuple[str, ...] = ()
+    """With trim_vocab: files of more text in the target languages, a sentence a line, relative to the recipe."""
+
+
 class BenchSection(Config):
     """What is measured."""
 
@@ -65,7 +72,7 @@ class Recipe(Config):
     """Tuning what is left."""
     merge: MergeConfig | None = None
     """Merging the adapter; taken with its defaults after tuning."""
-    packages: tuple[PackageConfig, ...] = ()
+    packages: tuple[PackageSection, ...] = ()
     """What the student is packaged as."""
     bench: BenchSection = BenchSection()
     """What is measured."""
@@ -138,7 +145,7 @@ def _packages_misfit(values: Mapping[str, Any]) -> list[tuple[Place, str]]:
     sections = values.get("packages")
     for index, section in enumerate(sections if isinstance(sections, list | tuple) else ()):
         try:
-            package = PackageConfig.model_validate(section)
+            package = PackageSection.model_validate(section)
         except pydantic.ValidationError:  # told as a fault of its own
             continue
         if fault := _impossible(package):
@@ -149,8 +156,10 @@ def _packages_misfit(values: Mapping[str, Any]) -> list[tuple[Place, str]]:
     return found
 
 
-def _impossible(config: PackageConfig) -> str:
+def _impossible(config: PackageSection) -> str:
     """Why no student can be packaged so; nothing where it can."""
+    if config.vocab_texts and not config.trim_vocab:
+        return "vocab_texts without trim_vocab: true"
     try:
         check_possible(config)
     except InputError as error:
@@ -340,7 +349,7 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
         filled[name] = _section(raw.get(name), kind, langs, raw.get("seed"))
     if isinstance(raw.get("packages"), list):
         filled["packages"] = [
-            _section(one, PackageConfig, langs, raw.get("seed")) for one in raw["packages"]
+            _section(one, PackageSection, langs, raw.get("seed")) for one in raw["packages"]
         ]
     if isinstance(raw.get("bench"), dict):
         benches: dict[str, type[Config]] = {"quality": QualityConfig, "latency": LatencyConfig}
@@ -377,6 +386,9 @@ def _with_paths(recipe: Recipe, root: Path) -> Recipe:
                 place == ("corpus", "source") and holder.get("format") == "hf"
             )
             holder[place[-1]] = _placed(holder[place[-1]], root, is_named)
+    for package in values.get("packages", ()):
+        texts = package.get("vocab_texts", ())
+        package["vocab_texts"] = tuple(_placed(text, root, False) for text in texts)
     return Recipe.model_validate(values)
 
 

@@ -153,7 +153,7 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     except (Exception, KeyboardInterrupt, typer.Abort) as error:
-        failure = failures.explain(_behind(error))
+        failure = failures.explain(_behind(error), resumes="translate" not in given[:1])
         _complain(failure.message, error, debug)
         code = failure.exit_code
     sys.exit(code if isinstance(code, int) else 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.config import MergeConfig, check_family
+from export.config import MergeConfig, PackageConfig, check_family
 from halve import artefact, environment
 from halve.errors import HalveError, InputError, RecipeError
 from halve.families import family_for
@@ -72,12 +72,19 @@ class Run:
         )
 
     @property
+    def _is_copied(self) -> bool:
+        """Whether what was tuned in full is gone, and the student, its copy, is there (`halve clean`)."""
+        tune, student = self.recipe.tune, self.out / "student" / artefact.RECORD
+        is_full = tune is not None and tune.method == "full"
+        return is_full and student.is_file() and not (self.out / "adapter").exists()
+
+    @property
     def results(self) -> list[Path]:
         """What the report shows."""
         bench = self.recipe.bench
         found = [
             *([self.out / "importance"] if self.recipe.importance else []),
-            *([self.out / "adapter"] if self.recipe.tune else []),
+            *([self.out / "adapter"] if self.recipe.tune and not self._is_copied else []),
             *([self.out / "student"] if self._merge_is_chosen else []),
             *self.packages,
             *([self.out / "results" / "quality"] if bench.quality else []),
@@ -149,8 +156,12 @@ def merge(run: Run) -> Iterator[Step]:
 
 def package(run: Run) -> Iterator[Step]:
     """Packages the student, each package checked against it."""
-    for config, place in zip(run.recipe.packages, run.packages, strict=True):
-        yield steps.package(config, run.student, run.corpus, place)
+    for section, place in zip(run.recipe.packages, run.packages, strict=True):
+        said = section.model_dump(exclude={"vocab_texts"}, exclude_unset=True)
+        texts = [Path(text) for text in section.vocab_texts]
+        yield steps.package(
+            PackageConfig.model_validate(said), run.student, run.corpus, place, texts
+        )
 
 
 def bench(run: Run) -> Iterator[Step]:
@@ -235,8 +246,8 @@ def check_inputs(run: Run, chosen: list[Step]) -> None:
     What none of the chosen steps reads may be gone.
 
     Raises:
-        InputError: the source of the corpus is missing, or what a bench is given to score with, or layers
-            that the model cannot do without, or a latency bench of a model that reads text.
+        InputError: the source of the corpus is missing, or texts for a trimmed vocabulary, or what a bench is given
+            to score with, or layers that the model cannot do without, or a latency bench of a model that reads text.
         ArtefactError: the model is missing.
         FamilyError: an architecture that halve does not know.
     """
@@ -247,6 +258,8 @@ def check_inputs(run: Run, chosen: list[Step]) -> None:
             f"The corpus source {section.source} does not exist",
             mend="correct `source` in the recipe (paths are relative to the recipe)",
         )
+    if "package" in stages:
+        _check_texts(run.recipe)
     if run.recipe.bench.quality is not None and "bench" in stages:
         from benchmarks.quality import check_config
 
@@ -254,6 +267,15 @@ def check_inputs(run: Run, chosen: list[Step]) -> None:
     model = _model(str(run.recipe.teacher or run.recipe.base))
     if any(model in step.inputs for step in chosen):
         _check_fits(run.recipe, read_config(resolve_model(model)))
+
+
+def _check_texts(recipe: Recipe) -> None:
+    for text in (text for package in recipe.packages for text in package.vocab_texts):
+        if not Path(text).is_file():
+            raise InputError(
+                f"The text file {text} does not exist",
+                mend="correct `vocab_texts` in the recipe (paths are relative to the recipe)",
+            )
 
 
 def _check_fits(recipe: Recipe, config: dict[str, Any]) -> None:
@@ -270,13 +292,14 @@ def _check_fits(recipe: Recipe, config: dict[str, Any]) -> None:
 
 
 def _check_layers(recipe: Recipe, config: dict[str, Any]) -> None:
-    from compress.importance import check_config
+    from compress.importance import check_config, check_method
     from compress.prune import plan_of_layers
 
     family = family_for(config)
     num_layers = family.num_layers(config)
     if recipe.importance is not None:
         check_config(recipe.importance, num_layers, family.must_stay(config))
+        check_method(recipe.importance, family)
     if recipe.prune is not None and recipe.prune.layers is not None:
         plan_of_layers(recipe.prune.layers, family, num_layers)
 
@@ -323,6 +346,8 @@ def run_all(run: Run, first: str | None, last: str | None, progress: Progress) -
         step.work(progress)
         environment.release_gpu_memory()
         ran.append(Planned(step, cost, False))
+        if step.stage == "corpus":
+            estimator = Estimator(run)  # what was assumed is known now
     return ran
 
 

@@ -270,19 +270,21 @@ def report(results: Sequence[Path], out: Path, speech: Path | None = None) -> St
 
         return run_report(list(results), out, progress, corpus=speech)
 
-    shown = [path for place in results for path in _shown(place)]
-    inputs = (*dict.fromkeys(shown), *([speech] if speech else []))
-    return Step("report", "report", out, Config(), inputs, work)
+    shown = _shown(results)
+    inputs = (*dict.fromkeys(shown.values()), *([speech] if speech else []))
+    # Their order is that of the comparison: differences are the second's over the first's.
+    noted = {"results": list(shown)}
+    return Step("report", "report", out, Config(), inputs, work, noted=noted)
 
 
-def _shown(place: Path) -> list[Path]:
-    """The artefacts that a report is made of: a run's or an earlier report's are inside of it."""
+def _shown(results: Sequence[Path]) -> dict[str, Path]:
+    """The artefacts that a report is made of, by label: a run's or an earlier report's are inside of it."""
     from benchmarks.gather import gather
 
     try:
-        return [source.path for source in gather([place])[0]]
+        return {source.label: source.path for source in gather(results)[0]}
     except ArtefactError:  # what is still to be made, or what the report itself will refuse
-        return [place]
+        return {str(place): place for place in results}
 
 
 def up_to_date(step: Step, fetch: bool = True) -> bool:

@@ -91,11 +91,12 @@ def of_run(run: Run, ran: list[Planned]) -> Result:
     rows = [[one.step.name, "up to date" if one.done else "made", str(one.step.out)] for one in ran]
     lines = [table(["stage", "state", "directory"], rows)]
     page = run.out / "report" / "report.html"
-    if page.is_file():
+    is_new = page.is_file() and any(one.step.stage == "report" for one in ran)
+    if is_new:
         lines.append(f"Report: {page}")
     data = {
         "out": str(run.out),
-        "report": str(page) if page.is_file() else None,
+        "report": str(page) if is_new else None,
         "stages": [
             {"stage": one.step.name, "made": not one.done, "directory": str(one.step.out)}
             for one in ran

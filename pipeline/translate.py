@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from halve.audio import FloatArray, probe, read_audio
+from halve.audio import SAMPLE_RATE_HZ, FloatArray, probe, read_audio
 from halve.checks import doubtful_lines, numbered
 from halve.errors import CorpusError, InputError
 from halve.families import SourceText
@@ -15,6 +15,9 @@ from halve.importers.iwslt import FILE_ORDER, AudioIndex, Entry, in_file_order, 
 from halve.languages import language
 from halve.progress import Progress
 from halve.splitting import stretches
+
+GROUP_S = 30.0
+"""Audio of a row in the recordings that are read before any is translated: hour-long ones go a few at a time."""
 
 
 @dataclass(frozen=True)
@@ -217,11 +220,13 @@ def translate(
     try:
         target = _language(lang, translator.languages)
         with progress.task("Translating", len(pieces)) as advance:
-            for start in range(0, len(pieces), 4 * batch_size):
+            start = 0
+            while start < len(pieces):
                 # Several batches at once, so that the translator can put like lengths together.
                 batch = pieces[start : start + 4 * batch_size]
-                audio, fault = _read(batch)
+                audio, fault = _read(batch, 4 * batch_size * GROUP_S)
                 batch = batch[: len(audio)]
+                start += len(batch)
                 cuts = [audible(clip, translator.max_audio_s) for clip in audio]
                 flat = [part for parts in cuts for part in parts]
                 rows = (
@@ -243,14 +248,22 @@ def translate(
         translator.close()
 
 
-def _read(pieces: Sequence[Piece]) -> tuple[list[FloatArray], CorpusError | None]:
-    """The pieces' audio up to the first that cannot be read, and why: those before it are translated first."""
+def _read(pieces: Sequence[Piece], most_s: float) -> tuple[list[FloatArray], CorpusError | None]:
+    """The pieces' audio up to the first that cannot be read, and why: those before it are translated first.
+
+    Args:
+        most_s: of audio; what would follow it is left to be read later.
+    """
     audio: list[FloatArray] = []
+    left_s = most_s
     for piece in pieces:
+        if left_s <= 0:
+            break
         try:
             audio.append(read_audio(piece.path, piece.offset_s, piece.duration_s))
         except CorpusError as error:
             return audio, error
+        left_s -= len(audio[-1]) / SAMPLE_RATE_HZ
     return audio, None
 
 

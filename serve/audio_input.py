@@ -192,7 +192,9 @@ class Recording:
         except (soundfile.SoundFileError, RuntimeError, ValueError, MemoryError):
             self.check()
             after = f" after {self.decoded_s:.1f} s" if self.decoded_s else ""
-            raise bad_audio(f"The audio file is damaged{after} and cannot be decoded.") from None
+            raise bad_audio(
+                f"The audio file is damaged{after}, or of a kind that is not known, and cannot be decoded."
+            ) from None
 
     def _check_header(self, sound: soundfile.SoundFile, found_share: float) -> None:
         rate, channels = sound.samplerate, sound.channels

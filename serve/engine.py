@@ -92,16 +92,20 @@ class Engine:
             self.ready.set_exception(error)
             return
         self.ready.set_result(translator)
-        while not self._closing:
-            try:
-                self._advance(runner)
-            except Exception:  # the thread must outlive anything
-                log.exception("%s: the engine failed", self.name)
-                for piece in runner.abandon():
-                    fail(piece, internal())
-        for piece in runner.abandon():
-            fail(piece, unavailable("The model was unloaded; try again."))
-        self._drop_all()
+        try:
+            while not self._closing:
+                try:
+                    self._advance(runner)
+                except Exception:  # the thread must outlive anything
+                    log.exception("%s: the engine failed", self.name)
+                    for piece in runner.abandon():
+                        fail(piece, internal())
+            for piece in runner.abandon():
+                fail(piece, unavailable("The model was unloaded; try again."))
+        finally:  # should it end all the same, nobody may wait for it
+            with self._changed:
+                self._closing = True
+            self._drop_all()
         translator.close()
 
     def _advance(self, runner: Runner) -> None:

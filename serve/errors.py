@@ -99,7 +99,7 @@ def internal() -> ApiError:
     """Something that should not have happened; the details are in the server's log."""
     return ApiError(
         500,
-        "The server failed on this request. Its log says more, under the x-request-id given here.",
+        "The server failed on this request. Its log says more, at the time of this request and its x-request-id.",
         kind="server_error",
         code="internal_error",
     )

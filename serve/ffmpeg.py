@@ -70,7 +70,7 @@ def blocks(
         _confine(process.pid)
         yield from _samples(process, check)
         if process.wait() != 0:
-            raise bad_audio("The audio file is damaged and cannot be decoded.")
+            raise bad_audio("The audio file is damaged or holds no sound, and cannot be decoded.")
     finally:
         process.kill()
         process.wait()

@@ -130,6 +130,8 @@ class Guard:
         path = scope["path"]
         endpoint = path if path in ENDPOINTS else "other"
         metrics = self._service.metrics
+        if exchange.status == 500:
+            log.error("request %s: 500, for what was logged before", exchange.id)
         metrics.requests.labels(endpoint, str(exchange.status)).inc()
         metrics.latency.labels(endpoint).observe(time.monotonic() - exchange.arrival_s)
 

@@ -24,8 +24,8 @@ OVERHEAD = 1.2
 """A loaded model takes about this much more than its weights."""
 CACHE_POSITIONS = 512
 """Positions of prompt, audio and text that a batch makes room for at first."""
-LONGEST_POSITIONS = 1024
-"""The same for 30 s of audio, at 25 positions a second."""
+LONGEST_POSITIONS = 1280
+"""The same for 30 s of audio, at 25 positions a second, a prompt and the longest translation of it."""
 
 
 @dataclass(eq=False)
@@ -126,9 +126,9 @@ def find_models(settings: ServeSettings) -> dict[str, Model]:
 
 
 def _looks_like_path(given: str) -> bool:
-    """Whether it cannot be a hub id, which is a name or OWNER/NAME."""
+    """Whether it cannot be a hub id, which is OWNER/NAME."""
     is_marked = given.startswith(("/", "./", "../", "~")) or given.endswith("/")
-    return is_marked or given.count("/") > 1 or Path(given).exists()
+    return is_marked or given.count("/") != 1 or Path(given).exists()
 
 
 def _free_name(place: str, taken: dict[str, Model]) -> str:

@@ -202,11 +202,16 @@ class ContinuousRunner:
         pieces = [piece for piece, _, _ in self._rows] + [piece for piece, _ in self._encoding]
         # The model must not be freed under its encoder.
         wait([encoded for _, encoded in self._encoding])
-        for _, row, _ in self._rows:
-            if not row.stopped:
-                self._batch.remove(row)
-        self._rows = []
+        rows, self._rows = self._rows, []
         self._encoding.clear()
+        for _, row, _ in rows:
+            if not row.stopped:
+                try:
+                    self._batch.remove(row)
+                except (
+                    Exception
+                ):  # what failed before may fail at this, too; the row has left all the same
+                    log.exception("a row could not be removed")
         return pieces
 
 

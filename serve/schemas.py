@@ -171,7 +171,7 @@ class VerboseTranslation(BaseModel):
     coverage: float
     """Share of the audio whose translation is whole (halve's addition)."""
     truncated: bool
-    """Whether a stretch's translation was cut at its token limit (halve's addition)."""
+    """Whether a stretch's translation was cut: at its token limit, or in a repetition (halve's addition)."""
     model: str
     ignored: list[str]
     """Fields of the request that had no effect (halve's addition)."""

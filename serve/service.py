@@ -28,7 +28,7 @@ READERS = 4
 """Threads that decode uploads."""
 DRAIN_POLL_S = 0.05
 BODIES_BYTES = 192 * 1024 * 1024
-"""Chat bodies are held in memory: this much of them at once."""
+"""Chat bodies are held in memory: this much of them at once, beside what is decoded of them (another one and three quarters)."""
 
 
 class Service:
@@ -179,7 +179,10 @@ def open_model(path: str, settings: ServeSettings) -> Translator:
 
     folder = Path(path)
     threads = rows_at_once = settings.threads
-    packaged = (folder / MANIFEST).is_file() and read_manifest(folder).target != "checkpoint"
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    packaged = manifest is not None and manifest.target != "checkpoint"
+    # Of packages only fp16 ONNX knows a GPU: others compute on the processor beside checkpoints that are on one.
+    has_device = manifest is None or not packaged or manifest.precision == "fp16"
     if threads is None and packaged:
         # One request's audio is encoded while others are written: each has half of the cores.
         rows_at_once = environment.cores()
@@ -187,7 +190,7 @@ def open_model(path: str, settings: ServeSettings) -> Translator:
     return open_translator(
         path,
         threads=threads,
-        device=settings.device,
+        device=settings.device if has_device else "auto",
         rows_at_once=rows_at_once,
         stop_loops=settings.stop_loops,
     )

@@ -34,7 +34,7 @@ class ServeSettings(Config):
     threads: int | None = Field(default=None, ge=1)
     """Threads that a model computes with; default: all cores, and half of them for an ONNX or GGUF package, whose encoder works beside its decoder."""
     device: str = "auto"
-    """Where checkpoints compute: auto, cpu or cuda."""
+    """Where checkpoints and fp16 ONNX packages compute: auto, cpu or cuda; other packages compute on the processor."""
     batch_size: int = Field(default=16, ge=1, le=256)
     """Most stretches of audio translated together."""
     reserve: bool = False

@@ -139,7 +139,8 @@ class _FormReader:
             return
         self._value.extend(data[start:end])
         if len(self._value) > FIELD_BYTES:
-            raise bad_field(self._name[:64], f"The field is longer than {FIELD_BYTES} bytes.")
+            said = f"The field is longer than {FIELD_BYTES} bytes; audio belongs in the field named file."
+            raise bad_field(self._name[:64], said)
 
     def _end(self) -> None:
         if not self._in_file:
@@ -266,6 +267,8 @@ def store_base64(data: str, directory: Path) -> BinaryIO:
     """
     if data.startswith("data:"):
         data = data.partition(",")[2]
+    if "\n" in data:  # base64 in lines, as many programs write it
+        data = data.replace("\r", "").replace("\n", "")
     try:
         content = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):

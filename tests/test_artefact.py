@@ -120,6 +120,34 @@ def test_an_error_leaves_finished_work_and_nothing_else(tmp_path: Path) -> None:
         assert not draft.resumed
 
 
+def test_work_outlives_a_change_of_what_it_does_not_need(tmp_path: Path) -> None:
+    scorer = tmp_path / "scorer"
+    scorer.write_text("one")
+
+    def begun(lang: str, resamples: int) -> bool:
+        """Whether work was found; leaves some, and is stopped."""
+        recipe = {"lang": lang, "resamples": resamples}
+        place, parents = tmp_path / "out", {"scorer": scorer}
+        with (
+            pytest.raises(KeyboardInterrupt),
+            artefact.writing(
+                place, "results", recipe, resamples, parents, work_needs=({"lang"}, ())
+            ) as draft,
+        ):
+            found = (draft.work / "done").exists()
+            assert not (draft.path / "scores").exists() and draft.resumed == found
+            (draft.work / "done").touch()
+            (draft.path / "scores").touch()
+            raise KeyboardInterrupt
+        return found
+
+    assert not begun("de", 10)
+    assert begun("de", 20)
+    scorer.write_text("another")
+    assert begun("de", 20)
+    assert not begun("zh", 20)
+
+
 def test_what_is_in_the_way_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

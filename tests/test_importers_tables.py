@@ -326,3 +326,11 @@ def test_shares_must_leave_something_to_train_on() -> None:
     for shares in ((0.6, 0.4), (-0.1, 0.1), (0.1, 1.5)):
         with pytest.raises(ValidationError):
             CorpusConfig(format="tsv", select_share=shares[0], test_share=shares[1])
+
+
+def test_speech_for_a_model_that_reads_has_no_longest_segment(tmp_path: Path) -> None:
+    sound(tmp_path / "source" / "a.wav", 2.0)
+    text(tmp_path / "source" / "t.tsv", "audio\tde\ttext\tsplit", "a.wav\teins\tone\ttrain")
+    config = CorpusConfig(format="tsv", family="text")
+    made = run_corpus(config, tmp_path / "source" / "t.tsv", tmp_path / "corpus")
+    assert made.extra["segments"] == {"train": 1}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halve.errors import FamilyError
-from halve.families.base import TRANSCRIBE, Counts, Family, GgufLayout, Source, SourceText, resolve
+from halve.families.base import Counts, Family, GgufLayout, Source, SourceText, resolve
 from halve.families.gemma3 import Gemma3
 from halve.families.gemma4 import Gemma4
 from halve.families.gemma4_unified import Gemma4Unified
@@ -71,7 +71,6 @@ def released_config(model: str) -> dict[str, Any] | None:
 __all__ = [
     "DEFAULT_FAMILY",
     "FAMILIES",
-    "TRANSCRIBE",
     "Counts",
     "Family",
     "GgufLayout",

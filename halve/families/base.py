@@ -18,7 +18,6 @@ from halve.languages import ENGLISH, Language
 if TYPE_CHECKING:
     import torch
 
-TRANSCRIBE = "Transcribe the English speech:"
 SYSTEM_PROMPT = "You are a professional translator."
 
 

@@ -1,6 +1,7 @@
 """Corpora in: each importer reads one layout; `run_corpus` checks, splits and writes a complete corpus."""
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -206,7 +207,8 @@ def _max_audio_s(config: CorpusConfig) -> float:
         raise CorpusError(
             f"Unknown family {config.family!r}", expected=f"one of {', '.join(FAMILIES)}"
         )
-    return FAMILIES[config.family].max_audio_s
+    # A family that reads hears nothing, and sets no limit.
+    return FAMILIES[config.family].max_audio_s or math.inf
 
 
 def _audio_path(row: Row, partial: Path) -> Path | None:

@@ -194,7 +194,7 @@ function report(node, event, start, first) {
   fact(node, "total", `${Math.round(total)} ms`);
   fact(node, "RTF", (total / 1000 / event.duration).toFixed(3));
   fact(node, "covered", `${Math.round(event.coverage * 100)} %`);
-  if (event.truncated) fact(node, "note", "cut at the token limit");
+  if (event.truncated) fact(node, "note", "cut short");
   node.querySelector(".copy").hidden = !event.text;
   showStretches(node, event.segments);
   return total;

@@ -125,7 +125,11 @@ def test_retention_of_means() -> None:
 
 def test_an_environment_is_not_made_over_other_files(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(HalveError, match="holds something that is no environment"):
+    with pytest.raises(HalveError, match="holds something that halve has not made"):
+        comet_environment.install(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "pyvenv.cfg").touch()  # a user's own
+    with pytest.raises(HalveError, match="remove it, or name another directory"):
         comet_environment.install(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

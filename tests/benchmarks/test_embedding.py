@@ -1,6 +1,7 @@
 """Embedding similarity with a small encoder made here."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,20 @@ def test_it_stands_beside_the_scores_under_its_own_name(
     table = quality_table(result)
     assert "embedding similarity" in table.header and "COMET" not in table.header
     assert result["comet"]["measured"] is False
+
+
+def test_an_encoder_that_fills_no_batch_is_refused_before_anything_is_translated(
+    encoder: Path, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(encoder, broken)
+    settings = json.loads((broken / "tokenizer_config.json").read_text())
+    settings.pop("pad_token")
+    (broken / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = QualityConfig(lang="de", limit=3, embedding_model=str(broken))
+    with pytest.raises(InputError, match=r"embeds no text: .*pad"):
+        run_quality(config, tiny_model, [], tiny_corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from halve.corpus import read_corpus
 from halve.json_files import read_json
 from halve.models import load_model
 from serve.plain import PlainTranslator
+from tests.families import whisper_models
 from tests.families.text_models import make_corpus as make_text_corpus
 from tests.families.text_models import make_model as make_text_model
 
@@ -88,6 +90,13 @@ def test_the_gap_is_that_of_the_chosen_token(tiny_model: Path, tiny_corpus: Path
     assert top_two_gap(speech, task, [0, 1, 3, 4, 5], 0, []) > 0
     assert top_two_gap(speech, task, [0, 1, 3, 4, 5], 0, [7, 9]) > 0
     assert len(speech.part(speech.family.layers)) == 6
+
+
+def test_the_gap_of_a_decoder_that_attends_to_an_encoder(tmp_path: Path, tiny_corpus: Path) -> None:
+    speech = load_model(whisper_models.make_whisper(tmp_path / "whisper"))
+    corpus = read_corpus(tiny_corpus)
+    task = make_task(speech, corpus, corpus.split("select", "de", 1), "de", "chrf++")
+    assert 0 < top_two_gap(speech, task, [0, 2, 3], 0, [7, 9]) < math.inf
 
 
 def test_orders_of_whole_searches(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:

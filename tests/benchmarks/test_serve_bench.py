@@ -21,7 +21,7 @@ from halve.errors import HalveError, InputError
 def test_every_key_and_equal_texts(
     tiny_model: Path, tiny_student: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    config = ServeBenchConfig(lang="de", clients=2, requests=4, warmup=1, segments=2, threads=1)
+    config = ServeBenchConfig(lang="de", clients=2, requests=4, warmup=1, segments=4, threads=1)
     run_serve_bench(config, tiny_student, tiny_model, tiny_corpus, tmp_path / "out")
     result = json.loads((tmp_path / "out" / "serve.json").read_text())
     for side in (result, result["baseline"], result["one_at_a_time"]):

@@ -7,10 +7,10 @@ import torch
 
 from compress.attention import IMPLEMENTATION, masked_attention, training_attention
 from compress.collate import collate
-from compress.gradients import sequence_loss
 from compress.rows import build_sequences, reference_rows, segments_for
 from halve.corpus import read_corpus
 from halve.models import load_model
+from tests.losses import sequence_loss
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.collate import Branch, TrainingSequence, collate, plan_epoch, span_mask
-from compress.gradients import sequence_loss
 from compress.rows import build_sequences, end_token, reference_rows, segments_for
 from halve.corpus import read_corpus
 from halve.models import SpeechModel, load_model
+from tests.losses import sequence_loss
 
 ONE = TrainingSequence(0, (1, 2), (Branch((3, 4), (10, 11, 5)),))
 TWO = TrainingSequence(1, (1, 2), (Branch((3, 4), (20, 5)), Branch((6,), (21, 22, 5))))

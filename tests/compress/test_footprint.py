@@ -122,6 +122,16 @@ def test_racing_takes_no_more_than_the_budget(
     ]
 
 
+def test_the_first_parts_of_bounded_are_one_where_they_fit() -> None:
+    lengths = list(range(36))
+    whole = stratify(lambda chunks: True, lengths, 99, "bounded")
+    assert [len(chunk) for chunk in whole] == [24, 6, 6]
+    assert sorted(row for chunk in whole for row in chunk) == lengths
+    small = stratify(lambda chunks: max(map(len, chunks)) < 20, lengths, 99, "bounded")
+    assert [len(chunk) for chunk in small] == [6] * 6
+    assert [len(chunk) for chunk in stratify(lambda chunks: True, lengths, 99)] == [9] * 4
+
+
 def test_chunks_fit_into_every_worker() -> None:
     rooms = [Room(Footprint((2, 3, 4)), 7), Room(Footprint((1, 1, 1)), 2)]
     assert plan_chunks(checked(rooms, "abc"), [2, 3, 4], 99) == [[2, 1], [0]]

@@ -276,7 +276,8 @@ def _scripted(tmp_path: Path, name: str, play: Any) -> tuple[list[Candidate], Sc
         **{layer: _spoilt(share) for layer, share in {1: 0.9, 2: 0.2, 3: 0.25, 4: 1.0}.items()},
     }
     translator, task = Scripted(script), scripted_task(REFERENCES)
-    chunks = racing.stratify(lambda chunks: True, [len(text) for text in REFERENCES], 99)
+    method = "racing" if name == "racing" else "bounded"
+    chunks = racing.stratify(lambda chunks: True, [len(text) for text in REFERENCES], 99, method)
     search = Search(translator, task, Ledger(tmp_path / name), chunks, lambda n=1, note="": None)
     return play(search, 1, range(6), [[] for _ in REFERENCES], [1, 2, 3, 4]), translator
 
@@ -318,7 +319,8 @@ def test_bounded_always_picks_what_exact_picks(shares: list[float], most: int) -
     winners = []
     for play in (every_candidate, racing.bounded):
         with _folder() as folder:
-            chunks = racing.stratify(lambda chunks: True, [len(text) for text in REFERENCES], most)
+            lengths = [len(text) for text in REFERENCES]
+            chunks = racing.stratify(lambda chunks: True, lengths, most, "bounded")
             search = Search(
                 Scripted(script),
                 scripted_task(REFERENCES),

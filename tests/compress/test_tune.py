@@ -24,7 +24,7 @@ from compress.loop import Training, learning_rate_factor
 from compress.rows import build_sequences, read_rows, reference_rows, segments_for
 from compress.states import LiveStates, NoStates, store_states
 from compress.teach import save_model, select_weights
-from compress.tune import base_name, run_teach, run_tune
+from compress.tune import _material, base_name, run_teach, run_tune
 from halve import artefact
 from halve.corpus import read_corpus, write_manifest
 from halve.errors import ArtefactError, CorpusError, InputError
@@ -419,6 +419,22 @@ def test_translations_of_another_corpus_are_refused(
     with pytest.raises(ArtefactError, match="another corpus"):
         run_tune(config, taught, other, tmp_path / "made", tmp_path / "adapter")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "other"]
+
+
+def test_a_sample_of_translations_without_a_language_is_refused(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    corpus = read_corpus(tiny_corpus)
+    ids = [segment.id for segment in corpus.split("train")]
+    rows = [{"id": one, "lang": "de", "text": "ja", "origin": "teacher"} for one in ids]
+    rows.append({"id": ids[1], "lang": "zh", "text": "是", "origin": "teacher"})
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = TuneConfig(langs=("de", "zh"))
+    segments, chosen = _material(config, corpus, tmp_path)
+    assert (len(segments), len(chosen)) == (len(ids), len(rows))
+    few = config.model_copy(update={"train_segments": 2})
+    with pytest.raises(CorpusError, match="Of 2 train segments none has a text in zh"):
+        _material(few, corpus, tmp_path)
 
 
 def test_untranslated_speech_is_learnt_from(

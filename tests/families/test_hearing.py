@@ -202,8 +202,8 @@ def test_branches_lose_what_single_rows_lose(
     name: str, models: dict[str, Path], tiny_corpus: Path
 ) -> None:
     from compress.collate import collate
-    from compress.gradients import sequence_loss
     from compress.rows import Row, build_sequences
+    from tests.losses import sequence_loss
 
     speech = load_model(models[name])
     corpus = read_corpus(tiny_corpus)

@@ -17,7 +17,7 @@ from compress.collate import Branch, TrainingSequence, collate
 from compress.config import DistillConfig, ImportanceConfig, PruneConfig, TeachConfig, TuneConfig
 from compress.distill import run_distill
 from compress.exact import ExactTranslator
-from compress.gradients import sequence_loss, target_logits
+from compress.gradients import target_logits
 from compress.importance import make_task, run_importance
 from compress.prune import run_prune
 from compress.reference import StockTranslator
@@ -41,6 +41,7 @@ from halve.translate import TorchTranslator
 from pipeline.cli import main
 from tests import tiny
 from tests.families.text_models import SETTINGS, make_config, make_corpus, make_model, stock_tokens
+from tests.losses import sequence_loss
 
 TYPES = sorted(SETTINGS)
 

@@ -188,6 +188,9 @@ def test_importance_by_spacing_and_what_cannot_rank(
     config = ImportanceConfig(remove=1, lang="de", method="loss", segments=2)
     with pytest.raises(FamilyError, match="attend to an encoder"):
         run_importance(config, whisper, tiny_corpus, tmp_path / "loss")
+    config = ImportanceConfig(remove=1, lang="de", shortlist=2, segments=2)
+    with pytest.raises(FamilyError, match=r"--shortlist .by block-influence. is not supported"):
+        run_importance(config, whisper, tiny_corpus, tmp_path / "listed")
 
 
 def test_qlora_merge_and_packages(whisper: Path, tiny_corpus: Path, tmp_path: Path) -> None:
@@ -241,8 +244,8 @@ def test_qlora_merge_and_packages(whisper: Path, tiny_corpus: Path, tmp_path: Pa
 
 def test_shared_branches_lose_what_single_rows_lose(whisper: Path, tiny_corpus: Path) -> None:
     from compress.collate import collate
-    from compress.gradients import sequence_loss
     from compress.rows import Row, build_sequences
+    from tests.losses import sequence_loss
 
     speech = load_model(whisper)
     corpus = read_corpus(tiny_corpus)

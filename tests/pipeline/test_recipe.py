@@ -125,6 +125,10 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
             "corpus: {source: x, format: tsv}\n",
             "packages: Target onnx has no precision nf4",
         ),
+        (
+            "lang: de\nteacher: x\npackages: [{vocab_texts: [more.txt]}]\ncorpus: {source: x, format: tsv}\n",
+            "line 3, packages: vocab_texts without trim_vocab: true",
+        ),
     ],
 )
 def test_what_does_not_fit_together(tmp_path: Path, text: str, fault: str) -> None:
@@ -141,7 +145,14 @@ def test_paths_start_at_the_recipe(tmp_path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.teacher == str(path.parent / "near" / "by")
     assert recipe.corpus.source == str(path.parent / ".." / "talks")
-    path.write_text("lang: de\nteacher: some/one\ncorpus: {source: /talks, format: iwslt}\n")
+    packages = "packages: [{trim_vocab: true, vocab_texts: [more/de.txt, /more.txt]}]\n"
+    path.write_text(
+        f"lang: de\nteacher: some/one\ncorpus: {{source: /talks, format: iwslt}}\n{packages}"
+    )
+    assert read_recipe(path).packages[0].vocab_texts == (
+        str(path.parent / "more" / "de.txt"),
+        "/more.txt",
+    )
     assert read_recipe(path).teacher == "some/one"
     assert read_recipe(path).corpus.source == "/talks"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from benchmarks.config import LatencyConfig, QualityConfig
 from compress.config import ImportanceConfig
@@ -17,10 +18,11 @@ from halve.errors import ArtefactError, CorpusError, InputError, RecipeError
 from halve.models import family_of, read_config
 from halve.progress import Progress
 from pipeline import budget, console, shell
+from pipeline.forms import GRAPH_BYTES
 from pipeline.inspect_artefact import inspect
 from pipeline.recipe import read_recipe
 from pipeline.stages import Run, check_inputs, plan, steps_between
-from pipeline.translate import Line, Piece, _checked, audible, checked
+from pipeline.translate import Line, Piece, _checked, _read, audible, checked
 from tests import tiny
 from tests.families import text_models
 
@@ -76,7 +78,7 @@ def test_sizes_are_those_of_real_packages(precision: str, target: str, tmp_path:
     real = sum(p.stat().st_size for p in (tmp_path / "package").rglob("*") if p.is_file())
     found = budget.choices(config, 1e9, budget._side_bytes(model))
     computed = next(one for one in found if one.settings["precision"] == precision)
-    graphs = budget.GRAPH_BYTES if target == "onnx" else 0
+    graphs = GRAPH_BYTES if target == "onnx" else 0
     assert computed.stored_bytes == pytest.approx(real, abs=graphs + 0.1 * real)
 
 
@@ -84,7 +86,8 @@ def test_a_choice_becomes_a_recipe(tiny_model: Path, tiny_corpus: Path, tmp_path
     recipe = tmp_path / "mine.yaml"
     given = (str(tiny_model), "1.2MB", "de", None, tiny_corpus)
     made = budget.plan(*given, choice=2, write=recipe)
-    assert "trimmed" in made.text
+    assert "trimmed" in made.text and "are expected not to be among them" in made.text
+    assert 0 < made.data["unseen_share"] < 1
     chosen = made.data["choices"][1]
     read = read_recipe(recipe)
     assert read.packages[0].target == chosen["settings"]["target"]
@@ -143,6 +146,18 @@ def test_long_audio_is_cut_where_it_is_silent() -> None:
     (heard,) = audible(audio, 30.0)
     assert len(heard) >= 25 * rate
     assert len(audible(np.zeros(rate, np.float32), 30.0)) == 1
+
+
+def test_long_recordings_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.wav" for number in range(4)]
+    for path in paths:
+        soundfile.write(path, np.zeros(16_000, np.float32), 16_000)
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    pieces = [Piece(path.name, path) for path in paths]
+    audio, fault = _read(pieces, 1.5)
+    assert ([len(clip) for clip in audio], fault) == ([16_000, 16_000], None)
+    audio, fault = _read([pieces[0], Piece("bad", tmp_path / "bad.wav"), pieces[1]], 60)
+    assert len(audio) == 1 and fault is not None
 
 
 def test_numbers_in_words() -> None:

@@ -201,6 +201,10 @@ def test_a_report_of_runs_is_current(finished: Run, tmp_path: Path) -> None:
     assert steps.up_to_date(again)
     assert steps.carry_out(steps.report([tmp_path / "report"], tmp_path / "of"), SILENT)[1]
     assert steps.up_to_date(steps.report([tmp_path / "report"], tmp_path / "of"))
+    parts = [finished.out / "pruned", finished.out / "adapter"]
+    assert steps.carry_out(steps.report(parts, tmp_path / "two"), SILENT)[1]
+    assert steps.up_to_date(steps.report(parts, tmp_path / "two"))
+    assert not steps.up_to_date(steps.report(parts[::-1], tmp_path / "two")), "another direction"
 
 
 def test_a_wide_beam_takes_its_time(small_recipe: Path, tmp_path: Path) -> None:
@@ -288,6 +292,30 @@ def test_a_missing_checkpoint_stops_a_run_before_it_starts(
     with pytest.raises(InputError, match=r"COMET checkpoint .*nowhere does not exist"):
         stages.run_all(run, None, None, SILENT)
     assert not run.out.exists()
+
+
+def test_texts_for_a_trimmed_vocabulary(small_recipe: Path, tmp_path: Path) -> None:
+    """They are an input of the package, which is made anew when they change; missing ones stop the run."""
+    texts = tmp_path / "more.txt"
+    values = read_recipe(small_recipe).model_dump()
+    section = {"precision": "fp32", "langs": ["de"], "trim_vocab": True, "force": True}
+    values["packages"] = [section | {"vocab_texts": [str(texts)]}]
+    run = Run(Recipe.model_validate(values), tmp_path / "run")
+    with pytest.raises(InputError, match=r"text file .*more.txt does not exist"):
+        stages.run_all(run, None, None, SILENT)
+    assert not run.out.exists()
+    texts.write_text("Guten Tag\n")
+    stages.run_all(run, None, "package", SILENT)
+    (step,) = stages.steps_between(run, "package", "package")
+    made = artefact.read(step.out, "package")
+    assert artefact.identity(texts) in made.parents.values()
+    assert "vocab_texts" not in made.recipe
+    assert steps.up_to_date(step)
+    few = json.loads((step.out / "package.json").read_text())["logical_parameters"]
+    texts.write_text("Guten Tag\nWir übersetzen heute lange Sätze über Pflanzen, Berge und Rechner\n")
+    assert not steps.up_to_date(step)
+    stages.run_all(run, None, "package", SILENT)
+    assert json.loads((step.out / "package.json").read_text())["logical_parameters"] > few
 
 
 def dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -83,6 +83,20 @@ def test_what_may_be_cleaned_is_in_the_report(finished: Run) -> None:
     assert record["adapters"]["adapter"][0]["step"] == 0
 
 
+def test_a_run_goes_on_after_it_was_cleaned(finished: Run, tmp_path: Path) -> None:
+    cleaned = Run(finished.recipe, tmp_path / "cleaned")
+    shutil.copytree(finished.out, cleaned.out)
+    gone = {one.path.name for one in find(cleaned.out)}
+    assert gone == {"pruned", "translations", "adapter"}
+    for one in find(cleaned.out):
+        shutil.rmtree(one.path)
+    names = [step.name for step in stages.steps_between(cleaned, "package", None)]
+    assert names[-1] == "report"
+    stages.run_all(cleaned, "report", None, SILENT)
+    record = json.loads((cleaned.out / "report" / "report.json").read_text())
+    assert record["adapters"] == {} and record["quality"]
+
+
 def test_cards_say_whence_and_how(finished: Run) -> None:
     folders = [finished.out / name for name in ("pruned", "adapter", "student")]
     for folder in [*folders, *finished.packages]:

@@ -235,6 +235,14 @@ def test_the_document_allows_null(serve_fake) -> None:
     assert {"type": "null"} in fields["stream"]["anyOf"]
 
 
+def test_audio_in_lines_of_base64(serve_fake) -> None:
+    lines = base64.encodebytes(wav(0.9)).decode()
+    part = {"type": "input_audio", "input_audio": {"data": lines, "format": "wav"}}
+    with serve_fake() as server:
+        answer = ask(server, said("user", text("Into Chinese."), part))
+        assert answer.json()["choices"][0]["message"]["content"] == "zh 0.90"
+
+
 def test_a_chat_that_goes_on_has_its_latest_recording_translated(serve_fake) -> None:
     """Chat programs send what was said before again, recordings and all."""
     longer = {

@@ -259,6 +259,12 @@ class BreakingBatch(FakeBatch):
     """Rows under a second end as they join, and the step after that fails."""
 
     broken = False
+    removes = True
+
+    def remove(self, row: FakeRow) -> None:
+        super().remove(row)
+        if not self.removes:
+            raise MemoryError("no room for the copy")
 
     def add(self, inputs: np.ndarray, limit: int) -> FakeRow:
         row = super().add(inputs, limit)
@@ -290,6 +296,26 @@ def test_what_is_done_is_not_lost_when_the_next_step_fails(
         running.future.result(WAIT_S)
     assert caught.value.status == 500
     # The engine goes on.
+    last = piece(0.5)
+    engine.submit(last)
+    assert last.future.result(WAIT_S).translation.tokens == [0]
+    assert engine.close(WAIT_S)
+
+
+def test_the_engine_outlives_rows_that_cannot_be_removed(
+    stepping: SteppingTranslator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BreakingBatch, "removes", False)
+    monkeypatch.setattr(stepping, "open_batch", lambda slots: BreakingBatch(slots, stepping))
+    engine = Engine("breaking", lambda: stepping, batch_size=3)
+    first = held(engine, stepping)
+    second, done = piece(2), piece(0.5)
+    engine.submit(second)
+    engine.submit(done)
+    stepping.gate.set()
+    for lost in (first, second):
+        with pytest.raises(ApiError):
+            lost.future.result(WAIT_S)
     last = piece(0.5)
     engine.submit(last)
     assert last.future.result(WAIT_S).translation.tokens == [0]

@@ -28,12 +28,21 @@ def test_a_path_that_is_no_directory_is_refused_at_the_start(
     monkeypatch.chdir(tmp_path)
     good = make(tmp_path / "good")
     (tmp_path / "file").touch()
-    gone = (str(tmp_path / "gone"), "./gone", "../gone", "~/gone", "a/b/gone", "gone/", "file")
+    gone = (
+        str(tmp_path / "gone"),
+        "./gone",
+        "../gone",
+        "~/gone",
+        "a/b/gone",
+        "gone/",
+        "gone",
+        "file",
+    )
     for given in gone:
         with pytest.raises(InputError, match="not a directory") as caught:
             find_models(ServeSettings(models=(good, given)))
         assert caught.value.exit_code == 2
-    hub = ("gpt2", "Qwen/Qwen2-Audio-7B-Instruct")
+    hub = ("some/one", "Qwen/Qwen2-Audio-7B-Instruct")
     assert list(find_models(ServeSettings(models=(good, *hub)))) == ["good", *hub]
 
 
@@ -47,7 +56,7 @@ def test_the_same_directory_is_given_twice_however_it_is_written(
         with pytest.raises(InputError, match="twice"):
             find_models(ServeSettings(models=(path, again)))
     with pytest.raises(InputError, match="twice"):
-        find_models(ServeSettings(models=("gpt2", "gpt2")))
+        find_models(ServeSettings(models=("some/one", "some/one")))
 
 
 def test_directories_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo   set up, run the whole pipeline on the bundled model and speech, leave a report"
 	@echo "make test   set up, check the code, run the tests"
+	@echo "make setup  only set up .venv"
 	@echo "make lint   ruff, mypy, import rule"
 	@echo "make slow   long proofs"
 	@echo "make bench  README's demo figures and the results behind the documents, made again"

@@ -312,7 +312,9 @@ def test_texts_for_a_trimmed_vocabulary(small_recipe: Path, tmp_path: Path) -> N
     assert "vocab_texts" not in made.recipe
     assert steps.up_to_date(step)
     few = json.loads((step.out / "package.json").read_text())["logical_parameters"]
-    texts.write_text("Guten Tag\nWir übersetzen heute lange Sätze über Pflanzen, Berge und Rechner\n")
+    texts.write_text(
+        "Guten Tag\nWir übersetzen heute lange Sätze über Pflanzen, Berge und Rechner\n"
+    )
     assert not steps.up_to_date(step)
     stages.run_all(run, None, "package", SILENT)
     assert json.loads((step.out / "package.json").read_text())["logical_parameters"] > few

@@ -37,6 +37,10 @@ _UNITS = {
 }
 
 
+MUCH_UNSEEN = 0.01
+"""Share of new translations' tokens that a trimmed vocabulary is expected to lack from which it is ranked last."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """One student that fits."""
@@ -111,10 +115,14 @@ def choices(
                 )
                 break
     lost = {form.package: form.points_lost for form in forms(True, unseen_share)}
-    return sorted(
-        found,
-        key=lambda c: (c.score is None, -(c.score or 0.0), -c.layers, lost[c.package]),
-    )
+
+    def rank(choice: Choice) -> tuple[Any, ...]:
+        # A vocabulary that lacks one token in a hundred spoils more translations than a few layers.
+        lacks = bool(choice.settings.get("trim_vocab")) and unseen_share > MUCH_UNSEEN
+        score = choice.score
+        return score is None, -(score or 0.0), lacks, -choice.layers, lost[choice.package]
+
+    return sorted(found, key=rank)
 
 
 def _some(family: Family, config: dict[str, Any], layers: int) -> list[int] | None:

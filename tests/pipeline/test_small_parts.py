@@ -82,6 +82,19 @@ def test_sizes_are_those_of_real_packages(precision: str, target: str, tmp_path:
     assert computed.stored_bytes == pytest.approx(real, abs=graphs + 0.1 * real)
 
 
+def test_a_vocabulary_that_lacks_much_is_ranked_last(tiny_model: Path) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+
+    def place(unseen_share: float) -> tuple[int, int]:
+        """Where the trimmed choice stands, of how many."""
+        found = budget.choices(config, 7e5, kept_tokens=64, unseen_share=unseen_share)
+        (trimmed,) = [n for n, one in enumerate(found) if one.settings.get("trim_vocab")]
+        return trimmed, len(found)
+
+    assert place(0.0) == (1, 4)
+    assert place(0.2) == (3, 4)
+
+
 def test_a_choice_becomes_a_recipe(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     given = (str(tiny_model), "1.2MB", "de", None, tiny_corpus)

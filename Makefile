@@ -33,6 +33,7 @@ demo: $(STAMP)
 	bash demo/run.sh $(BIN)
 
 test: $(STAMP) lint
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[ray]"
 	bash tests/install_programs.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 _ZYGOTE = """
-import json, os, pathlib, signal, sys
+import gc, json, os, pathlib, signal, sys, traceback
 import torch, transformers, peft, bitsandbytes, soundfile
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 import compress.importance, compress.prune, compress.distill, compress.tune, export.merge
@@ -27,6 +27,7 @@ def die_at_rename(number):
         return rename(self, target)
     pathlib.Path.rename = dying
 
+gc.freeze()
 print("ready", flush=True)
 for line in sys.stdin:
     pid = os.fork()
@@ -36,7 +37,16 @@ for line in sys.stdin:
         for number, name in enumerate([os.devnull, *streams]):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
         die_at_rename(renaming)
-        main(arguments)
+        code = 1
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # taking down what was forked costs seconds: every page is copied first
     print(pid, flush=True)
     sys.stdin.readline()  # until then a finished child stays to be looked at
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

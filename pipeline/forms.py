@@ -121,6 +121,7 @@ def stored_bytes(counts: Counts, form: Form) -> float:
 
 
 def trimmed(counts: Counts, family: Family, config: dict[str, Any], kept: int) -> Counts:
+    """The counts with so many tokens kept in embeddings and head."""
     share = min(1.0, kept / int(family.text_config(config)["vocab_size"]))
     embeddings, head = round(counts.embeddings * share), round(counts.head * share)
     gone = counts.embeddings + counts.head - embeddings - head

@@ -148,7 +148,7 @@ def _result(
         found: dict[str, Any] = {
             "name": name,
             "scores": scoring.score_all(lines, references, lang),
-            "behaviour": scoring.behaviour(lines, references, {}),
+            "behaviour": _behaviour(lines, references),
         }
         if name != first:
             found["retention"] = scoring.retention_all(
@@ -170,6 +170,12 @@ def _result(
         "machine": environment.machine(),
         "versions": environment.versions(),
     }
+
+
+def _behaviour(lines: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Without the shares that only a translator knows: a text does not say why it ends."""
+    found = scoring.behaviour(lines, references, {})
+    return {name: share for name, share in found.items() if name not in ("cut_at_limit", "loops")}
 
 
 def longform_table(result: Mapping[str, Any]) -> Table:

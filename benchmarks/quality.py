@@ -185,7 +185,7 @@ def _translate_all(
         tasks = {model.name: partial(workload.source, reads=reads)} | {
             f"{model.name}.{control}": source for control, source in heard.items()
         }
-        opened = _Opener(model.path, config.threads)
+        opened = _Opener(model.path, config.threads, progress)
         try:
             for name, source in tasks.items():
                 found[name] = _translate(
@@ -212,13 +212,13 @@ def _controls(workload: _Workload, reads: str) -> dict[str, Callable[[int], Sour
 class _Opener:
     """Opens a model only when something is left to translate."""
 
-    def __init__(self, path: Path, threads: int | None) -> None:
-        self._path, self._threads = path, threads
+    def __init__(self, path: Path, threads: int | None, progress: Progress) -> None:
+        self._path, self._threads, self._progress = path, threads, progress
         self._open: Translator | None = None
 
     def translator(self) -> Translator:
         if self._open is None:
-            self._open = open_translator(self._path, threads=self._threads)
+            self._open = open_translator(self._path, threads=self._threads, progress=self._progress)
         return self._open
 
     def close(self) -> None:
@@ -243,7 +243,8 @@ def _translate(
     finished = sum(len(rows) for rows in done.values())
     started = time.monotonic()
     with progress.task(f"translate: {name}", len(workload.segments), finished) as advance:
-        for number, chunk in enumerate(chunks):
+        # The longest first: a lack of memory shows at once.
+        for number, chunk in reversed(list(enumerate(chunks))):
             if number in done:
                 continue
             sources = read_all(source, chunk)

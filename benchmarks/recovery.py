@@ -82,10 +82,16 @@ def table(result: dict[str, Any]) -> str:
         minutes = mean(run["training_s"] for run in runs) / 60
         shown = ", ".join(f"{score:.2f}" for score in scores)
         lines.append(
-            f"| {name} | {runs[0]['untuned_score']:.2f} | {mean(scores):.2f} | {shown} "
+            f"| {name} | {_untuned(runs)} | {mean(scores):.2f} | {shown} "
             f"| {runs[0]['steps']} | {minutes:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _untuned(runs: list[dict[str, Any]]) -> str:
+    """The score before training; from the lowest to the highest where a seed chooses the layers, too."""
+    found = sorted({f"{run['untuned_score']:.2f}" for run in runs}, key=float)
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 if __name__ == "__main__":

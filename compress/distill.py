@@ -5,7 +5,7 @@ search, after Kim and Rush (2016). What would teach the student something wrong 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from compress.config import DistillConfig
 from compress.logits import store_logits
 from compress.rows import Row, build_sequences, read_rows, segments_for
 from compress.states import open_states
-from halve import artefact
+from halve import artefact, environment
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
@@ -33,6 +33,9 @@ REPEATED_TOKENS = 12
 _LONGEST_UNIT = 16
 SLACK_CHARACTERS = 8
 """Lengths may differ by so much at any ratio: a word more or less says nothing."""
+
+_AFTER = {"min_score", "max_length_ratio", "logits"}
+"""Settings that say what becomes of translations: the teacher says the same for all."""
 
 Key = tuple[str, str]
 """Segment id and language."""
@@ -62,7 +65,11 @@ def run_distill(
     base = resolve_model(model)
     recipe = config.recorded()
     parents = {"model": base, "corpus": Path(corpus)}
-    with artefact.writing(Path(out), "translations", recipe, config.seed, parents) as draft:
+    made = _made(Path(out), config, parents)
+    translating = (set(recipe) - _AFTER, set(parents))
+    with artefact.writing(
+        Path(out), "translations", recipe, config.seed, parents, work_needs=translating
+    ) as draft:
         data = read_corpus(corpus)
         segments = [
             segment
@@ -73,7 +80,10 @@ def run_distill(
         ]
         check_sources(family_of(base).reads, data, segments)
         _tell_of_untranslated(config, data, segments, progress)
-        found = _translate(config, base, data, segments, draft, progress)
+        if made is None:
+            _translate(config, base, data, segments, draft, progress)
+            made = [line for batch in read_jsonl(_log(draft)) for line in batch]
+        found = _by_key(made)
         counts = write_rows(config, segments, found, draft.path)
         _check_rows(config, draft.path, counts)
         if config.logits:
@@ -84,6 +94,35 @@ def run_distill(
     return artefact.read(out, "translations")
 
 
+def _made(
+    out: Path, config: DistillConfig, parents: Mapping[str, Path]
+) -> list[dict[str, Any]] | None:
+    """What the teacher said for a finished artefact that differs only in what becomes of it, if `out` is one."""
+    if not (out / artefact.RECORD).is_file():
+        return None
+    earlier = artefact.read(out)
+    is_same = (
+        earlier.kind == "translations"
+        and earlier.parents == {name: artefact.identity(path) for name, path in parents.items()}
+        and earlier.versions.get("halve") == environment.halve_version()
+        and not config.differs_from(earlier.recipe, _AFTER)
+    )
+    return read_jsonl(out / "translations.jsonl") if is_same else None
+
+
+def _log(draft: Draft) -> Path:
+    return draft.work / "batches.jsonl"
+
+
+def _by_key(lines: Iterable[Mapping[str, Any]]) -> dict[Key, list[Translation]]:
+    """Translations by segment and language, the best first."""
+    found: dict[Key, list[Translation]] = {}
+    for line in lines:
+        translation = Translation(line["text"], line["tokens"], line["stopped"])
+        found.setdefault((line["id"], line["lang"]), []).append(translation)
+    return found
+
+
 def _translate(
     config: DistillConfig,
     base: Path,
@@ -91,9 +130,9 @@ def _translate(
     segments: Sequence[Segment],
     draft: Draft,
     progress: Progress,
-) -> dict[Key, list[Translation]]:
-    """Every segment in every language that is wanted of it, the best translation first."""
-    log = draft.work / "batches.jsonl"
+) -> None:
+    """Has every segment translated into every language that is wanted of it, and notes it."""
+    log = _log(draft)
     done = read_jsonl(log)
     reads = family_of(base).reads
     warn_of_speech(reads, segments, progress)
@@ -116,12 +155,6 @@ def _translate(
                     append_jsonl(log, lines)
                     advance(1, note=f"{len(batch)} segments")
         translator.close()
-    found: dict[Key, list[Translation]] = {}
-    for batch in read_jsonl(log):
-        for line in batch:
-            translation = Translation(line["text"], line["tokens"], line["stopped"])
-            found.setdefault((line["id"], line["lang"]), []).append(translation)
-    return found
 
 
 def _translate_batch(

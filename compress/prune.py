@@ -18,6 +18,7 @@ from halve.families import Family, SourceText, family_for
 from halve.families.base import kept_slices
 from halve.json_files import read_json, write_json
 from halve.languages import language
+from halve.model_checks import check_tied_head
 from halve.models import SpeechModel, check_weights, load_model, read_config, resolve_model
 from halve.origin import origin
 from halve.progress import SILENT, Progress
@@ -120,7 +121,7 @@ def check_teacher(model: Path, family: Family, config: Mapping[str, Any]) -> Non
             expected="several tensors for each layer",
             mend="copy or download the model again, or correct its config.json",
         )
-    _check_tied_head(model, family, config)
+    check_tied_head(model, family, config)
     if config.get("quantization_config") is not None:
         return
     stored = sum(
@@ -133,32 +134,6 @@ def check_teacher(model: Path, family: Family, config: Mapping[str, Any]) -> Non
         raise ArtefactError(
             f"{model}: config and weights disagree: {stored:,} parameters are stored, the config says {expected:,}"
         )
-
-
-def _check_tied_head(model: Path, family: Family, config: Mapping[str, Any]) -> None:
-    """Refuses a stored head that is to be left behind as a copy of the embeddings, and is none.
-
-    Raises:
-        ArtefactError: the two differ; stock code then uses both, whatever the config says.
-    """
-    head, table = f"{family.disk_head}weight", f"{family.disk_embeddings}weight"
-    # Where the family has no head on disk, both names are the embeddings'.
-    if head == table or not family.is_surplus(config, head):
-        return
-    stored = {each.key: each for each in shards.iter_stored(model) if each.key in (head, table)}
-    if len(stored) == 2 and not _equal_bytes(stored[head], stored[table]):
-        raise ArtefactError(
-            f"{model}: config and weights disagree: config.json ties {head} to {table}, and two different "
-            "tables are stored",
-            expected="equal tables, or a config that does not tie them",
-            mend='write "tie_word_embeddings": false into its config.json: stock code uses both tables as they are',
-        )
-
-
-def _equal_bytes(one: Stored, other: Stored) -> bool:
-    if (one.shape, one.kind) != (other.shape, other.kind):
-        return False
-    return all(mine == its for mine, its in zip(one.pieces(), other.pieces(), strict=True))
 
 
 def choose_plan(

@@ -91,7 +91,8 @@ def upper_bound(search: Search, number: int, layer: int, seen: Sequence[int]) ->
     if not task.metric.startswith("chrf"):
         return 100.0
     rows = _rows(search, seen)
-    rest = [row for row in range(len(task.ids)) if row not in set(rows)]
+    known = set(rows)
+    rest = [row for row in range(len(task.ids)) if row not in known]
     sums = _statistics(search, number, layer, seen).sum(axis=0)
     if (sums[0::3] == 0).any():
         # An order without a single n-gram would be left out of the mean: no bound holds.

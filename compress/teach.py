@@ -1,6 +1,7 @@
 """Fine-tuning, in full or by an adapter that is merged: a base model becomes the teacher."""
 
 from collections.abc import Callable, Sequence
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ from halve.languages import language
 from halve.metrics import score
 from halve.models import SpeechModel, load_model, quiet, read_config, resolve_model
 from halve.origin import origin
-from halve.progress import SILENT, Progress
+from halve.progress import SILENT, Advance, Progress, nowhere
 from halve.shards import copy_side_files
 from halve.sources import check_sources, segment_limit, warn_of_speech
 from halve.translate import TorchTranslator, plan_batches
 
 SCORE_BATCH = 40
-"""Segments translated at once when `select` is scored."""
+"""Segments translated at once when `select` is scored; fewer where a GPU has no room for so many."""
+_PROMPT = 64
+"""More positions than an instruction takes."""
 
 
 def run_teach(
@@ -262,9 +265,12 @@ def scorer(
     }
 
     def evaluate() -> Scores:
-        return {
-            lang: select_score(speech, segments, audio, places[lang], lang) for lang in config.langs
-        }
+        total = sum(map(len, places.values()))
+        with progress.task("Scoring select", total) as advance:
+            return {
+                lang: select_score(speech, segments, audio, places[lang], lang, advance)
+                for lang in config.langs
+            }
 
     return evaluate
 
@@ -275,6 +281,7 @@ def select_score(
     audio: AudioStates,
     places: Sequence[int],
     lang: str,
+    advance: Advance = nowhere,
 ) -> float:
     """Corpus score of greedy translations into `lang`.
 
@@ -289,16 +296,36 @@ def select_score(
         len(segments[place].source_text) if reads == "text" else audio.lengths[place]
         for place in places
     ]
+    limits = [segment_limit(reads, segments[place]) for place in places]
+    longest = max(map(add, lengths, limits), default=0)
     # A batch at a time: the projected audio of a whole split need not fit beside the model.
-    for batch in plan_batches(lengths, SCORE_BATCH):
-        chosen = [places[index] for index in batch]
-        limits = [segment_limit(reads, segments[place]) for place in chosen]
-        taken = [_taken_in(speech, segments[place], audio, place) for place in chosen]
-        rows = translator.translate_embeddings(taken, lang, limits=limits, batch_size=SCORE_BATCH)
+    for batch in plan_batches(lengths, _scored_at_once(speech, longest)):
+        taken = [
+            _taken_in(speech, segments[place], audio, place)
+            for place in (places[index] for index in batch)
+        ]
+        rows = translator.translate_embeddings(
+            taken, lang, limits=[limits[index] for index in batch], batch_size=len(batch)
+        )
         found |= {index: row.text for index, row in zip(batch, rows, strict=True)}
+        advance(len(batch))
     references = Corpus.references([segments[place] for place in places], lang)
     texts = [found[index] for index in range(len(places))]
     return score(language(lang).selection_metric, texts, references, lang).score
+
+
+def _scored_at_once(speech: SpeechModel, positions: int) -> int:
+    """Rows of so many positions whose keys and values take a third of what a GPU has beside the weights, at most.
+
+    Of what there is in all, not of what is free: the same batches in each run.
+    """
+    if not speech.device.startswith("cuda"):
+        return SCORE_BATCH
+    held = sum(weight.nbytes for weight in speech.model.parameters())
+    room = torch.cuda.get_device_properties(speech.device).total_memory - held
+    item = 4 if speech.dtype == "float32" else 2
+    row = speech.family.cache_width(speech.model) * item * (positions + _PROMPT)
+    return max(1, min(SCORE_BATCH, int(room) // (3 * row)))
 
 
 def _taken_in(

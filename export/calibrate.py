@@ -184,6 +184,13 @@ class Calibration:
             found = crew.map(peaks, [inputs for inputs, _ in self._inputs])
         return [reduce(or_, (each[layer] for each in found)) for layer in sorted(found[0])]
 
+    def close(self) -> None:
+        """Frees the student: the stages and their calls refer to each other, and would keep it."""
+        self._stages.clear()
+        self.__dict__.pop("_inputs", None)
+        self._translator.close()
+        del self._speech
+
     def _is_head(self, key: str) -> bool:
         return f"{key}." == self._speech.family.disk_head
 

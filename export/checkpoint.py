@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from export import nf4
 from halve.errors import ArtefactError
 from halve.families import Family, family_for
+from halve.model_checks import check_tied_head
 from halve.models import quantization_config, read_config
 from halve.shard_writer import Part, raw, unchanged, write_shards
 from halve.shards import (
@@ -67,8 +68,13 @@ def write_plain(
 
 
 def _read_by_stock_code(source: Path, config: Mapping[str, Any]) -> Iterator[Stored]:
-    """The tensors without those that stock code ignores (the second copy of a tied head)."""
+    """The tensors without those that stock code ignores (the second copy of a tied head).
+
+    Raises:
+        ArtefactError: the second copy is none.
+    """
     family = family_for(config)
+    check_tied_head(source, family, config)
     return (stored for stored in iter_stored(source) if not family.is_surplus(config, stored.key))
 
 

@@ -1,8 +1,9 @@
 """Merges an adapter into its base model: the student, an ordinary Hugging Face directory."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,16 @@ from export.checkpoint import Change, Rows, write_nf4, write_plain
 from export.config import MergeConfig
 from export.scoring import SelectSet, open_select_sets
 from halve import artefact, environment
+from halve.arithmetic import roomy_dtype
 from halve.artefact import Artefact, Draft, languages_of
 from halve.card import write_card
 from halve.errors import ArtefactError, InputError
 from halve.families import Family, family_for
+from halve.json_files import append_jsonl, read_jsonl
 from halve.metrics import Score
-from halve.models import load_model, pick_device, read_config
+from halve.models import SpeechModel, load_model, pick_device, read_config
 from halve.origin import origin
-from halve.progress import SILENT, Progress
+from halve.progress import SILENT, Advance, Progress
 from halve.shards import Stored, tensor_shapes
 from halve.translate import TorchTranslator
 
@@ -179,29 +182,34 @@ def _merge_better(
     draft: Draft,
     progress: Progress,
 ) -> None:
-    """Makes both students, scores both on `select`, keeps the better (the unquantised base on a tie)."""
+    """Makes both students, scores both on `select`, keeps the better (the unquantised base on a tie).
+
+    Each score is on disk once it is made: a killed run goes on with the next.
+    """
     langs = config.langs or languages_of(adapters[0])
     reads = family_for(read_config(model)).reads
-    sets = open_select_sets(corpus, langs, config.select_segments, reads)
+    scoring = _Scoring(config, open_select_sets(corpus, langs, config.select_segments, reads))
     folders = {onto: draft.work / onto for onto in BASES}
+    dtype = roomy_dtype(model, progress=progress)
     # Of several adapters no one is on.
     alone = config.requantized and len(adapters) == 1
-    rows = [_adapter_on(sets, config, model, adapters[0])] if alone else []
-    with progress.task("merge: score both bases", total=len(BASES)) as advance:
+    forms = (1 + config.requantized) * len(BASES) + alone
+    with progress.task("merge: score both bases", total=forms * scoring.segments) as advance:
+        scoring.open(draft.work / "rows.jsonl", advance)
+        if alone:
+            scoring.add("adapter on", "dequantized", "nf4", lambda: _on(model, adapters[0]))
         for onto, folder in folders.items():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             _merge(config, model, adapters, onto, folder)
-            merged = _row("merged", onto, config.dtype, _scores(sets, config, folder))
-            rows.append(merged)
+            merged = partial(load_model, folder, dtype=dtype)
+            scoring.add("merged", onto, config.dtype, merged)
             if config.requantized:
-                rows.append(
-                    _row("merged, quantised", onto, "nf4", _scores_quantised(sets, config, folder))
-                )
-            advance(1, _shown(merged))
+                scoring.add("merged, quantised", onto, "nf4", partial(_quantised, config, folder))
+                shutil.rmtree(_nf4_folder(folder), ignore_errors=True)
     # A student that will be stored in 4 bits is judged by what it then says.
     judged = "merged, quantised" if config.requantized else "merged"
-    means = {row["onto"]: _mean(row) for row in rows if row["form"] == judged}
+    means = {row["onto"]: _mean(row) for row in scoring.rows if row["form"] == judged}
     better = "dequantized" if means["dequantized"] > means["base"] else "base"
     for entry in folders[better].iterdir():
         entry.rename(draft.path / entry.name)
@@ -210,18 +218,55 @@ def _merge_better(
         "merge": {
             "judged": judged,
             "split": "select",
-            "segments": len(sets[0].segments),
-            "rows": rows,
+            "segments": len(scoring.sets[0].segments),
+            "rows": scoring.rows,
         },
     }
 
 
-def _adapter_on(
-    sets: list[SelectSet], config: MergeConfig, model: Path, adapter: Path
-) -> dict[str, Any]:
-    """Scores of what QLoRA trained: the adapter on the base in NF4."""
-    found = _scores(sets, config, model, _dtype(), quantization="nf4", adapter=adapter)
-    return _row("adapter on", "dequantized", "nf4", found)
+class _Scoring:
+    """Scores of the forms of a student, each noted in a file at once."""
+
+    def __init__(self, config: MergeConfig, sets: list[SelectSet]) -> None:
+        self.sets = sets
+        self.rows: list[dict[str, Any]] = []
+        self._config = config
+
+    @property
+    def segments(self) -> int:
+        """How many each form translates."""
+        return sum(len(each.segments) for each in self.sets)
+
+    def open(self, log: Path, advance: Advance) -> None:
+        """Takes over what an earlier run has scored."""
+        self._log, self._advance = log, advance
+        self._known = {(row["form"], row["onto"]): row for row in read_jsonl(log)}
+
+    def add(self, form: str, onto: str, precision: str, load: Callable[[], SpeechModel]) -> None:
+        """Scores what `load` loads, if that is not known."""
+        row = self._known.get((form, onto))
+        if row is None:
+            row = _row(form, onto, precision, self._scores(load()))
+            append_jsonl(self._log, row)
+        else:
+            self._advance(self.segments)
+        self.rows.append(row)
+        self._advance(0, note=f"{form} ({onto}): {_shown(row)}")
+
+    def _scores(self, speech: SpeechModel) -> dict[str, Score]:
+        translator = TorchTranslator(speech)
+        size = self._config.batch_size
+        found = {
+            each.lang: each.scored(each.translate(translator, size, self._advance))
+            for each in self.sets
+        }
+        translator.close()
+        return found
+
+
+def _on(model: Path, adapter: Path) -> SpeechModel:
+    """What QLoRA trained: the adapter on the base in NF4."""
+    return load_model(model, dtype=_dtype(), quantization="nf4", adapter=adapter)
 
 
 def _row(form: str, onto: str, precision: str, scores: Mapping[str, Score]) -> dict[str, Any]:
@@ -237,30 +282,17 @@ def _mean(row: Mapping[str, Any]) -> float:
     return sum(found["score"] for found in row["scores"].values()) / len(row["scores"])
 
 
-def _scores(
-    sets: list[SelectSet],
-    config: MergeConfig,
-    model: Path,
-    dtype: str = "float32",
-    **options: Any,
-) -> dict[str, Score]:
-    translator = TorchTranslator(load_model(model, dtype=dtype, **options))
-    found = {each.lang: each.scored(each.translate(translator, config.batch_size)) for each in sets}
-    translator.close()
-    return found
-
-
-def _scores_quantised(
-    sets: list[SelectSet], config: MergeConfig, student: Path
-) -> dict[str, Score]:
-    """Scores of a student in the files of an NF4 package; other 4-bit packages round a little differently."""
-    folder = student.with_name(f"{student.name}-nf4")
+def _quantised(config: MergeConfig, student: Path) -> SpeechModel:
+    """A student in the files of an NF4 package; other 4-bit packages round a little differently."""
+    folder = _nf4_folder(student)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     write_nf4(student, folder, config.max_shard_bytes)
-    found = _scores(sets, config, folder, _dtype())
-    shutil.rmtree(folder)
-    return found
+    return load_model(folder, dtype=_dtype())
+
+
+def _nf4_folder(student: Path) -> Path:
+    return student.with_name(f"{student.name}-nf4")
 
 
 def _dtype() -> str:

@@ -12,13 +12,15 @@ from export.checkpoint import DTYPES, write_nf4, write_plain
 from export.config import PackageConfig, check_family, check_possible
 from export.contest import check_contest, write_contest, write_scripts
 from export.gguf_runtime import check_installed
-from export.manifest import Manifest, write_manifest
+from export.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from export.parity import check_parity
+from export.quantise import Blocks, FloatArray
 from export.runtime import open_translator
 from export.scoring import SelectSet, open_select_sets
 from export.trim import lines_of, said_in, trimmed
 from export.vocabulary import TokenIds
-from halve import artefact
+from halve import artefact, environment, partials
+from halve.arithmetic import roomy_dtype
 from halve.artefact import Artefact
 from halve.audio import SAMPLE_RATE_HZ
 from halve.card import write_card
@@ -26,12 +28,14 @@ from halve.errors import FamilyError, InputError, MissingExtraError
 from halve.families import Family, family_for
 from halve.languages import LANGUAGES, language
 from halve.models import load_model, load_processor, read_config, resolve_model
-from halve.progress import SILENT, Progress
+from halve.progress import SILENT, Advance, Progress
 
 _BITS = {"fp32": 32, "fp16": 32, "int8": 8, "int4": 4}
 _GGUF_BITS = {**_BITS, "fp16": 16}
-_NOT_LISTED = ("partial.json", artefact.TIMINGS)
+_NOT_LISTED = (partials.CLAIM, artefact.TIMINGS)
 """Of the files in a draft, those that are not the package's."""
+_CHECKING = {"force", "max_drop", "parity_segments", "batch_size"}
+"""Settings that what is written does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +93,18 @@ def run_package(
     parents = {"model": model} | ({"corpus": corpus} if corpus else {})
     parents |= {f"texts {number}": path for number, path in enumerate(texts, 1)}
     recipe = config.model_dump(mode="json")
-    with artefact.writing(out, "package", recipe, config.seed, parents) as draft:
-        _clear(draft.path)
+    writing = (set(recipe) - _CHECKING, set(parents))
+    with artefact.writing(
+        out, "package", recipe, config.seed, parents, work_needs=writing
+    ) as draft:
+        folder = draft.work / "package"
         job = _Job(
-            config, model, corpus, langs, family, load_processor(model), draft.path, progress, texts
+            config, model, corpus, langs, family, load_processor(model), folder, progress, texts
         )
-        progress.message(f"package: write {config.target} in {config.precision}")
-        onnx = TARGETS[config.target](job)
-        manifest = _manifest(job, onnx)
-        write_manifest(draft.path, manifest)
+        manifest = _written(job)
         manifest = replace(manifest, parity=_checked(job, sets, progress))
-        write_manifest(draft.path, manifest)
+        write_manifest(folder, manifest)
+        _move(folder, draft.path)
         facts = _card_facts(model, manifest)
         draft.extra |= {
             key: facts[key]
@@ -116,15 +121,34 @@ def run_package(
     return artefact.read(out, "package")
 
 
-def _clear(folder: Path) -> None:
-    """Removes what a killed run has written: a package is made in one go, and lists what lies in it."""
-    for entry in folder.iterdir():
-        if entry.name in _NOT_LISTED:
+def _written(job: _Job) -> Manifest:
+    """Writes the package; one that an earlier run has written in full, and that was then not checked or refused, is taken."""
+    if (job.folder / MANIFEST).is_file():
+        manifest = read_manifest(job.folder)
+        if all((job.folder / name).is_file() for name in manifest.files):
+            job.progress.message("package: written by an earlier run")
+            return manifest
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir()
+    job.progress.message(f"package: write {job.config.target} in {job.config.precision}")
+    try:
+        manifest = _manifest(job, TARGETS[job.config.target](job))
+    except BaseException:
+        shutil.rmtree(job.folder)  # half a package is nothing to go on from
+        raise
+    partials.sync(path for path in job.folder.rglob("*") if path.is_file())
+    write_manifest(job.folder, manifest)  # last: it says that all is there
+    return manifest
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Moves the package's files where the artefact is; what a killed run has put there gives way."""
+    for entry in target.iterdir():
+        if entry == folder.parent or entry.name in _NOT_LISTED:
             continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for entry in folder.iterdir():
+        entry.rename(target / entry.name)
 
 
 def _write_checkpoint(job: _Job) -> None:
@@ -160,20 +184,31 @@ def _write_onnx(job: _Job) -> dict[str, Any]:
     cache_peaks = calibration.cache_peaks if calibration and config.kv_bits else None
     if cache_peaks and method != "gptq":
         known = cache_peaks()
-        cache_peaks, calibration = (lambda: known), None  # frees the student
-    facts, _ = write_onnx(
-        job.folder,
-        job.student,
-        job.family,
-        job.processor,
-        chosen,
-        _kept(job),
-        quantise,
-        cache_peaks,
-    )
+        cache_peaks = lambda: known  # noqa: E731
+        _free(calibration)
+        calibration = None
+    with job.progress.task("package: quantise", total=None) as advance:
+        facts, _ = write_onnx(
+            job.folder,
+            job.student,
+            job.family,
+            job.processor,
+            chosen,
+            _kept(job),
+            quantise and _Told(quantise, advance),
+            cache_peaks,
+        )
+    _free(calibration)
     facts["quantise"] = method
     _write_tokenizer(job)
     return facts
+
+
+def _free(calibration: Calibration | None) -> None:
+    """Lets the student go that was calibrated on: the check loads it again."""
+    if calibration is not None:
+        calibration.close()
+        environment.release_gpu_memory()
 
 
 def _block(job: _Job, bits: int, head_bits: int) -> int:
@@ -250,7 +285,7 @@ def _calibration(job: _Job, bits: int) -> Calibration | None:
     if job.corpus is None:
         what = "GPTQ" if method == "gptq" else "A cache in 8 bits"
         raise InputError(f"{what} needs a corpus to calibrate on", mend="name --corpus")
-    speech = load_model(job.student, dtype="float32")
+    speech = load_model(job.student, dtype=roomy_dtype(job.student, progress=job.progress))
     samples = read_samples(job.corpus, job.langs, speech, job.config.calibration_segments)
     return Calibration(speech, samples)
 
@@ -267,6 +302,21 @@ def _quantiser(
         return method, Calibrated(calibration)
     searched = method != "rtn"
     return method, DataFree(searched, method == "k-quant")
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A quantiser that says what it has done."""
+
+    quantise: Quantiser
+    advance: Advance
+
+    def __call__(
+        self, keys: Sequence[str], weight: FloatArray, bits: int, block_size: int
+    ) -> Blocks:
+        blocks = self.quantise(keys, weight, bits, block_size)
+        self.advance(1, note=keys[0] if keys else "")
+        return blocks
 
 
 TARGETS: dict[str, Callable[[_Job], dict[str, Any] | None]] = {
@@ -349,7 +399,7 @@ def _manifest(job: _Job, onnx: dict[str, Any] | None) -> Manifest:
         sample_rate_hz=SAMPLE_RATE_HZ,
         prompt=_prompts(job),
         end_ids=list(job.family.end_ids(generating)),
-        files=[name for name in files if name not in _NOT_LISTED],
+        files=files,
         logical_parameters=parameters,
         decoder_layers=counts.decoder_layers,
         onnx=onnx,
@@ -385,6 +435,8 @@ def _card_facts(model: Path, manifest: Manifest) -> dict[str, Any]:
         "bits": manifest.onnx["bits"] if manifest.onnx else None,
         "bits_per_weight": manifest.onnx["bits_per_weight"] if manifest.onnx else None,
     }
+    if manifest.onnx and manifest.onnx["trimmed"]:
+        facts["kept_tokens"] = manifest.onnx["decoder"]["vocabulary"]
     if (model / artefact.RECORD).is_file():
         extra = artefact.read(model).extra
         facts |= {

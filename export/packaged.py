@@ -91,6 +91,9 @@ class PackagedTranslator(ABC):
         self._single: Any = None
         self._threads = threads or environment.cores()
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        # Some were saved with either, which stock code sets aside whenever it tokenises.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         if self.manifest.reads == "audio":
             self._front = FrontEnd(self.manifest.front_end)
             self._encoder = open_session(path / "encoder.onnx", threads, spin=False, device=device)

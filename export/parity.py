@@ -13,11 +13,12 @@ from typing import Any
 
 from export.config import PackageConfig
 from export.scoring import SelectSet
+from halve.arithmetic import roomy_dtype
 from halve.errors import ParityError
 from halve.families import Source
 from halve.metrics import retention, score
 from halve.models import load_model
-from halve.progress import Progress
+from halve.progress import Advance, Progress
 from halve.translate import TorchTranslator, Translation, Translator
 
 NEAR_TIE_LOGITS = 1e-4
@@ -31,7 +32,7 @@ def check_parity(
     sets: Sequence[SelectSet],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Compares a package with its student, up-cast to float32, on `select`.
+    """Compares a package with its student, up-cast to float32 if there is room for that, on `select`.
 
     Returns:
         What package.json records: by language the scores, their difference with its interval, segments
@@ -40,23 +41,27 @@ def check_parity(
     Raises:
         ParityError: it failed and `config.force` is not set.
     """
-    reference = TorchTranslator(load_model(student, dtype="float32"))
+    # Of a package in float32 the same tokens are asked: nothing less will do.
+    exact = config.precision == "fp32"
+    dtype = "float32" if exact else roomy_dtype(student, progress=progress)
+    reference = TorchTranslator(load_model(student, dtype=dtype))
     languages: dict[str, Any] = {}
     faults: list[str] = []
-    with progress.task("package: compare with the student", total=len(sets)) as advance:
+    total = 2 * sum(len(each.segments) for each in sets)
+    with progress.task("package: compare with the student", total) as advance:
         for each in sets:
-            languages[each.lang] = found = _compare(config, reference, package, each)
+            languages[each.lang] = found = _compare(config, reference, package, each, advance)
             faults += _faults(config, each.lang, found)
-            advance(1, f"{each.lang}: {found['metric']} {found['difference']:+.2f}")
+            advance(0, f"{each.lang}: {found['metric']} {found['difference']:+.2f}")
     reference.close()
     if faults and not config.force:
         raise ParityError(
             "; ".join(faults),
             expected="the student's tokens" if config.precision == "fp32" else "a smaller drop",
-            mend="choose a higher precision, raise max_drop, or keep it with --force",
+            mend="choose a higher precision; or raise max_drop or keep it with --force, for which it is not made again",
         )
     return {
-        "reference": "the student in float32",
+        "reference": f"the student in {dtype}",
         "max_drop": config.max_drop,
         "languages": languages,
         "faults": faults,
@@ -66,10 +71,14 @@ def check_parity(
 
 
 def _compare(
-    config: PackageConfig, reference: TorchTranslator, package: Translator, each: SelectSet
+    config: PackageConfig,
+    reference: TorchTranslator,
+    package: Translator,
+    each: SelectSet,
+    advance: Advance,
 ) -> dict[str, Any]:
-    expected = each.translate(reference, config.batch_size)
-    found = each.translate(package, config.batch_size)
+    expected = each.translate(reference, config.batch_size, advance)
+    found = each.translate(package, config.batch_size, advance)
     other = [
         index for index, pair in enumerate(zip(expected, found, strict=True)) if _differ(*pair)
     ]

@@ -14,6 +14,7 @@ from export.packaged import PackagedTranslator, cannot_be_opened
 from export.rows import RowBatch
 from halve import environment
 from halve.errors import ArtefactError, GpuError, InputError, MissingExtraError
+from halve.progress import SILENT, Progress
 from halve.shards import half_bytes
 from halve.translate import Translator
 
@@ -196,16 +197,19 @@ def open_translator(
     dtype: str | None = None,
     rows_at_once: int | None = None,
     stop_loops: bool = False,
+    progress: Progress = SILENT,
 ) -> Translator:
     """Opens a package of any target, a student, a teacher, a model directory or a hub id.
 
     Args:
         threads: threads to compute with; None leaves the choice to the runtime.
         device: auto, cpu or cuda; an ONNX package of precision fp16 runs on both, others on the CPU.
-        dtype: float32, bfloat16 or float16 of a model on torch. Where None, a package's own, but float32 for a
-            checkpoint in 16 bits on a CPU that has no units for bfloat16, if that fits into memory.
+        dtype: float32, bfloat16 or float16 of a model on torch. Where None, float32 of a model directory if its
+            device has room for that, else bfloat16; a checkpoint package's own, but float32 for 16 bits on a CPU
+            that has no units for bfloat16, if that fits into memory.
         rows_at_once: see `OnnxTranslator`.
         stop_loops: cuts repetition loops before their limit; scores are made without it.
+        progress: is told where a model computes in less than float32 for want of memory.
 
     Raises:
         ArtefactError: not there, damaged, or of a newer halve.
@@ -213,7 +217,7 @@ def open_translator(
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
-        return _open_torch(path, threads, device, dtype or "float32", stop_loops)
+        return _open_torch(path, threads, device, dtype, stop_loops, progress)
     manifest = read_manifest(folder)
     if manifest.target == "onnx":
         computes = "float16" if manifest.precision == "fp16" else "float32"
@@ -254,13 +258,20 @@ def _package_dtype(folder: Path, manifest: Manifest, device: str) -> str:
 
 
 def _open_torch(
-    path: str | Path, threads: int | None, device: str, dtype: str, stop_loops: bool
+    path: str | Path,
+    threads: int | None,
+    device: str,
+    dtype: str | None,
+    stop_loops: bool,
+    progress: Progress = SILENT,
 ) -> Any:
     try:
+        from halve.arithmetic import roomy_dtype
         from halve.models import load_model
         from halve.translate import TorchTranslator
     except ImportError:
         raise MissingExtraError("torch", "cpu") from None
     if threads:
         environment.pin_threads(threads)
-    return TorchTranslator(load_model(path, dtype=dtype, device=device), stop_loops=stop_loops)
+    computes = dtype or roomy_dtype(path, device, progress)
+    return TorchTranslator(load_model(path, dtype=computes, device=device), stop_loops=stop_loops)

@@ -8,8 +8,12 @@ from halve.errors import CorpusError, InputError
 from halve.families import Source
 from halve.languages import language
 from halve.metrics import Score, score
+from halve.progress import Advance, nowhere
 from halve.sources import read_sources
-from halve.translate import Translation, Translator
+from halve.translate import Translation, Translator, plan_batches
+
+_BATCHES = 8
+"""Batches that are translated between two signs of life."""
 
 
 class SelectSet:
@@ -22,9 +26,18 @@ class SelectSet:
         self.audio: list[Source] = read_sources(reads, corpus, self.segments)
         self.references = corpus.references(self.segments, self.lang)
 
-    def translate(self, translator: Translator, batch_size: int) -> list[Translation]:
+    def translate(
+        self, translator: Translator, batch_size: int, advance: Advance = nowhere
+    ) -> list[Translation]:
         """All segments' translations, under the limits that their durations give."""
-        return translator.translate(self.audio, self.lang, batch_size=batch_size)
+        found: dict[int, Translation] = {}
+        # The batches are those of a single call: of like length, longest first.
+        for places in plan_batches([len(each) for each in self.audio], _BATCHES * batch_size):
+            sources = [self.audio[place] for place in places]
+            rows = translator.translate(sources, self.lang, batch_size=batch_size)
+            found.update(zip(places, rows, strict=True))
+            advance(len(places))
+        return [found[place] for place in range(len(self.audio))]
 
     def scored(self, translations: Sequence[Translation]) -> Score:
         """The corpus score by the language's selection metric, with its signature."""

@@ -159,6 +159,12 @@ def _made(
         shown = ", ".join(f"{part} {bits:.2f}" for part, bits in facts["bits_per_weight"].items())
         lines.append(f"- Bits a weight with scales, as stored: {shown}")
     lines.append(f"- Decoder layers: {family_for(config).num_layers(config)}")
+    if facts.get("kept_tokens"):
+        whole = family_for(config).text_config(config)["vocab_size"]
+        lines.append(
+            f"- Vocabulary trimmed to {facts['kept_tokens']:,} of {whole:,} tokens: no other can be said. Scores on texts that "
+            "it was trimmed by flatter it."
+        )
     return [*lines, ""]
 
 
@@ -205,9 +211,10 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
             for code, each in ((facts.get("tuned") or {}).get("scores") or {}).items()
         ]
     parity = facts.get("parity") or {}
+    its = str(parity.get("reference", "the student in float32")).replace("the ", "its ", 1)
     for code, found in (parity.get("languages") or {}).items():
         lines.append(
-            f"- {code}: {found['metric']} {found['package_score']:.2f}, its student in float32 "
+            f"- {code}: {found['metric']} {found['package_score']:.2f}, {its} "
             f"{found['student_score']:.2f}; difference {found['difference']:+.2f} (95 % interval "
             f"{found['difference_low']:+.2f} to {found['difference_high']:+.2f}); same tokens in "
             f"{found['equal']} of {found['segments']} segments. Signature: `{found['signature']}`"

@@ -29,7 +29,7 @@ _PACKAGES = (
     "mweralign",
 )
 WEIGHTS_SHARE = 0.8
-"""Of the main memory: the most that weights widened to 32 bits may take."""
+"""Of a device's memory: the most that weights widened to 32 bits may take."""
 
 
 _MEMORY_LIMITS = (
@@ -184,14 +184,26 @@ def computes_bfloat16(device: str) -> bool:
     return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def weights_room(device: str) -> int:
+    """Bytes that weights in 32 bits may take on a device: a share of its memory, of all GPUs' for split."""
+    kind, _, number = device.partition(":")
+    if kind not in ("cuda", "split"):
+        return int(WEIGHTS_SHARE * memory_bytes())
+    import torch
+
+    places = range(torch.cuda.device_count()) if kind == "split" else [int(number or 0)]
+    total = sum(torch.cuda.get_device_properties(each).total_memory for each in places)
+    return int(WEIGHTS_SHARE * total)
+
+
 def quick_dtype(device: str, stored_bytes: int = 0) -> str:
     """bfloat16 where a device has units for it, else float32.
 
     Args:
         device: as `computes_bfloat16` takes it.
-        stored_bytes: of weights in 16 bits; where the main memory cannot hold them twice, they stay bfloat16.
+        stored_bytes: of weights in 16 bits; where the device cannot hold them twice, they stay bfloat16.
     """
-    if computes_bfloat16(device) or 2 * stored_bytes > WEIGHTS_SHARE * memory_bytes():
+    if computes_bfloat16(device) or 2 * stored_bytes > weights_room(device):
         return "bfloat16"
     return "float32"
 

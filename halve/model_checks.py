@@ -1,12 +1,13 @@
 """What is refused of a model directory, and in which words: damaged configs, foreign and unusable weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from halve.errors import ArtefactError
 from halve.families import FAMILIES, Family
 from halve.json_files import read_json
-from halve.shards import GENERATION
+from halve.shards import GENERATION, Stored, iter_stored
 
 MOST_LAYERS = 1000
 """A config that says more decoder layers is damaged."""
@@ -95,3 +96,29 @@ def _named(key: Any) -> str:
         return key
     name, stored, wanted = key
     return f"{name} ({' x '.join(map(str, stored))} stored, {' x '.join(map(str, wanted))} by the config)"
+
+
+def check_tied_head(model: Path, family: Family, config: Mapping[str, Any]) -> None:
+    """Refuses a stored head that is to be left behind as a copy of the embeddings, and is none.
+
+    Raises:
+        ArtefactError: the two differ; stock code then uses both, whatever the config says.
+    """
+    head, table = f"{family.disk_head}weight", f"{family.disk_embeddings}weight"
+    # Where the family has no head on disk, both names are the embeddings'.
+    if head == table or not family.is_surplus(config, head):
+        return
+    stored = {each.key: each for each in iter_stored(model) if each.key in (head, table)}
+    if len(stored) == 2 and not _equal_bytes(stored[head], stored[table]):
+        raise ArtefactError(
+            f"{model}: config and weights disagree: config.json ties {head} to {table}, and two different "
+            "tables are stored",
+            expected="equal tables, or a config that does not tie them",
+            mend='write "tie_word_embeddings": false into its config.json: stock code uses both tables as they are',
+        )
+
+
+def _equal_bytes(one: Stored, other: Stored) -> bool:
+    if (one.shape, one.kind) != (other.shape, other.kind):
+        return False
+    return all(mine == its for mine, its in zip(one.pieces(), other.pieces(), strict=True))

@@ -11,8 +11,8 @@ class Advance(Protocol):
     def __call__(self, n: int = 1, note: str = "") -> None: ...
 
 
-def _nowhere(n: int = 1, note: str = "") -> None:
-    return None
+def nowhere(n: int = 1, note: str = "") -> None:
+    """Moves nothing on."""
 
 
 class Progress:
@@ -21,7 +21,7 @@ class Progress:
     @contextmanager
     def task(self, label: str, total: int | None, done: int = 0) -> Iterator[Advance]:
         """One long piece of work of `total` steps, `done` of them by an earlier run."""
-        yield _nowhere
+        yield nowhere
 
     def message(self, text: str) -> None:
         """Something worth telling."""

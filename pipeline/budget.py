@@ -40,6 +40,9 @@ _UNITS = {
 MUCH_UNSEEN = 0.01
 """Share of new translations' tokens that a trimmed vocabulary is expected to lack from which it is ranked last."""
 
+LARGE_BYTES = 8e9
+"""Weights in float32 from which a recipe asks for 16 bits, and for what spares memory."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -225,7 +228,7 @@ def plan(
     if write is not None:
         chosen = _chosen(found, choice)
         listens = family_for(config).reads == "audio"
-        _write_recipe(write, model, corpus, code, chosen, whole.decoder_layers, listens)
+        _write_recipe(write, model, corpus, code, chosen, whole, listens)
         data["recipe"] = str(write)
         text += f"\n{write}: {chosen.layers} layers, {chosen.package}; halve run {write} --dry-run says what it takes"
     return Result(text, data)
@@ -283,14 +286,17 @@ def _write_recipe(
     corpus: Path | None,
     code: str | None,
     chosen: Choice,
-    layers: int,
+    whole: Counts,
     listens: bool,
 ) -> None:
     if corpus is None or code is None:
         raise InputError("A recipe needs a corpus and a language", mend="name --corpus and --lang")
     if path.exists():
         raise InputError(f"{path} is there already", mend="name another file")
+    layers = whole.decoder_layers
     removed = layers - chosen.layers
+    is_large = 4 * whole.total > LARGE_BYTES
+    half = {"dtype": "bfloat16"} if is_large else {}
     plain = any(
         each.split == "train" and not each.references for each in read_corpus(corpus).segments
     )
@@ -301,18 +307,25 @@ def _write_recipe(
         | ({"untranslated": "keep"} if plain else {}),
     }
     if removed:
-        recipe |= {"importance": {"remove": removed}, "prune": {}}
+        recipe |= {"importance": {"remove": removed} | half, "prune": {}}
     recipe |= {
-        "distill": {"untranslated": True} if plain else {},
-        "tune": {"method": "qlora"},
+        "distill": half | ({"untranslated": True} if plain else {}),
+        "tune": {"method": "qlora"}
+        | ({"batch_size": 8, "checkpoint_activations": True} if is_large else {}),
         "merge": {"onto": "auto"},
         "packages": [chosen.settings],
-        # The latency bench times audio.
-        "bench": {"quality": {"split": "test"}} | ({"latency": {}} if listens else {}),
+        "bench": _benches(is_large, listens),
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     title = f"# {chosen.layers} of {layers} layers, {chosen.package}: about {size(chosen.stored_bytes)}."
     _write_whole(path, f"{title}\n{text}")
+
+
+def _benches(is_large: bool, listens: bool) -> dict[str, Any]:
+    """Sections of a recipe's `bench`. Latency is of audio; stock code, its yardstick, computes in float32."""
+    quality: dict[str, Any] = {"split": "test"} | ({"batch_size": 8} if is_large else {})
+    latency = {"latency": {"baseline": False} if is_large else {}}
+    return {"quality": quality} | (latency if listens else {})
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -69,7 +69,14 @@ def _why(path: Path) -> str:
     is_old = path.name.startswith(".") and path.name.endswith(".old")
     if is_old and (_is_whole(path) or not any(path.iterdir())):
         return _REPLACED
+    return _of_a_run(path)
+
+
+def _of_a_run(path: Path) -> str:
+    """Why a run whose student is finished can do without a directory; nothing for one that it cannot."""
     student, adapter = path.parent / "student", path.parent / "adapter"
+    if path.name == "states" and _is_whole(student) and _holds_states(path):
+        return "encoded audio: training with other settings would not encode it again"
     if not (_is_whole(path) and _is_whole(student)):
         return ""
     # The student may be an earlier run's: of what was made since, this may be all that there is.
@@ -83,6 +90,12 @@ def _why(path: Path) -> str:
     if is_model and _was_made_of(student, path) and _is_whole(path.parent / "report"):
         return "tuned in full: the student is its copy, and the report has its history (one made anew has not)"
     return ""
+
+
+def _holds_states(path: Path) -> bool:
+    """Whether there is nothing but stores of encoded audio in a directory."""
+    entries = list(path.iterdir())
+    return bool(entries) and all((entry / "meta.json").is_file() for entry in entries)
 
 
 def _was_made_of(made: Path, parent: Path) -> bool:

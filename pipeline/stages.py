@@ -56,6 +56,11 @@ class Run:
         return self.out / "student" if self.recipe.tune is not None else self.pruned
 
     @property
+    def states(self) -> Path:
+        """The encoded audio, which distillation with logits and training share."""
+        return self.out / "states"
+
+    @property
     def packages(self) -> list[Path]:
         """The student's packages."""
         return [self.out / "packages" / package_name(one) for one in self.recipe.packages]
@@ -130,14 +135,21 @@ def prune(run: Run) -> Iterator[Step]:
 def distill(run: Run) -> Iterator[Step]:
     """Has the teacher translate the training audio."""
     if run.recipe.distill is not None:
-        yield steps.distill(run.recipe.distill, run.teacher, run.corpus, run.out / "translations")
+        yield steps.distill(
+            run.recipe.distill, run.teacher, run.corpus, run.out / "translations", run.states
+        )
 
 
 def tune(run: Run) -> Iterator[Step]:
     """Tunes the pruned model on references and translations."""
     if run.recipe.tune is not None:
         yield steps.tune(
-            run.recipe.tune, run.pruned, run.corpus, run.translations, run.out / "adapter"
+            run.recipe.tune,
+            run.pruned,
+            run.corpus,
+            run.translations,
+            run.out / "adapter",
+            run.states,
         )
 
 

@@ -134,7 +134,7 @@ def translate_lines(
     """
     from export.runtime import open_translator
 
-    translator = open_translator(model, threads=threads, stop_loops=stop_loops)
+    translator = open_translator(model, threads=threads, stop_loops=stop_loops, progress=progress)
     try:
         target = _language(lang, translator.languages)
         with progress.task("Translating", len(lines)) as advance:
@@ -216,7 +216,7 @@ def translate(
     """
     from export.runtime import open_translator
 
-    translator = open_translator(model, threads=threads, stop_loops=stop_loops)
+    translator = open_translator(model, threads=threads, stop_loops=stop_loops, progress=progress)
     try:
         target = _language(lang, translator.languages)
         with progress.task("Translating", len(pieces)) as advance:

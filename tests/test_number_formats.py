@@ -1,6 +1,7 @@
 """Processors without units for bfloat16 compute in float32, unless they are told otherwise."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from export.config import PackageConfig
 from export.package import run_package
 from export.runtime import open_translator
 from halve import artefact, environment
+from halve.arithmetic import roomy_dtype
 from halve.models import load_model
 from halve.progress import Progress
 from halve.shards import half_bytes, tensor_shapes
 from serve.models import OVERHEAD, find_models
 from serve.settings import ServeSettings
 from tests import tiny
+from tests.importing import Heard
 
 
 class Told(Progress):
@@ -156,3 +159,17 @@ def test_a_package_is_never_computed_in_less_than_it_stores(
     translator = open_translator(made, device="cpu")
     wanted = torch.bfloat16 if in_half else torch.float32
     assert translator.speech.model.lm_head.weight.dtype == wanted
+
+
+def test_a_model_that_would_not_fit_in_float32_computes_in_bfloat16(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Heard()
+    assert roomy_dtype(tiny_model, "cpu", told) == "float32" and not told.warnings
+    needed = sum(4 * math.prod(shape) for shape, _ in tensor_shapes(tiny_model).values())
+    monkeypatch.setattr(environment, "memory_bytes", lambda: needed)  # a fifth is for other things
+    assert roomy_dtype(tiny_model, "cpu", told) == "bfloat16"
+    assert "computes in bfloat16" in told.warnings[0]
+    translator = open_translator(tiny_model, device="cpu")
+    assert translator.speech.dtype == "bfloat16"
+    assert open_translator(tiny_model, device="cpu", dtype="float32").speech.dtype == "float32"

@@ -110,19 +110,25 @@ def _dealt(rows: list[Row], config: CorpusConfig, held: Set[str]) -> dict[str, s
     split: dict[str, str] = {}
     for place, (name, share) in enumerate(shares):
         taken = 0
-        while drawn[: None if has_train else -1] and (taken == 0 or taken < share * len(rows)):
+        chosen: set[str] = set()
+        waiting = iter(drawn)
+        while len(drawn) - len(chosen) > (0 if has_train else 1) and (
+            taken == 0 or taken < share * len(rows)
+        ):
             # One speaker may be most of the corpus: what is twice its share or more goes to train.
             room = 2 * share * len(rows) - taken
-            group = next((name for name in drawn if members[name] <= room), None)
+            # There is ever less room: who did not fit before does not fit now.
+            group = next((each for each in waiting if members[each] <= room), None)
             if group is None and taken:
                 break
-            group = group or min(drawn, key=lambda name: members[name])
-            drawn.remove(group)
+            group = group or min(drawn, key=lambda each: members[each])
+            chosen.add(group)
             split[group] = name
             taken += members[group]
             # One for each that is still to come, train among them.
-            if len(drawn) == len(shares) - place - has_train:
+            if len(drawn) - len(chosen) == len(shares) - place - has_train:
                 break
+        drawn = [each for each in drawn if each not in chosen]
     return split | dict.fromkeys(drawn, "train")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from compress import distill
 from compress.config import DistillConfig
 from compress.distill import drop_reason, repeats_itself, run_distill, write_rows
 from compress.rows import reference_rows, segments_for
@@ -150,6 +151,39 @@ def test_a_killed_distill_ends_with_the_same_bytes(
     calm, struck = ((run_distill, (config, tiny_model, tiny_corpus, tmp_path / n)) for n in "cs")
     kills.survives(calm, struck, 2, seed=3)
     kills.same_files(tmp_path / "c", tmp_path / "s")
+
+
+def test_what_becomes_of_translations_needs_no_teacher(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DistillConfig(langs=("de",), batch_size=2, min_score=0.0)
+    run_distill(config, tiny_model, tiny_corpus, tmp_path / "t")
+    strict = config.model_copy(update={"min_score": 100.0})
+    fresh = run_distill(strict, tiny_model, tiny_corpus, tmp_path / "fresh")
+    monkeypatch.delattr(distill, "load_model")
+    again = run_distill(strict, tiny_model, tiny_corpus, tmp_path / "t")
+    assert artefact.identity(again.path) == artefact.identity(fresh.path)
+    with pytest.raises(NameError):  # other translations
+        run_distill(strict.model_copy(update={"beams": 2}), tiny_model, tiny_corpus, tmp_path / "t")
+
+
+def test_unfinished_translations_are_kept_when_only_the_filter_changes(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DistillConfig(langs=("de",), batch_size=2, min_score=0.0)
+    fresh = run_distill(config, tiny_model, tiny_corpus, tmp_path / "fresh")
+    with monkeypatch.context() as context:
+        context.delattr(distill, "write_rows")
+        with pytest.raises(NameError):
+            run_distill(
+                config.model_copy(update={"min_score": 9.0}),
+                tiny_model,
+                tiny_corpus,
+                tmp_path / "t",
+            )
+    monkeypatch.delattr(distill, "load_model")
+    again = run_distill(config, tiny_model, tiny_corpus, tmp_path / "t")
+    assert artefact.identity(again.path) == artefact.identity(fresh.path)
 
 
 def test_several_hypotheses_are_those_of_a_beam_search(

@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress import criteria, exact, importance, racing
+from compress import criteria, encoded, exact, importance, racing
 from compress.config import ImportanceConfig
 from compress.exact import ExactTranslator
 from compress.importance import run_importance
 from compress.search import Candidate, Ledger, Ranking, Search, best, every_candidate, greedy
-from halve import artefact
+from halve import artefact, environment
 from halve.errors import ArtefactError, CorpusError, InputError
 from halve.json_files import read_json, read_jsonl
 from halve.languages import token_limit
@@ -88,6 +88,22 @@ def test_memory_that_no_segment_fits_in_is_refused(
         match=r"Segment s\d+ alone takes .* GB beside .* GB of encoded segments, and 0.000 GB are allowed",
     ):
         ranked("exact", tiny_model, tiny_corpus, tmp_path / "out", memory_gb=1e-6)
+
+
+def test_segments_that_main_memory_cannot_hold_are_refused_before_all_are_encoded(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, whole = [], encoded.take_in
+
+    def take_in(*given: Any) -> Any:
+        heard.append(given)
+        return whole(*given)
+
+    monkeypatch.setattr(encoded, "take_in", take_in)
+    monkeypatch.setattr(environment, "memory_bytes", lambda: 1000)
+    with pytest.raises(InputError, match=r"\d+ encoded segments take about .* fewer --segments"):
+        ranked("exact", tiny_model, tiny_corpus, tmp_path / "out")
+    assert len(heard) == 2
 
 
 @pytest.mark.parametrize("method", ["block-influence", "angular", "loss", "random", "middle"])

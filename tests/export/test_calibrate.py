@@ -1,6 +1,8 @@
 """Calibration sees what layers read, in order, and GPTQ packages are nearer to their student."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,22 @@ def test_head_moments_are_of_the_states_that_choose_tokens(
     states = torch.cat(chosen).double()
     found = Calibration(speech, samples).moments(family.disk_head.removesuffix("."))
     assert np.allclose(found, (states.T @ states).numpy(), rtol=1e-3, atol=1e-2)
+
+
+def test_a_student_goes_when_its_calibration_is_closed(student: Path, tiny_corpus: Path) -> None:
+    speech = load_model(student)
+    samples = read_samples(tiny_corpus, ["de"], speech, 2)
+    calibration = Calibration(speech, samples)
+    calibration.moments(f"{speech.family.disk_layers}1.mlp.down_proj")
+    left = weakref.ref(speech.model)
+    gc.collect()
+    gc.disable()  # what a collection would find is held for as long as none comes
+    try:
+        del speech
+        calibration.close()
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_calibration_uses_train_alone(student: Path, tiny_corpus: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM
 
-from export import nf4
+from export import merge, nf4
 from export.adapter import read_adapter
 from export.config import MergeConfig
 from export.merge import run_merge
@@ -155,6 +155,38 @@ def test_auto_scores_both_and_keeps_the_better(
     run_merge(alone, tiny_model, adapter, None, tmp_path / "alone")
     names = [path / "model.safetensors" for path in (tmp_path / "s", tmp_path / "alone")]
     assert artefact.file_sha256(names[0]) == artefact.file_sha256(names[1])
+
+
+def test_a_merge_that_was_stopped_keeps_its_scores(
+    tmp_path: Path,
+    tiny_model: Path,
+    adapter: Path,
+    tiny_corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = MergeConfig(onto="auto", langs=("de",), select_segments=2, requantized=True)
+    calm = run_merge(config, tiny_model, adapter, tiny_corpus, tmp_path / "calm" / "s")
+    loaded, whole = [], merge.load_model
+
+    def load(path: Path, **options: Any) -> Any:
+        loaded.append(Path(path).name)
+        if len(loaded) == 4:
+            raise KeyboardInterrupt
+        return whole(path, **options)
+
+    monkeypatch.setattr(merge, "load_model", load)
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(config, tiny_model, adapter, tiny_corpus, tmp_path / "s")
+    made = run_merge(config, tiny_model, adapter, tiny_corpus, tmp_path / "s")
+    assert loaded == [
+        tiny_model.name,
+        "base",
+        "base-nf4",
+        "dequantized",
+        "dequantized",
+        "dequantized-nf4",
+    ]
+    assert artefact.identity(made.path) == artefact.identity(calm.path)
 
 
 def test_student_loads_in_stock_transformers_from_shards(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
+from export import package
 from export.config import PackageConfig, check_possible
 from export.package import run_package
 from export.parity import check_parity, top_two_gap
@@ -94,16 +95,19 @@ def test_bf16_checkpoint_holds_the_student_s_weights(
 
 
 def test_a_drop_beyond_the_limit_is_refused_or_marked(
-    student: Path, tiny_corpus: Path, tmp_path: Path
+    student: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No quantised package gains 200 points: every one fails.
     config = PackageConfig(precision="int4", langs=("de",), parity_segments=2)
     config = config.model_copy(update={"max_drop": -200.0})  # which the command line refuses
     with pytest.raises(ParityError, match=r"de: chrf\+\+ .* a drop of .* interval"):
         run_package(config, student, tiny_corpus, tmp_path / "p")
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "p").exists()
     forced = config.model_copy(update={"force": True})
+    # What was refused is not made again.
+    monkeypatch.setattr(package, "TARGETS", {})
     path = run_package(forced, student, tiny_corpus, tmp_path / "p").path
+    assert list(tmp_path.iterdir()) == [path] and artefact.verify(path) == []
     assert parity_of(path)["forced"] and not parity_of(path)["passed"]
     assert "kept by force" in (path / "README.md").read_text()
 
@@ -192,6 +196,7 @@ def test_a_trimmed_vocabulary_says_the_same(
     facts = json.loads((path / "package.json").read_text())
     kept = set(np.load(path / "vocabulary.npy").tolist())
     assert facts["onnx"]["decoder"]["vocabulary"] == len(kept) < 512
+    assert f"trimmed to {len(kept)} of 512 tokens" in (path / "README.md").read_text()
     assert facts["logical_parameters"] == 483_200 - 2 * 64 * (512 - len(kept))
     trimmed, whole = open_translator(path), TorchTranslator(load_model(student))
     said = whole.translate(clips, "de", limits=[4] * len(clips))

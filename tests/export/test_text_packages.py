@@ -1,6 +1,7 @@
 """Packages of models that read: whole vocabularies, every source language, and a kill on the way."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from export.config import PackageConfig
@@ -53,6 +55,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package(reader: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = PackageConfig(target="onnx", precision="fp32", langs=("de",))
     return run_package(config, reader, corpus, tmp_path_factory.mktemp("packages") / "p").path
+
+
+def test_a_tokenizer_saved_with_truncation_cuts_no_prompt(package: Path, tmp_path: Path) -> None:
+    cut = shutil.copytree(package, tmp_path / "cut")
+    tokenizer = Tokenizer.from_file(str(cut / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    (cut / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf8")
+    source = SourceText("Open the file and print the page.", "en")
+    expected, found = (open_translator(each).translate([source], "de") for each in (package, cut))
+    assert found == expected
 
 
 @pytest.mark.parametrize("target", ["onnx", "gguf"])

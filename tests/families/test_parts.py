@@ -16,6 +16,7 @@ from export.config import MergeConfig, PackageConfig
 from export.merge import run_merge
 from export.package import run_package
 from halve import environment
+from halve.errors import ArtefactError
 from halve.models import load_model
 from halve.shards import tensor_shapes
 from tests.families import text_models
@@ -62,6 +63,20 @@ def test_a_tied_head_stored_twice_is_packaged_once(tmp_path: Path) -> None:
     run_tune(config, model, corpus, None, tmp_path / "student")
     run_merge(MergeConfig(), model, tmp_path / "student", None, tmp_path / "merged")
     load_model(tmp_path / "merged")
+
+
+def test_a_head_of_its_own_under_a_config_that_ties_it_is_not_lost(tmp_path: Path) -> None:
+    model = text_models.make_model(tmp_path / "m", "llama", tie_word_embeddings=True)
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    for precision in ("bf16", "nf4"):
+        config = PackageConfig(target="checkpoint", precision=precision, langs=("de",))
+        with pytest.raises(ArtefactError, match="two different tables are stored"):
+            run_package(config, model, None, tmp_path / precision)
+    with pytest.raises(ArtefactError, match="two different tables are stored"):
+        run_merge(MergeConfig(), model, model, None, tmp_path / "merged")
 
 
 def test_what_was_removed_stays_on_record(tmp_path: Path) -> None:

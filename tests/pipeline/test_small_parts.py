@@ -113,6 +113,20 @@ def test_a_choice_becomes_a_recipe(tiny_model: Path, tiny_corpus: Path, tmp_path
         budget.plan(*given, choice=99, write=tmp_path / "other.yaml")
 
 
+def test_the_recipe_of_a_large_model_spares_memory(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "LARGE_BYTES", 0)
+    given = (str(tiny_model), "0.9MB", "de", None, tiny_corpus)
+    found = budget.plan(*given).data["choices"]
+    pruned = next(number for number, one in enumerate(found, 1) if one["layers"] < 6)
+    budget.plan(*given, choice=pruned, write=tmp_path / "mine.yaml")
+    read = read_recipe(tmp_path / "mine.yaml")
+    assert read.importance and read.distill and read.tune and read.bench.latency
+    assert read.importance.dtype == read.distill.dtype == "bfloat16"
+    assert read.tune.checkpoint_activations and not read.bench.latency.baseline
+
+
 def test_a_recipe_times_no_model_that_reads(tmp_path: Path) -> None:
     model = text_models.make_model(tmp_path / "model", "llama")
     corpus = text_models.make_corpus(tmp_path / "corpus")

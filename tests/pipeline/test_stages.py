@@ -12,6 +12,7 @@ from halve import artefact
 from halve.errors import ArtefactError, InputError
 from halve.progress import SILENT
 from pipeline import stages, steps
+from pipeline.clean import find
 from pipeline.cli import main
 from pipeline.costs import Estimator
 from pipeline.recipe import Recipe, read_recipe
@@ -99,6 +100,13 @@ def test_another_spelling_of_the_source_is_the_same_corpus(
     respelt = Run(Recipe.model_validate(values), finished.out)
     planned, _ = stages.plan(respelt, None, None)
     assert all(one.done for one in planned)
+
+
+def test_encoded_audio_is_kept_for_another_training_and_can_go(finished: Run) -> None:
+    stored = finished.out / "states"
+    assert [*stored.glob("states-*/states.bin")]
+    why = {one.path: one.why for one in find(finished.out)}
+    assert "would not encode it again" in why[stored]
 
 
 def test_what_no_chosen_stage_reads_may_be_gone(finished: Run, tmp_path: Path) -> None:

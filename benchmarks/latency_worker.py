@@ -21,7 +21,6 @@ from halve.audio import SAMPLE_RATE_HZ, FloatArray, read_audio
 from halve.errors import HalveError
 from halve.languages import token_limit
 
-
 GPU_WARM_S = 5.0
 """A GPU translates for so long before anything is timed."""
 

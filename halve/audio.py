@@ -1,7 +1,10 @@
 """Audio in: any file libsndfile reads becomes 16 kHz mono float32."""
 
 import hashlib
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +29,11 @@ _CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNKNOWN_BYTES = 0x7FFF_0000
 # A FLAC's says nothing then: libsndfile gives its highest number, and fails at the end of the file.
 _UNKNOWN_FRAMES = 1 << 62
+
+# A frame of padding may be left over.
+_LEFT_OVER_S = 0.5
+# What follows in an MP3: a frame, whose header may have been read, or a tag before some.
+_GOES_ON = re.compile(rb"(?:.{4}(?:TAG.{125})?)?(?:ID3|\xff[\xe0-\xff])", re.DOTALL)
 
 _MEND = "convert it to 16 kHz mono WAV, FLAC or Ogg Opus, for example with ffmpeg or sox"
 
@@ -73,13 +81,14 @@ def decode_through(path: str | Path) -> AudioInfo:
         what was decoded: of a header that counts padding, the true length.
 
     Raises:
-        CorpusError: as `probe`, and where the samples end before the header says or are not finite numbers.
+        CorpusError: as `probe`, and where the samples end before the header says, an MP3 goes on after it, or
+            they are not finite numbers.
     """
     info = probe(path)
     frames, promised = 0, info.frames
     slack = round(_SLACK_S * info.sample_rate_hz)
     try:
-        with soundfile.SoundFile(str(path)) as file:
+        with _opened(path) as (file, descriptor):
             promised = _promised_frames(file)
             while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
                 if not np.isfinite(block).all():
@@ -87,6 +96,7 @@ def decode_through(path: str | Path) -> AudioInfo:
                         f"{path}: holds samples that are not finite numbers", mend=_MEND
                     )
                 frames += len(block)
+            _check_left_over(path, file, descriptor, frames)
     except (soundfile.SoundFileError, RuntimeError):
         slack = -1  # it broke off, however near to the end
     if frames < promised - slack:
@@ -96,6 +106,36 @@ def decode_through(path: str | Path) -> AudioInfo:
             mend="copy or convert it again",
         )
     return AudioInfo(frames / info.sample_rate_hz, info.sample_rate_hz, info.channels, frames)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, int]]:
+    """A file, and the descriptor that libsndfile reads it through."""
+    with (
+        open(path, "rb", buffering=0) as raw,
+        soundfile.SoundFile(raw.fileno(), closefd=False) as file,
+    ):
+        yield file, raw.fileno()
+
+
+def _check_left_over(
+    path: str | Path, file: soundfile.SoundFile, descriptor: int, frames: int
+) -> None:
+    """Refuses an MP3 that goes on where libsndfile has stopped, after so many frames.
+
+    libsndfile believes the first length that is in the file, and guesses one where there is none.
+    """
+    if file.format != "MP3":
+        return
+    stopped_at = os.lseek(descriptor, 0, os.SEEK_CUR)
+    heard_s = frames / file.samplerate
+    left_s = heard_s * (os.fstat(descriptor).st_size - stopped_at) / stopped_at
+    if left_s > _LEFT_OVER_S and _GOES_ON.match(os.pread(descriptor, 256, stopped_at - 4)):
+        raise CorpusError(
+            f"{path}: only its first {heard_s:.2f} s can be decoded and about {left_s:.2f} s follow: it is several "
+            "MP3 files in one, or does not say how long it is",
+            mend=_MEND,
+        )
 
 
 def _promised_frames(file: soundfile.SoundFile) -> int:
@@ -120,16 +160,19 @@ def read_audio(
         samples, float32 in [-1, 1], shape (samples,).
 
     Raises:
-        CorpusError: missing, empty or unreadable, or samples that are not finite numbers.
+        CorpusError: missing, empty or unreadable, samples that are not finite numbers, or an MP3 that is to
+            be read to its end and goes on after it.
     """
     info = probe(path)
     start = round(offset_s * info.sample_rate_hz)
     frames = -1 if duration_s is None else round(duration_s * info.sample_rate_hz)
     try:
-        with soundfile.SoundFile(str(path)) as file:
+        with _opened(path) as (file, descriptor):
             if start:
                 file.seek(min(start, info.frames))
             data = file.read(frames, dtype="float32", always_2d=True)
+            if duration_s is None:
+                _check_left_over(path, file, descriptor, start + len(data))
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise CorpusError(
             f"{path}: not readable as audio ({error_text(error)})", mend=_MEND

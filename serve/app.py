@@ -37,6 +37,7 @@ PAGE_POLICY = (
 EXPOSED_HEADERS = (
     "x-request-id",
     "retry-after",
+    "x-should-retry",
     "x-halve-audio-seconds",
     "x-halve-coverage",
     "x-halve-ignored",
@@ -96,6 +97,8 @@ def create_app(
             allow_methods=["GET", "POST"],
             # OpenAI's client sends a dozen of its own, x-stainless-…
             allow_headers=["*"],
+            # A page of the internet may ask a server at home, if it is one of these.
+            allow_private_network=True,
             expose_headers=list(EXPOSED_HEADERS),
         )
     return app
@@ -105,7 +108,7 @@ def _card(model: Model) -> ModelCard:
     return ModelCard(
         id=model.id,
         created=model.created_s,
-        loaded=model.engine is not None,
+        loaded=model.is_loaded,
         languages=None if model.languages is None else list(model.languages),
         default_language=model.default_lang,
         max_audio_s=model.max_audio_s,
@@ -143,7 +146,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Counters for Prometheus."""
         for model in models.values():
-            service.metrics.loaded.labels(model.id).set(model.engine is not None)
+            service.metrics.loaded.labels(model.id).set(model.is_loaded)
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
 

@@ -16,7 +16,7 @@ import soxr
 from numpy.typing import NDArray
 
 from halve.audio import SAMPLE_RATE_HZ
-from serve import ffmpeg, headers, ogg
+from serve import ffmpeg, headers, mp3, ogg
 from serve.errors import ApiError, bad_audio
 
 FloatArray = NDArray[np.float32]
@@ -34,7 +34,11 @@ BLOCK_VALUES = 1 << 20
 """Most values (frames times channels) decoded at once."""
 MISSING_S = 0.5
 """A file that ends this much before its header says is reported as not fully covered."""
-UNKNOWN_FRAMES = 1 << 62
+MANY_BYTES = 4096
+"""So many bytes left over by a decoder are audio that was not heard, and no tag."""
+ENDLESS_BYTES = 1 << 50
+"""Guessed from this size, a length is one that is not known, see UNKNOWN_FRAMES."""
+UNKNOWN_FRAMES = 1 << 44
 """A stream that does not say its length has so many frames or more, for libsndfile."""
 
 READABLE = "WAV, FLAC, Ogg Opus or Vorbis, MP3, AIFF or AU"
@@ -103,6 +107,11 @@ class _Part:
         """Whether nothing is left to read."""
         return self._position >= self._size
 
+    @property
+    def stopped_at(self) -> int:
+        """Where in the file the next byte would be read."""
+        return self._start + self._position
+
     def read(self, count: int) -> bytes:
         try:
             self._check()
@@ -111,6 +120,24 @@ class _Part:
         count = min(count, self._size - self._position)
         data = os.pread(self._descriptor, count, self._start + self._position)
         self._position += len(data)
+        return data
+
+
+class _Endless(_Part):
+    """The same for an MP3 decoder that would guess a length from the size, and stop there."""
+
+    def seek(self, offset: int, whence: int) -> None:
+        super().seek(offset, whence)
+        if whence == os.SEEK_END:
+            self._position = ENDLESS_BYTES + offset
+
+    def read(self, count: int) -> bytes:
+        if self._position > self._size:  # before the end that it was told, where it looks for a tag
+            return bytes(count)
+        data = super().read(count)
+        if len(data) < count:
+            # A frame that the file's end cuts is damage for one who does not know the end.
+            data = data.ljust(count, b"\0") if data and count > mp3.HEADER_BYTES else b""
         return data
 
 
@@ -180,12 +207,8 @@ class Recording:
     def _sound_blocks(self, container: str) -> Iterator[FloatArray]:
         descriptor = self.file.fileno()
         found_share = headers.found_share(descriptor, container)
-        parts: tuple[tuple[int, int], ...] = ((0, os.fstat(descriptor).st_size),)
-        if container == "ogg":
-            parts = ogg.links(descriptor, self.max_audio_s, self.check)
         try:
-            for start, end in parts:
-                part = _Part(descriptor, start, end, self.check)
+            for part in self._parts(descriptor, container):
                 with _Forward(part) as sound:
                     self._check_header(sound, found_share)
                     yield from self._mono_blocks(sound, part)
@@ -195,6 +218,41 @@ class Recording:
             raise bad_audio(
                 f"The audio file is damaged{after}, or of a kind that is not known, and cannot be decoded."
             ) from None
+
+    def _parts(self, descriptor: int, container: str) -> Iterator[_Part]:
+        """The recordings of a file, of which the decoder hears one at a time."""
+        end = os.fstat(descriptor).st_size
+        if container == "ogg":
+            for span in ogg.links(descriptor, self.max_audio_s, self.check):
+                yield _Part(descriptor, *span, self.check)
+            return
+        if container == "mp3":
+            yield from self._mp3_parts(descriptor, end)
+            return
+        part = _Part(descriptor, 0, end, self.check)
+        yield part
+        if container == "flac":
+            self._count_unheard(part.stopped_at, end)
+
+    def _mp3_parts(self, descriptor: int, end: int) -> Iterator[_Part]:
+        """Where the next one begins is known when one is decoded."""
+        start = 0
+        for _ in range(mp3.MOST_RECORDINGS):
+            kind = _Part if mp3.says_its_length(descriptor, start) else _Endless
+            part = kind(descriptor, start, end, self.check)
+            yield part
+            self.check()
+            following = mp3.next_recording(descriptor, part.stopped_at, self.check)
+            if following is None:
+                break
+            start = following
+        self._count_unheard(mp3.after_tags(descriptor, part.stopped_at), end)
+
+    def _count_unheard(self, stopped_at: int, end: int) -> None:
+        """Takes what a decoder has left over for audio like that which it has decoded."""
+        if end - stopped_at >= MANY_BYTES:
+            found_s = max(self.claimed_s, self.decoded_s)
+            self.claimed_s = found_s + self.decoded_s * (end - stopped_at) / stopped_at
 
     def _check_header(self, sound: soundfile.SoundFile, found_share: float) -> None:
         rate, channels = sound.samplerate, sound.channels
@@ -206,9 +264,11 @@ class Recording:
         if not 1 <= channels <= MOST_CHANNELS:
             raise bad_audio(f"The audio has {channels} channels; it may have 1 to {MOST_CHANNELS}.")
         found_s = max(0, sound.frames) / rate if sound.frames < UNKNOWN_FRAMES else 0.0
-        if self.claimed_s + found_s > self.max_audio_s:
+        # What came before may have been longer than it said, or not have said it.
+        before_s = max(self.claimed_s, self.decoded_s) if found_s else self.claimed_s
+        if before_s + found_s > self.max_audio_s:
             raise too_long(self.max_audio_s)
-        self.claimed_s += found_s / found_share if found_share else 0.0
+        self.claimed_s = before_s + (found_s / found_share if found_share else 0.0)
 
     def _mono_blocks(self, sound: soundfile.SoundFile, part: _Part) -> Iterator[FloatArray]:
         rate = sound.samplerate

@@ -1,7 +1,6 @@
 """POST /v1/chat/completions: a recording in a message, its translation as the reply."""
 
 import asyncio
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -12,9 +11,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
-from halve.languages import LANGUAGES
 from serve import formats
 from serve.answers import JobStream, run_limited, start_stream, while_connected
+from serve.asked import asked_language
 from serve.audio_input import Recording
 from serve.errors import ApiError, bad_field
 from serve.formats import Transcript
@@ -31,8 +30,6 @@ MOST_BODY_BYTES = 48 * 1024 * 1024
 """Chat bodies are held in memory, unlike forms; longer audio belongs there."""
 MOST_MARKS = 100_000
 """Commas and opening brackets in a body, which bound its values: each takes a hundred bytes and more."""
-MOST_SEARCHED = 200_000
-"""Characters that are searched for a language: some 30 ms in which the server does nothing else."""
 _REQUEST_BODY = {
     "required": True,
     "content": {"application/json": {"schema": body_schema(ChatRequest)}},
@@ -45,12 +42,6 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "Refused."},
     "5XX": {"model": ErrorBody, "description": "Not possible now, or failed."},
 }
-
-
-_CODES = {language.name.lower(): language.code for language in LANGUAGES.values()}
-_NAMED = re.compile(
-    rf"\b(?:(into|to|from)\s+)?({'|'.join(_CODES)})\b(\s+(?:speech|audio|recording)\b)?"
-)
 
 
 def read_chat(body: bytes) -> ChatRequest:
@@ -107,43 +98,6 @@ def _text(message: Message) -> str:
     if isinstance(message.content, str):
         return message.content
     return " ".join(part.text for part in _parts(message) if isinstance(part, TextPart))
-
-
-def asked_language(texts: list[str], known: tuple[str, ...]) -> str | None:
-    """The language that instructions such as "Translate into German" ask for.
-
-    The first text, the recording's own, goes before the others. Among those, one named after "into"
-    or "to" goes before one only named.
-
-    Args:
-        texts: as from `read_message`.
-        known: codes that the model translates into; others count only after "into" or "to".
-
-    Raises:
-        ApiError: too much text to search.
-    """
-    if sum(map(len, texts)) > MOST_SEARCHED:
-        raise bad_field(
-            "to_language",
-            f"The messages are longer than {MOST_SEARCHED:,} characters together, which are not "
-            "searched for a language: name it in to_language.",
-        )
-    own, *others = [_named(text, known) for text in texts]
-    order = [*own, *(into for into, _ in others), *(bare for _, bare in others)]
-    return next((code for code in order if code), None)
-
-
-def _named(text: str, known: tuple[str, ...]) -> tuple[str | None, str | None]:
-    """(the last language after "into" or "to", the last known one) that a text names."""
-    into, bare = None, None
-    for preposition, name, noun in _NAMED.findall(text.lower()):
-        code = _CODES[name]
-        if preposition in ("into", "to"):
-            into = code
-        # "The English speech", "from English": what is heard, not what is asked for.
-        elif code in known and not preposition and not noun:
-            bare = code
-    return into, bare
 
 
 @router.post(

@@ -41,6 +41,8 @@ class Engine:
         self._batch_size, self._reserve = batch_size, reserve
         self._watcher = watcher or Watcher()
         self._waiting: list[Piece] = []
+        self._working: list[Piece] = []
+        """Pieces that have left the queue and are not done."""
         self._changed = threading.Condition()
         self._closing = False
         # A daemon: a translation that cannot be interrupted must not keep the process alive.
@@ -73,6 +75,11 @@ class Engine:
         """Pieces in the queue."""
         return len(self._waiting)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes pieces on, or will once it is loaded."""
+        return self._thread.is_alive() and not self._closing
+
     def close(self, wait_s: float) -> bool:
         """Ends the thread after its current step and frees the model; False if it still runs."""
         with self._changed:
@@ -98,19 +105,21 @@ class Engine:
                     self._advance(runner)
                 except Exception:  # the thread must outlive anything
                     log.exception("%s: the engine failed", self.name)
-                    for piece in runner.abandon():
-                        fail(piece, internal())
-            for piece in runner.abandon():
-                fail(piece, unavailable("The model was unloaded; try again."))
+                    runner.abandon()
+                    self._fail_working(internal())
         finally:  # should it end all the same, nobody may wait for it
             with self._changed:
                 self._closing = True
+            self._fail_working(unavailable("The model was unloaded; try again."))
             self._drop_all()
-        translator.close()
+            runner.abandon()
+            translator.close()
 
     def _advance(self, runner: Runner) -> None:
         """Takes in what fits, then one step of the runner."""
-        for piece in self._take(runner):
+        taken = self._take(runner)
+        self._working += taken
+        for piece in taken:
             if piece.future.set_running_or_notify_cancel():
                 piece.started_s = time.monotonic()
                 runner.add(piece)
@@ -119,6 +128,8 @@ class Engine:
             self._watcher.stepped(self.name, runner.stepped)
         for finished in left:
             self._finish(finished)
+        if left:
+            self._working = [piece for piece in self._working if not piece.future.done()]
 
     def _take(self, runner: Runner) -> list[Piece]:
         """The pieces to start now; waits for some if the runner has nothing to do."""
@@ -150,9 +161,15 @@ class Engine:
         with contextlib.suppress(Exception):
             piece.future.set_result(outcome)
 
+    def _fail_working(self, error: Exception) -> None:
+        failed, self._working = self._working, []
+        for piece in failed:
+            fail(piece, error)
+
     def _drop_all(self) -> None:
         with self._changed:
             dropped, self._waiting = self._waiting, []
+            self._watcher.queued(self.name, 0)
         for piece in dropped:
             fail(piece, unavailable("The model was unloaded; try again."))
 

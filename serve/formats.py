@@ -118,9 +118,9 @@ def as_verbose(transcript: Transcript) -> VerboseTranslation:
     )
 
 
-def _compression_ratio(text: str) -> float | None:
+def _compression_ratio(text: str) -> float:
     raw = text.encode()
-    return round(len(raw) / len(zlib.compress(raw)), 3) if raw else None
+    return round(len(raw) / len(zlib.compress(raw)), 3)
 
 
 def heard(transcript: Transcript) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halve.arithmetic import roomy_dtype
 from halve.environment import quick_dtype
 from halve.errors import HalveError, InputError
 from halve.languages import LANGUAGES
@@ -59,9 +60,14 @@ class Model:
         return self.users + self.arriving
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether an engine takes its requests on."""
+        return self.engine is not None and self.engine.is_alive
+
+    @property
     def can_work(self) -> bool:
         """Whether it is loaded, or would be if a request came."""
-        return self.engine is not None or time.monotonic() >= self.retry_s
+        return self.is_loaded or time.monotonic() >= self.retry_s
 
     def choose_language(self, asked: str | None) -> str:
         """The language to translate into, which the model must know.
@@ -191,14 +197,14 @@ def _size_bytes(path: Path, device: str) -> int:
     is_half = str(config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16")
     if not is_half:
         return int(stored * OVERHEAD)
-    # 16-bit models are computed in 32 bits; packages where the processor has no units for 16.
+    # 16-bit models are computed in 32 bits if there is room; packages where the processor has no units for 16.
     try:
         half = half_bytes(path)
     except HalveError:  # weights of another kind, or damage that loading will name
         half = stored
     is_package = (path / "package.json").is_file()
-    widened = not is_package or quick_dtype(pick_device(device), half) == "float32"
-    return int((stored + (half if widened else 0)) * OVERHEAD)
+    computed = quick_dtype(pick_device(device), half) if is_package else roomy_dtype(path, device)
+    return int((stored + (half if computed == "float32" else 0)) * OVERHEAD)
 
 
 def _widened_bytes(path: Path) -> int:

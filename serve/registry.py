@@ -61,6 +61,9 @@ class Registry:
         """
         if model_id in self.models:
             model = self.models[model_id]
+            if model.engine is not None and not model.is_loaded:
+                log.error("%s: the engine has ended; the model is loaded again", model.id)
+                model.engine = None
             if model.engine is None:
                 self._look_again(model)
             return model

@@ -207,13 +207,25 @@ class _ProgressHandler(logging.Handler):
         self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._progress.warn(self.format(record))
+        try:
+            self._progress.warn(self.format(record))
+        except Exception:  # a full disk must not end the thread that has something to say
+            self.handleError(record)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what uvicorn says of each request of clients that offer another protocol, as Java's do."""
+    return not record.getMessage().startswith(
+        ("Unsupported upgrade request", "No supported WebSocket library")
+    )
 
 
 def _show_log(progress: Progress) -> None:
     for name in ("halve.serve", "uvicorn.error"):
         logger = logging.getLogger(name)
-        logger.handlers = [_ProgressHandler(progress)]
+        handler = _ProgressHandler(progress)
+        handler.addFilter(_is_news)
+        logger.handlers = [handler]
         logger.propagate = False
     # It warns of every byte of a damaged form; the client is told.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)

@@ -65,7 +65,7 @@ class Runner(Protocol):
         """Computes; returns the pieces that left. `crowded`: more pieces wait outside."""
         ...
 
-    def abandon(self) -> list[Piece]:
+    def abandon(self) -> None:
         """Gives up what is in it."""
         ...
 
@@ -193,9 +193,9 @@ class ContinuousRunner:
         text = self._translator.text(row.tokens)
         return Finished(piece, Translation(text, list(row.tokens), row.stopped))
 
-    def abandon(self) -> list[Piece]:
-        left, self._left = self._left, []
-        return [finished.piece for finished in left] + self._drop()
+    def abandon(self) -> None:
+        self._left = []
+        self._drop()
 
     def _drop(self) -> list[Piece]:
         """Empties the batch and gives up what is encoded for it."""
@@ -301,6 +301,5 @@ class BatchRunner:
             return Finished(piece, error=internal())
         return _cancelled(piece)
 
-    def abandon(self) -> list[Piece]:
-        pieces, self._batch = self._batch, []
-        return pieces
+    def abandon(self) -> None:
+        self._batch = []

@@ -45,11 +45,6 @@ class TranslationFields(_Request):
     stream: bool = False
     """Server-sent events transcript.text.delta and transcript.text.done (with json only)."""
 
-    @field_validator("to_language", mode="before")
-    @classmethod
-    def _blank(cls, value: Any) -> Any:
-        return None if value == "" else value
-
 
 class InputAudio(_Request):
     data: str
@@ -113,6 +108,11 @@ class ChatRequest(_Request):
     tools: list[Any] | None = Field(default=None, max_length=0)
     response_format: dict[str, Any] | None = None
 
+    @field_validator("to_language", mode="before")
+    @classmethod
+    def _blank(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and not value.strip() else value
+
     @field_validator("response_format")
     @classmethod
     def _text_only(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -145,7 +145,7 @@ class TranslationText(BaseModel):
 
 
 class Segment(BaseModel):
-    """One stretch. OpenAI's fields; null where halve does not measure it."""
+    """One stretch. OpenAI's fields, 0 where halve does not measure it: some clients read no null."""
 
     id: int
     seek: int
@@ -154,9 +154,9 @@ class Segment(BaseModel):
     text: str
     tokens: list[int]
     temperature: float = 0.0
-    avg_logprob: float | None = None
-    compression_ratio: float | None = None
-    no_speech_prob: float | None = None
+    avg_logprob: float = 0.0
+    compression_ratio: float
+    no_speech_prob: float = 0.0
     stopped: str
     """end, limit, loop, or silence (halve's addition)."""
 

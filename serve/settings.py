@@ -51,9 +51,9 @@ class ServeSettings(Config):
     """Requests that one model takes on at once; more are refused with 429."""
     max_concurrent: int = Field(default=256, ge=1)
     """Requests in the server at once, uploads included; more are refused with 429."""
-    request_timeout_s: float = Field(default=600.0, gt=0)
-    """Longest that a request may take, from its first byte to its answer."""
-    drain_s: float = Field(default=30.0, ge=0)
+    request_timeout_s: float = Field(default=590.0, gt=0)
+    """Longest that a request may take, from its first byte to its answer; OpenAI's clients give up after 600 s, and ask again."""
+    drain_s: float = Field(default=20.0, ge=0)
     """After SIGTERM, how long running requests may go on."""
     temp_dir: Path | None = None
     """Where the private directory for uploads is made; default: the system's."""

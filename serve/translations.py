@@ -93,8 +93,10 @@ def read_fields(form: Form) -> tuple[TranslationFields, tuple[str, ...]]:
     Raises:
         ApiError: one cannot be used.
     """
+    # Tools send what their user left blank; only the model must be there.
+    given = {name: text for name, text in form.fields.items() if text.strip() or name == "model"}
     try:
-        fields = TranslationFields.model_validate(form.fields)
+        fields = TranslationFields.model_validate(given)
     except ValidationError as error:
         raise faults(error) from None
     check_temperature(fields.temperature)
@@ -102,7 +104,7 @@ def read_fields(form: Form) -> tuple[TranslationFields, tuple[str, ...]]:
         raise bad_field("response_format", "Streams come as json events only.")
     if form.file is None:
         raise bad_field("file", "The form has no part named file that holds the audio.")
-    ignored = set(form.fields) - set(TranslationFields.model_fields)
+    ignored = set(given) - set(TranslationFields.model_fields)
     if fields.prompt:
         ignored.add("prompt")
     return fields, plain_names(ignored)

@@ -214,6 +214,33 @@ def test_audio_that_was_cut_short_is_found(tmp_path: Path, name: str, kind: str)
     assert "damaged or cut short: of 20.00 s only the first" in faults[0]
 
 
+@pytest.mark.parametrize("tag", [b"", b"TAG" + bytes(125), b"ID3\4\0\0\0\0\0\0"])
+def test_an_mp3_that_goes_on_is_not_read_in_part(tmp_path: Path, tag: bytes) -> None:
+    """libsndfile takes the first file's length for that of all that are in one."""
+    file = tmp_path / "a.mp3"
+    soundfile.write(file, tiny.tone(3.0, 1), SAMPLE_RATE_HZ, format="MP3")
+    one = file.read_bytes()
+    file.write_bytes(one + b"TAG" + bytes(125))
+    assert decode_through(file).duration_s == len(read_audio(file)) / SAMPLE_RATE_HZ == 3.0
+    file.write_bytes(one + tag + one)
+    for read in (read_audio, decode_through):
+        with pytest.raises(CorpusError, match=r"first 3\.00 s can be decoded and about 3\.\d+ s"):
+            read(file)
+    assert len(read_audio(file, 1.0, 0.5)) == SAMPLE_RATE_HZ // 2
+
+
+def test_an_mp3_that_does_not_say_how_long_it_is_is_not_read_in_part(tmp_path: Path) -> None:
+    file = tmp_path / "a.mp3"
+    noise = np.random.default_rng(0).normal(0, 0.3, 160_000).astype(np.float32)
+    samples = np.concatenate([noise, np.zeros_like(noise)])
+    soundfile.write(file, samples, SAMPLE_RATE_HZ, format="MP3", bitrate_mode="VARIABLE")
+    assert len(read_audio(file)) == len(samples)
+    # As of an encoder that writes into a pipe.
+    file.write_bytes(file.read_bytes().replace(b"Xing", bytes(4)))
+    with pytest.raises(CorpusError, match="does not say how long it is"):
+        decode_through(file)
+
+
 def test_audio_from_a_pipe(tmp_path: Path) -> None:
     """Who writes to a pipe cannot go back to write the length: WAV then says the highest number, FLAC none."""
     file = tmp_path / "a.wav"

@@ -203,6 +203,10 @@ def test_silence_between_is_not_translated(client: openai.OpenAI) -> None:
     found = create(client, np.concatenate([CLIP, quiet]), response_format="verbose_json")
     assert [segment.stopped == "silence" for segment in found.segments][-1]
     assert found.segments[-1].text == ""
+    # Clients in .NET and Rust refuse null here, also for silence.
+    unmeasured = ("avg_logprob", "no_speech_prob", "temperature")
+    assert [getattr(found.segments[-1], name) for name in unmeasured] == [0.0, 0.0, 0.0]
+    assert found.segments[-1].compression_ratio == 0.0 < found.segments[0].compression_ratio
 
 
 @pytest.mark.parametrize("duration_s", [0.02, 0.05, 0.3])

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def refusal(content: bytes, max_audio_s: float = 60.0) -> ApiError:
     return caught.value
 
 
-def encoded(samples: np.ndarray, rate: int = 16_000, **options: str) -> bytes:
+def encoded(samples: np.ndarray, rate: int = 16_000, **options: Any) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, rate, **options)
     return file.getvalue()
@@ -194,6 +195,77 @@ def test_files_cut_in_half_say_so(options: dict[str, str]) -> None:
     decoded_s, claimed_s = lengths(content[: len(content) // 2])
     assert decoded_s == pytest.approx(10.0, abs=0.4)
     assert claimed_s == pytest.approx(20.0, abs=0.1)
+
+
+def mp3(seconds: float, rate: int = 16_000, seed: int = 0) -> bytes:
+    return encoded(tiny.tone(seconds, seed), rate, format="MP3")
+
+
+def silent_about_its_length(content: bytes) -> bytes:
+    """An MP3 whose first frame is as of an encoder that writes into a pipe."""
+    return content.replace(b"Xing", bytes(4), 1).replace(b"Info", bytes(4), 1)
+
+
+ID3V1 = b"TAG" + b"title".ljust(125, b"\0")
+ID3V2 = b"ID3\4\0\0" + bytes([0, 2, 25, 32]) + b"\xff\xfb" * 18_000
+APE = b"APETAGEX" + struct.pack("<II", 2000, 40_000) + bytes(40_016)
+
+
+@pytest.mark.parametrize(
+    ("content", "seconds"),
+    [
+        (mp3(3.0) + mp3(2.0, seed=1), 5.0),
+        (mp3(1.0) * 30, 30.0),
+        # Another rate, more channels, tags between and behind.
+        (mp3(3.2) + mp3(2.0, 22_050), 3.2 + 32_000 / 22_050),
+        (mp3(3.0) + encoded(np.zeros((32_000, 2), np.float32), format="MP3"), 5.0),
+        (mp3(3.0) + ID3V1 + ID3V2 + mp3(2.0) + APE + ID3V1, 5.0),
+        (mp3(3.0) + APE + mp3(2.0) + APE, 5.0),
+        # Those that say no length, before one that does or behind it.
+        (silent_about_its_length(mp3(3.0)) + mp3(2.0), 5.0),
+        (silent_about_its_length(mp3(3.0)) + mp3(2.0, 8_000), 7.0),
+        (mp3(3.0) + silent_about_its_length(mp3(2.0)), 5.0),
+        (silent_about_its_length(mp3(3.0))[:-50], 3.0),
+    ],
+)
+def test_mp3_files_in_a_row_are_heard_to_the_last(content: bytes, seconds: float) -> None:
+    decoded_s, claimed_s = lengths(content)
+    # Where no length is said the encoder's padding is heard, too.
+    assert decoded_s == pytest.approx(seconds, abs=0.3)
+    assert claimed_s == decoded_s
+
+
+def test_mp3_files_in_a_row_are_heard_as_each_alone() -> None:
+    first, second = mp3(3.0), mp3(2.0, 22_050, seed=1)
+    alone = np.concatenate([decode(first), decode(second)])
+    assert np.array_equal(decode(first + second), alone)
+
+
+@pytest.mark.parametrize("loud_first", [True, False])
+def test_an_mp3_of_uneven_frames_that_says_no_length(loud_first: bool) -> None:
+    """A length guessed from its first frames would be a third of the true one, or three times as much."""
+    loud = np.random.default_rng(0).normal(0, 0.3, 160_000).astype(np.float32)
+    halves = [loud, np.zeros(160_000, np.float32)]
+    samples = np.concatenate(halves if loud_first else halves[::-1])
+    content = encoded(samples, format="MP3", bitrate_mode="VARIABLE", compression_level=0.2)
+    decoded_s, claimed_s = lengths(silent_about_its_length(content))
+    assert decoded_s == claimed_s == pytest.approx(20.0, abs=0.2)
+
+
+@pytest.mark.parametrize("kind", ["MP3", "FLAC"])
+def test_what_a_decoder_leaves_over_is_not_covered(kind: str) -> None:
+    content = encoded(tiny.tone(5.0, 0), format=kind)
+    rest = content if kind == "FLAC" else bytes(len(content))
+    decoded_s, claimed_s = lengths(content + rest)
+    assert decoded_s == 5.0
+    assert claimed_s == pytest.approx(10.0, abs=0.2)
+    assert lengths(content + ID3V1) == (5.0, 5.0)
+
+
+def test_an_mp3_cut_off_before_another_says_so() -> None:
+    decoded_s, claimed_s = lengths(mp3(20.0)[:20_000] + mp3(2.0))
+    assert 6.0 < decoded_s < 8.0
+    assert claimed_s == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])

@@ -2,13 +2,15 @@
 
 import base64
 import json
+import time
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from serve.chat import MOST_MARKS, MOST_SEARCHED, asked_language, read_chat
+from serve.asked import MOST_SEARCHED, asked_language
+from serve.chat import MOST_MARKS, read_chat
 from serve.errors import ApiError
 from serve.schemas import MOST_PARTS, MOST_TEXT, ChatRequest
 from serve.translations import MOST_FAULTS, faults
@@ -107,6 +109,27 @@ def test_the_language_that_the_messages_name(serve_fake, lang: str, messages: li
         ("de", "From English into German"),
         ("en", "Translate the German speech into English"),
         ("fr", "Put this into French"),
+        # Not all that stands after "to" is asked for.
+        ("de", "Translate into German. You will listen to English speech."),
+        ("de", "Translate into German. Listen carefully to the English."),
+        ("de", "Translate into German. You talk to English-speaking users."),
+        (None, "Please listen to English audio."),
+        ("de", "Target language: German. Source language: English."),
+        ("de", "**Source language:** English. **Target language:** German."),
+        ("de", "The source language is English, the output language is German."),
+        (None, "Source: English"),
+        ("de", "English-to-German"),
+        ("de", "Translate this to German text."),
+        # Other names.
+        ("zh", "Translate into Mandarin."),
+        ("zh", "Translate into simplified Chinese."),
+        ("pt", "Translate into Brazilian Portuguese."),
+        ("fa", "Translate to Farsi."),
+        # Known to nobody here, and asked for all the same.
+        ("swedish", "Translate into Swedish."),
+        ("hindi", "Translate the English speech to Hindi"),
+        ("swedish", "Target language: Swedish"),
+        (None, "Swedish is spoken by ten million."),
         (None, "Le discours en Germany"),
     ],
 )
@@ -115,10 +138,22 @@ def test_what_is_heard_is_not_what_is_asked_for(lang: str | None, said: str) -> 
     assert asked_language([said, "Translate into Chinese."], ("de", "en")) == (lang or "zh")
 
 
-def test_a_language_that_is_asked_for_and_not_there(serve_fake) -> None:
+@pytest.mark.parametrize("name", ["French", "Swedish", "Brazilian Portuguese"])
+def test_a_language_that_is_asked_for_and_not_there(serve_fake, name: str) -> None:
     with serve_fake() as server:
-        answer = ask(server, said("user", text("Translate into French."), AUDIO))
+        answer = ask(server, said("user", text(f"Translate into {name}."), AUDIO))
+        assert answer.status_code == 400
         assert answer.json()["error"]["code"] == "unsupported_language"
+
+
+@pytest.mark.parametrize(
+    "said", ["good ", "into good good good ", "listen aly ", "to ", "source   "]
+)
+def test_searching_takes_no_longer_for_texts_made_for_it(said: str) -> None:
+    """Else a quarter of an hour for the longest that are searched, in which the server does nothing else."""
+    began_s = time.process_time()
+    assert asked_language([said * (MOST_SEARCHED // len(said))], ("de",)) is None
+    assert time.process_time() - began_s < 5.0
 
 
 @pytest.mark.parametrize(
@@ -197,6 +232,8 @@ def test_marks_within_texts_are_no_burden(serve_fake) -> None:
 
 def test_null_is_as_good_as_absent(serve_fake) -> None:
     with serve_fake() as server:
+        blank = ask(server, said("user", text("Into Chinese."), AUDIO), to_language="")
+        assert blank.json()["choices"][0]["message"]["content"] == "zh 0.50"
         assert ask(server, said("user", AUDIO), stream=None).json()["object"] == "chat.completion"
         options = {"include_usage": None}
         answer = ask(server, said("user", AUDIO), stream=True, stream_options=options)

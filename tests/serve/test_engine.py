@@ -12,7 +12,7 @@ from halve.models import load_model
 from halve.translate import TorchTranslator
 from serve.engine import Engine
 from serve.errors import ApiError
-from serve.pieces import LATEST_DUE_S, Piece, Ticket
+from serve.pieces import LATEST_DUE_S, Piece, Ticket, Watcher
 from serve.runners import BatchRunner
 from tests.serve.conftest import eventually
 from tests.serve.fakes import FakeBatch, FakeRow, FakeTranslator, SteppingTranslator
@@ -176,6 +176,47 @@ def test_closing_fails_what_waits(fake: FakeTranslator) -> None:
         with pytest.raises(ApiError) as caught:
             refused.future.result(WAIT_S)
         assert caught.value.status == 503
+
+
+class Queue(Watcher):
+    def queued(self, model: str, pieces: int) -> None:
+        self.pieces = pieces
+
+
+def test_what_is_dropped_waits_no_more(fake: FakeTranslator) -> None:
+    queue = Queue()
+    engine = Engine("fake", lambda: fake, watcher=queue)
+    held(engine, fake)
+    waiting = piece(1)
+    engine.submit(waiting)
+    closer = threading.Thread(target=engine.close, args=(WAIT_S,))
+    closer.start()
+    eventually(lambda: engine._closing)
+    assert queue.pieces == 1
+    fake.gate.set()
+    closer.join(WAIT_S)
+    assert queue.pieces == 0 and not engine.is_alive
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_has_ended(
+    fake: FakeTranslator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends it: here something that no failed translation raises."""
+    engine = Engine("fake", lambda: fake)
+    engine.ready.result(WAIT_S)
+    assert engine.is_alive
+
+    def end(*_: object, **__: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(fake, "translate", end)
+    lost = piece(1)
+    engine.submit(lost)
+    with pytest.raises(ApiError) as caught:
+        lost.future.result(WAIT_S)
+    assert caught.value.status == 503
+    assert engine.close(WAIT_S) and not engine.is_alive and fake.closed
 
 
 def test_a_model_that_cannot_be_opened_says_so() -> None:

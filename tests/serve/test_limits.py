@@ -34,6 +34,17 @@ def refused(response: httpx.Response, status: int, code: str | None = None) -> d
     return error
 
 
+def test_blank_fields_are_as_good_as_absent(serve_fake) -> None:
+    """Tools send what their user left empty."""
+    names = ("to_language", "prompt", "temperature", "response_format", "stream", "odd")
+    with serve_fake() as server:
+        answer = server.post(wav(0.5), **dict.fromkeys(names, ""), language=" ")
+        assert answer.status_code == 200, answer.text
+        assert answer.json() == {"text": "de 0.50"}
+        assert "x-halve-ignored" not in answer.headers
+        assert refused(server.post(wav(0.5), model=""), 400)["param"] == "model"
+
+
 def test_fields(serve_fake) -> None:
     with serve_fake() as server:
         audio = wav(0.5)

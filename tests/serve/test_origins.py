@@ -25,6 +25,22 @@ def test_the_official_client_may_ask_from_a_page(serve_fake) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
+def test_a_page_of_the_internet_may_ask_a_server_at_home_if_let_in(serve_fake) -> None:
+    asked = {
+        "origin": PAGE,
+        "access-control-request-method": "POST",
+        "access-control-request-private-network": "true",
+    }
+    with serve_fake(allow_origins=(PAGE,)) as server:
+        url = f"{server.url}/v1/audio/translations"
+        answer = HTTP.options(url, headers=asked)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-private-network"] == "true"
+        answer = HTTP.options(url, headers={**asked, "origin": "https://evil.example"})
+        assert answer.status_code == 400
+        assert "access-control-allow-origin" not in answer.headers
+
+
 def test_a_page_may_read_what_halve_adds(serve_fake) -> None:
     with serve_fake(allow_origins=(PAGE,)) as server:
         headers = {"origin": PAGE}
@@ -55,6 +71,16 @@ def test_a_page_may_read_refusals(serve_fake, tmp_path) -> None:
         service.running -= 1
         service.is_draining = True
         assert refusal(**key) == 503
+
+
+def test_a_page_may_read_whether_to_ask_again(serve_fake, fake) -> None:
+    fake.gate.clear()
+    with serve_fake(allow_origins=(PAGE,), request_timeout_s=0.2) as server:
+        answer = server.post(wav(0.5), headers={"origin": PAGE})
+        fake.gate.set()
+        assert answer.status_code == 504
+        assert answer.headers["x-should-retry"] == "false"
+        assert "x-should-retry" in answer.headers["access-control-expose-headers"]
 
 
 def test_a_star_lets_all_pages_in(serve_fake) -> None:

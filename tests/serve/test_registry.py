@@ -98,6 +98,30 @@ def test_a_load_that_fails_leaves_the_server_as_it_was(tmp_path: Path) -> None:
         assert server.post(wav(0.5), model="bad").status_code == 200
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_model_whose_engine_has_ended_is_loaded_again(tmp_path: Path) -> None:
+    opened: list[FakeTranslator] = []
+
+    def open_fake(path: str, settings: ServeSettings) -> FakeTranslator:
+        opened.append(FakeTranslator())
+        return opened[-1]
+
+    def end(*_: object, **__: object) -> None:
+        raise SystemExit
+
+    with serving(ServeSettings(models=(make(tmp_path / "good"),)), open_fake) as server:
+        opened[0].translate = end  # type: ignore[method-assign]
+        assert server.post(wav(0.5), model="good").status_code == 503
+        (model,) = server.service.registry.models.values()
+        assert model.engine is not None
+        assert model.engine.close(60)
+        assert not model.is_loaded
+        assert server.get("/v1/models").json()["data"][0]["loaded"] is False
+        assert server.get("/ready").status_code == 200
+        assert server.post(wav(0.5), model="good").status_code == 200
+        assert len(opened) == 2 and model.is_loaded
+
+
 def test_a_server_that_can_load_nothing_is_not_ready(tmp_path: Path) -> None:
     broken = {"bad"}
 

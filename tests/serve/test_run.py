@@ -1,5 +1,7 @@
 """A server process from its first line to its last."""
 
+import errno
+import logging
 import platform
 import re
 import signal
@@ -12,12 +14,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from halve.errors import InputError
-from serve.run import run_server
+from halve.progress import Progress
+from serve.run import _show_log, run_server
 from serve.settings import ServeSettings
 from tests.serve.conftest import wav
 from tests.serve.fakes import FakeTranslator
@@ -203,6 +207,54 @@ run_server(ServeSettings(models=({str(tmp_path / "fake")!r},), port=0), open_tra
 """
     command = [sys.executable, "-c", script]
     assert subprocess.run(command, cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
+@pytest.fixture
+def loggers() -> Iterator[list[logging.Logger]]:
+    """Those that the server shows; as they were, afterwards."""
+    found = [logging.getLogger(name) for name in ("halve.serve", "uvicorn.error")]
+    kept = [(logger.handlers, logger.propagate) for logger in found]
+    yield found
+    for logger, (handlers, propagate) in zip(found, kept, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+
+
+class Shown(Progress):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.is_full = False
+
+    def warn(self, text: str) -> None:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.warnings.append(text)
+
+
+def test_who_logs_goes_on_when_nothing_can_be_written(
+    loggers: list[logging.Logger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    shown = Shown()
+    _show_log(shown)
+    shown.is_full = True
+    for logger in loggers:
+        logger.warning("a piece of %.1f s failed", 1.0)
+    shown.is_full = False
+    loggers[0].error("a stream failed")
+    assert shown.warnings == ["a stream failed"]
+
+
+def test_offers_of_other_protocols_are_no_news(
+    loggers: list[logging.Logger], serve_fake: Any
+) -> None:
+    """Java's client offers HTTP/2 with each request."""
+    shown = Shown()
+    _show_log(shown)
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMA"}
+    with serve_fake() as server:
+        assert server.post(wav(0.5), headers=offer).status_code == 200
+    loggers[1].warning("Invalid HTTP request received.")
+    assert shown.warnings == ["Invalid HTTP request received."]
 
 
 def test_no_place_for_uploads_is_said_at_the_start(tmp_path: Path) -> None:

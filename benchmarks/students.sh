@@ -2,8 +2,8 @@
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
 # Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_searched A_unheard B B_long B_long_mean B_mean B_twice B_twice_fine B_searched B_unheard C D baselines select test table
-# GROUPS_OF_STUDENTS=half measures C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, long B_long_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
-# On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, BATCH_QLORA, RATE_QLORA.
+# BEAMS=5 measures with five beams. GROUPS_OF_STUDENTS=half measures C, D and the unpruned teacher in 4 bits, pruned C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, long B_long_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
+# On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, STEPS_C, BATCH_QLORA, RATE_QLORA, BATCH_DISTILL (32: batches of 128 take half as long again).
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
 #   B  a quarter of the layers pruned, QLoRA + distillation, ONNX in 4 bits
@@ -73,7 +73,7 @@ distilled() { # CORPUS NAME OPTIONS…
     "$HALVE" distill --model "$TEACHER" --corpus "$1" "${LANGS[@]}" --dtype "${DTYPE:-bfloat16}" --logits 8 \
         ${LIMIT:+--limit "$LIMIT"} --states-dir "$OUT/states" --out "$OUT/$2" "${@:3}"
 }
-translations() { distilled "$CORPUS" translations --batch-size 128; }
+translations() { distilled "$CORPUS" translations --batch-size "${BATCH_DISTILL:-128}"; }
 searched() { distilled "$CORPUS" translations-beam5 --batch-size 160 --beams 5; }
 untranslated() { distilled "$UNHEARD" translations-unheard --batch-size 128 --untranslated; }
 A() { tune "$TEACHER" A "$STEPS_A" "${QLORA[@]}"; merge "$TEACHER" A; package "$OUT/merged/A-$SEED" "A-$SEED" "${ROOM[@]}"; }
@@ -127,8 +127,9 @@ baselines() {
 }
 quality() { # SPLIT GROUP STUDENTS…
     for CODE in de zh; do
-        missing "$OUT/$1-$CODE-$2" || continue
-        "$HALVE" bench quality --teacher "$TEACHER" --corpus "$CORPUS" --lang "$CODE" --split "$1" --no-controls --out "$OUT/$1-$CODE-$2" \
+        local PLACE=$OUT/$1-$CODE-$2${BEAMS:+-beams$BEAMS}
+        missing "$PLACE" || continue
+        "$HALVE" bench quality --teacher "$TEACHER" --corpus "$CORPUS" --lang "$CODE" --split "$1" --no-controls --out "$PLACE" ${BEAMS:+--beams "$BEAMS"} \
             --students "${@:3}"
     done
 }
@@ -136,6 +137,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
     for GROUP in ${GROUPS_OF_STUDENTS:-half qlora}; do
         case "$GROUP" in
             half) quality "$1" half "$OUT/packages/teacher-int4" "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED" ;;
+            pruned) quality "$1" pruned "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED" ;;
             quarter) quality "$1" quarter "$OUT/packages/teacher-int4-A" "$OUT/packages/B-$SEED" ;;
             seeds) quality "$1" seeds "$OUT/packages/A-0" "$OUT/packages/A-1" "$OUT/packages/A-2" ;;
             fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;

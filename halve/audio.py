@@ -55,6 +55,8 @@ def probe(path: str | Path) -> AudioInfo:
         CorpusError: missing, empty, or no audio that libsndfile can read.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CorpusError(f"{path} is a folder", expected=f"audio files, such as {path}/*.wav")
     if not path.is_file():
         raise CorpusError(f"{path}: no such audio file")
     if path.stat().st_size == 0:

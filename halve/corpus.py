@@ -248,6 +248,7 @@ def segment_faults(
     places: Sequence[str],
     audio: Mapping[str, AudioInfo | str],
     untranslated: bool = False,
+    dropping: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """The faults of single segments, each with the segment's index.
 
@@ -256,16 +257,19 @@ def segment_faults(
         places: "file:line" of each segment.
         audio: by `Segment.audio`, what `decode_all` heard.
         untranslated: `train` may have segments without a translation.
+        dropping: faulty segments are left out: what is like one of them is no copy.
     """
     seen: dict[str, str] = {}
     texts: dict[tuple[str, str, str], str] = {}
     for index, segment in enumerate(segments):
         if not segment.references and not (untranslated and segment.split == "train"):
             yield index, "no translation"
-        for fault in _text_faults(segment, seen, texts, places[index]):
+        heard = _audio_faults(segment, audio[segment.audio], max_audio_s) if segment.audio else []
+        known = ({}, {}) if heard and dropping else (seen, texts)
+        for fault in _text_faults(segment, *known, places[index]):
             yield index, fault
         if segment.audio:
-            for fault in _audio_faults(segment, audio[segment.audio], max_audio_s):
+            for fault in heard:
                 yield index, fault
         elif not segment.source_text.strip():
             yield index, "neither audio nor source text"

@@ -188,7 +188,7 @@ def package(
         list[Path] | None,
         typer.Option(
             "--vocab-texts",
-            metavar="FILE",
+            metavar="FILE...",
             help="With --trim-vocab: more text in the target languages, a line each, whose tokens are kept.",
         ),
     ] = None,

@@ -181,6 +181,7 @@ _PATHS = (
     ("bench", "quality", "comet_checkpoint"),
     ("bench", "quality", "comet_python"),
     ("bench", "quality", "embedding_model"),
+    ("bench", "latency", "peer_folder"),
 )
 
 

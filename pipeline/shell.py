@@ -113,7 +113,7 @@ _LISTS = {
     ("teach",): ("--lang",),
     ("tune",): ("--lang",),
     ("distill",): ("--lang",),
-    ("package",): ("--lang",),
+    ("package",): ("--lang", "--vocab-texts"),
 }
 
 

@@ -94,7 +94,9 @@ def lines_of_files(files: Sequence[Path], source_lang: str) -> list[tuple[str, S
     for file in files or [Path("-")]:
         if str(file) == "-":
             lines = _lines_of_stdin()
-        elif file.is_file():
+        elif file.is_dir():
+            raise CorpusError(f"{file} is a folder", expected=f"text files, such as {file}/*.txt")
+        elif file.exists():  # a pipe, too
             lines = read_lines(file)
         else:
             raise CorpusError(f"{file} does not exist", expected="a text file, one text a line")

@@ -11,7 +11,7 @@ import pytest
 from halve import artefact
 from halve.corpus import read_corpus
 from halve.errors import CorpusError
-from halve.importers import CorpusConfig, run_corpus
+from halve.importers import CorpusConfig, read_source, run_corpus
 from halve.importers.base import Row
 from halve.importers.iwslt import import_iwslt
 from halve.importers.splits import divide
@@ -177,6 +177,51 @@ def test_talks_of_one_name_in_two_sets_are_two(tmp_path: Path) -> None:
     made = run_corpus(CorpusConfig(format="iwslt"), tmp_path / "source", tmp_path / "c")
     groups = {(each.split, each.group) for each in read_corpus(made.path).segments}
     assert groups == {("train", "train/talk1"), ("select", "dev/talk1")}
+
+
+def test_talks_of_one_name_in_two_folders_are_told_by_them(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    entries = []
+    for number, speaker in enumerate(("spk1", "spk2"), start=1):
+        sound(source / "wav" / speaker / "001.wav", float(number))
+        entries.append({"wav": f"{speaker}/001.wav", "offset": 0.0, "duration": 1.0})
+    text(source / "txt" / "train.yaml", json.dumps(entries))
+    for lang in ("en", "de"):
+        text(source / "txt" / f"train.{lang}", *(f"{lang} {number}" for number in (1, 2)))
+    rows = read_source(CorpusConfig(format="iwslt"), str(source)).rows
+    assert [row.audio.parent.name for row in rows if row.audio] == ["spk1", "spk2"]
+    bare = [entry | {"wav": "001.wav"} for entry in entries]
+    text(source / "txt" / "train.yaml", json.dumps(bare))
+    message = faults_of(CorpusConfig(format="iwslt"), source, tmp_path / "c")
+    assert "001.wav may be" in message and "spk2" in message
+
+
+def test_sets_whose_audio_lies_in_folders_of_their_names(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("train", "dev"):
+        sound(source / "wav" / name / "talk1.wav", 1.0)
+        entry = {"wav": "talk1.wav", "offset": 0.0, "duration": 1.0}
+        text(source / "txt" / f"{name}.yaml", json.dumps([entry]))
+        for lang in ("en", "de"):
+            text(source / "txt" / f"{name}.{lang}", f"{name} {lang}")
+    rows = read_source(CorpusConfig(format="iwslt"), str(source)).rows
+    assert {(row.audio.parent.name, row.source_text) for row in rows if row.audio} == {
+        ("train", "train en"),
+        ("dev", "dev en"),
+    }
+
+
+def test_an_earlier_corpus_is_no_source_of_audio(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    sound(source / "wav" / "talk1.wav", 1.0)
+    sound(source / "runs" / "first" / "corpus" / "audio" / "wav" / "talk1.wav", 1.0)
+    text(source / "runs" / "first" / "corpus" / "artefact.json", "{}")
+    sound(source / "runs" / ".corpus.partial" / "talk1.wav", 1.0)
+    text(source / "segments.yaml", "- {wav: talk1.wav, offset: 0.0, duration: 1.0}")
+    for lang in ("en", "de"):
+        text(source / f"segments.{lang}", lang)
+    (row,) = read_source(CorpusConfig(format="iwslt"), str(source)).rows
+    assert row.audio == source / "wav" / "talk1.wav"
 
 
 def test_a_whole_set_is_never_dropped(tmp_path: Path) -> None:

@@ -104,6 +104,14 @@ def test_a_region_is_no_other_language(written: str, code: str | None) -> None:
     assert known_language(written) == code
 
 
+def test_a_text_without_a_partner_is_left_aside_and_told(tmp_path: Path) -> None:
+    for name in ("train.en", "train.de", "more.en"):
+        text(tmp_path / name, f"a line of {name}")
+    found = read_source(CorpusConfig(format="text"), tmp_path)
+    assert len(found.rows) == 1
+    assert any("more.* is left aside: more.en alone" in line for line in found.warnings)
+
+
 def test_two_texts_of_one_language(tmp_path: Path) -> None:
     folder = tmp_path / "text"
     for lang in ("en", "de", "de-AT"):

@@ -212,6 +212,27 @@ def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
         )
 
 
+def test_the_copy_of_a_faulty_segment_is_kept(tmp_path: Path) -> None:
+    sound(tmp_path / "source" / "b.wav")
+    lines = [
+        "x\tgone.wav\tHello\tHallo\ttrain\tg",
+        "x\tb.wav\tHello\tHallo\ttrain\tg",
+    ]
+    config = CorpusConfig(format="tsv", faulty="drop")
+    made = run_corpus(config, tsv(tmp_path, *lines), tmp_path / "c")
+    (kept,) = read_corpus(made.path).segments
+    assert kept.id == "x" and kept.source_text == "Hello"
+
+
+def test_columns_that_nothing_is_done_with_are_told(tmp_path: Path) -> None:
+    sound(tmp_path / "a.wav")
+    header = "audio\tstart\tend\tde\tcmn"
+    found = read_source(
+        CorpusConfig(format="tsv"), str(tsv(tmp_path, "a.wav\t1\t2\tHallo\tx", header=header))
+    )
+    assert any("nothing is done with start, end, cmn" in line for line in found.warnings)
+
+
 def test_groups_in_two_splits(tmp_path: Path) -> None:
     sound(tmp_path / "source" / "a.wav", 5.0)
     table = tsv(

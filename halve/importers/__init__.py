@@ -248,11 +248,16 @@ def _segment(
     )
 
 
-def _duplicates(rows: Sequence[Row], config: CorpusConfig) -> Iterator[tuple[int, str]]:
+def _duplicates(
+    rows: Sequence[Row], config: CorpusConfig, faulty: Set[int]
+) -> Iterator[tuple[int, str]]:
+    """Rows that say what one before them says; a `faulty` one has no copy."""
     if config.duplicates == "keep":
         return
     seen: dict[tuple[str, ...], Row] = {}
     for index, row in enumerate(rows):
+        if index in faulty:
+            continue
         key = (row.source_text.casefold(), *(text for _, text in sorted(row.references.items())))
         first = seen.setdefault(key, row)
         if first is not row and any(text.strip() for text in key):
@@ -292,13 +297,11 @@ def _without_faulty(
     rows = found.rows
     audio = {str(path): info for path, info in heard.items()}
     places = [row.where for row in rows]
-    of_rows = [
-        *segment_faults(
-            segments, _max_audio_s(config), places, audio, config.untranslated == "keep"
-        ),
-        *_duplicates(rows, config),
-        *_straddling(rows, config),
-    ]
+    dropping = config.faulty == "drop"
+    kept_plain = config.untranslated == "keep"
+    own = list(segment_faults(segments, _max_audio_s(config), places, audio, kept_plain, dropping))
+    apart = {index for index, _ in own} if dropping else set()
+    of_rows = [*own, *_duplicates(rows, config, apart), *_straddling(rows, config)]
     faults = [*found.faults, *(f"{places[index]}: {fault}" for index, fault in of_rows)]
     _refuse(found, faults, config)
     faulty = {index for index, _ in of_rows}

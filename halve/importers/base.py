@@ -220,10 +220,11 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         CorpusError: unreadable, or not UTF-8.
     """
+    data = path.read_bytes()  # once: it may be a pipe
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + 1
         raise CorpusError(
             f"{path}:{line}: not UTF-8", mend="convert the file, for example with iconv"
         ) from None

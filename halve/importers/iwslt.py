@@ -9,6 +9,7 @@ must then name the files of FILE_ORDER in that order.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from halve.importers.base import (
     wanted_languages,
 )
 from halve.languages import language
+from halve.partials import RECORD
 
 FILE_ORDER = "FILE_ORDER"
 _SUFFIXES = (".yaml", ".yml")
@@ -155,24 +157,60 @@ def _stem(name: str) -> str:
 
 
 class AudioIndex:
-    """Finds audio by the name a segments YAML gives it."""
+    """Finds audio by the name a segments YAML gives it; what halve has made in the same folders is no source."""
 
     def __init__(self, *folders: Path) -> None:
         self._files: dict[str, list[Path]] = {}
-        for path in (one for folder in folders if folder.is_dir() for one in below(folder)):
+        for path in (one for folder in folders if folder.is_dir() for one in _given_below(folder)):
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 self._files.setdefault(_stem(path.name), []).append(path)
 
-    def find(self, wav: str, near: Path) -> Path:
-        """The file; where none is there, the path at which it was expected."""
+    def find(self, wav: str, near: Path, name: str = "") -> Path:
+        """The file; where none is there, the path at which it was expected.
+
+        Args:
+            near: the folder of the YAML.
+            name: of its set, which folders may be called after.
+
+        Raises:
+            CorpusError: several are meant as much as each other.
+        """
         direct = near / wav
         if direct.is_file():
             return direct
         found = self._files.get(_stem(Path(wav).name), [])
         if not found:
             return direct
-        # Two sets may both have a talk1.wav: the nearest one is meant.
-        return max(found, key=lambda path: len(_common(path, near)))
+        # Two sets may both have a talk1.wav, as may two speakers: what is named in full is meant, then the nearest.
+        fits = {
+            path: (_same_end(path, wav), len(_common(path, near)), name in path.parts)
+            for path in found
+        }
+        best = [path for path in found if fits[path] == max(fits.values())]
+        if len({path.resolve() for path in best}) > 1:
+            raise CorpusError(
+                f"{wav} may be {best[0]} or {best[1]}",
+                expected="one file of that name, or one that is nearer to its segments",
+                mend="name the file with its folders in the segments, or put each set into a folder of its own",
+            )
+        return best[0]
+
+
+def _given_below(folder: Path) -> Iterator[Path]:
+    """Everything under a folder but what lies in hidden folders and in artefacts: an earlier run's audio, say."""
+    left_out: set[Path] = set()
+    for path in below(folder):
+        is_made = path.is_dir() and (path.name.startswith(".") or (path / RECORD).is_file())
+        if is_made or path.parent in left_out:
+            left_out.add(path)
+        else:
+            yield path
+
+
+def _same_end(path: Path, wav: str) -> int:
+    """How many folders and names, from the last, are those that were asked for."""
+    mine, its = ([*each.parts[:-1], _stem(each.name)][::-1] for each in (path, Path(wav)))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(mine, its, strict=False)))
 
 
 def _common(path: Path, near: Path) -> tuple[str, ...]:
@@ -372,7 +410,7 @@ def _import_set(
             return
     for number, entry in enumerate(entries):
         if isinstance(entry, Entry):
-            audio = index.find(entry.wav, one.yamls[0].parent)
+            audio = index.find(entry.wav, one.yamls[0].parent, one.name)
             found.rows.append(_row(one, number, entry, lines, targets, audio, config))
 
 

@@ -39,6 +39,11 @@ def import_text(source: str, config: CorpusConfig) -> Rows:
     for name, files in sorted(texts.items()):
         if config.source_lang in files and any(lang in files for lang in targets):
             _read(found, name, files, targets, config)
+        elif set(files) & {config.source_lang, *targets}:
+            there = ", ".join(path.name for path in files.values())
+            found.warnings.append(
+                f"{folder / name}.* is left aside: {there} alone, no text beside it"
+            )
     return found
 
 

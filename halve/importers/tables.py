@@ -17,6 +17,19 @@ from halve.importers.base import (
 )
 
 _TEXT_COLUMNS = ("text", "source_text", "transcript", "sentence")
+_KNOWN = (
+    *_TEXT_COLUMNS,
+    "audio",
+    "id",
+    "offset",
+    "offset_s",
+    "duration",
+    "duration_s",
+    "split",
+    "group",
+    "talk",
+    "speaker",
+)
 
 
 def import_tsv(source: str, config: CorpusConfig) -> Rows:
@@ -41,6 +54,8 @@ def import_tsv(source: str, config: CorpusConfig) -> Rows:
             mend="add a header line with these names",
         )
     found = Rows()
+    if unused := [name for name in header if name and name not in {*columns.values(), *_KNOWN}]:
+        found.warnings.append(f"{path}:1: nothing is done with {', '.join(unused)}")
     for number, cells in enumerate(rows[1:], start=2):
         where = f"{path}:{number}"
         if not any(cell.strip() for cell in cells):

@@ -97,6 +97,18 @@ def test_a_foreign_tokenizer_is_named_without_a_record(
         inspect(tmp_path / "model")
 
 
+def test_added_tokens_beyond_the_rows_are_no_foreign_tokenizer(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """As Gemma 3 1B's, which has a token for images and no row for it."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][-1] | {"id": 512, "content": "<i>"})
+    file.write_text(json.dumps(tokenizer))
+    inspect(tmp_path / "model")
+
+
 def test_what_a_downloader_leaves_is_no_harm(whole: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(whole, tmp_path / "copy")
     (copy / ".cache" / "huggingface").mkdir(parents=True)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from compress.config import ImportanceConfig
 from compress.importance import run_importance
 from export.config import PackageConfig
 from export.package import run_package
+from halve.audio import probe
 from halve.errors import ArtefactError, CorpusError, InputError, RecipeError
 from halve.models import family_of, read_config
 from halve.progress import Progress
@@ -21,8 +24,9 @@ from pipeline import budget, console, shell
 from pipeline.forms import GRAPH_BYTES
 from pipeline.inspect_artefact import inspect
 from pipeline.recipe import read_recipe
+from pipeline.shell import spread_lists
 from pipeline.stages import Run, check_inputs, plan, steps_between
-from pipeline.translate import Line, Piece, _checked, _read, audible, checked
+from pipeline.translate import Line, Piece, _checked, _read, audible, checked, lines_of_files
 from tests import tiny
 from tests.families import text_models
 
@@ -301,3 +305,23 @@ def test_threads_and_losses_have_limits() -> None:
     ):
         with pytest.raises(ValueError, match="or equal to"):
             config(**values)
+
+
+def test_lines_come_through_a_pipe_and_not_from_a_folder(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(pipe.write_text, "one\ntwo\n", encoding="utf8")
+        found = lines_of_files([pipe], "en")
+        written.result()
+    assert [source.text for _, source in found] == ["one", "two"]
+    with pytest.raises(CorpusError, match="is a folder"):
+        lines_of_files([tmp_path], "en")
+    with pytest.raises(CorpusError, match="is a folder"):
+        probe(tmp_path)
+
+
+def test_several_texts_may_follow_one_option() -> None:
+    given = ["package", "--vocab-texts", "a.txt", "b.txt", "--trim-vocab"]
+    wanted = ["package", "--vocab-texts", "a.txt", "--vocab-texts", "b.txt", "--trim-vocab"]
+    assert spread_lists(given) == wanted

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.drafts import Ending
-from compress.encoded import check_room, held_bytes, take_in
+from compress.encoded import held_bytes, take_all
 from compress.footprint import Footprint
 from compress.task import SearchTask
 from halve.models import SpeechModel
@@ -71,9 +71,8 @@ class CrossTranslator:
         instruction = asked(family, task.lang, task.audio[0] if task.audio else None)
         before, after = family.prompt_ids(speech.processor, instruction)
         self._prompt = [*before, *after]
-        check_room(speech, task.audio)
         with torch.inference_mode():
-            self._heard: list[Tensor] = [take_in(speech, source) for source in task.audio]
+            self._heard: list[Tensor] = take_all(speech, task.audio)
 
     def __enter__(self) -> "CrossTranslator":
         self._mode = torch.inference_mode()

@@ -28,26 +28,38 @@ def take_in(speech: SpeechModel, source: Source) -> Any:
     return taken.cpu() if isinstance(taken, Tensor) else taken
 
 
-def check_room(speech: SpeechModel, sources: Sequence[Source]) -> None:
-    """Refuses more segments than main memory holds encoded, before all of them are: two tell what the others take.
+def take_all(speech: SpeechModel, sources: Sequence[Source], crew: Crew | None = None) -> list[Any]:
+    """All segments as `take_in` gives them; the shortest and the longest first, which tell what the others take.
 
     Raises:
-        InputError: they would take more than a share of it.
+        InputError: main memory does not hold them.
     """
-    if speech.family.reads != "audio" or not sources:
-        return
     lengths = [len(source) for source in sources]
-    least, most = min(lengths), max(lengths)
-    with torch.inference_mode():
-        small, large = (
-            take_in(speech, sources[lengths.index(length)]).nbytes for length in (least, most)
-        )
-    slope = (large - small) / max(most - least, 1)
-    needed = sum(small + slope * (length - least) for length in lengths)
+    order = sorted(range(len(sources)), key=lengths.__getitem__)
+    ends = [order[0], order[-1]] if order else []
+    found = {place: take_in(speech, sources[place]) for place in dict.fromkeys(ends)}
+    if speech.family.reads == "audio" and ends:  # a text is small
+        _check_room(lengths, ends, [found[place].nbytes for place in ends])
+    rest = [place for place in range(len(sources)) if place not in found]
+    encode = partial(take_in, speech)
+    todo = [sources[place] for place in rest]
+    found |= zip(rest, crew.map(encode, todo) if crew else map(encode, todo), strict=True)
+    return [found[place] for place in range(len(sources))]
+
+
+def _check_room(lengths: Sequence[int], ends: Sequence[int], sizes: Sequence[int]) -> None:
+    """Refuses segments of such lengths where they take too much, as the shortest and the longest of them tell.
+
+    Raises:
+        InputError: they do.
+    """
+    (shortest, longest), (least, most) = (lengths[place] for place in ends), sizes
+    slope = (most - least) / max(longest - shortest, 1)
+    needed = sum(least + slope * (length - shortest) for length in lengths)
     room = SHARE * environment.memory_bytes()
     if needed > room:
         raise InputError(
-            f"{len(sources)} encoded segments take about {needed / 1e9:.1f} GB of main memory",
+            f"{len(lengths)} encoded segments take about {needed / 1e9:.1f} GB of main memory",
             expected=f"at most {room / 1e9:.1f} GB on this machine",
             mend="rank on fewer --segments, or with --dtype bfloat16",
         )
@@ -56,9 +68,8 @@ def check_room(speech: SpeechModel, sources: Sequence[Source]) -> None:
 def embed_prompts(speech: SpeechModel, task: SearchTask, crew: Crew) -> list[Tensor]:
     """Prompt and audio of every segment as decoder inputs (tokens, hidden): the audio tower's only run."""
     family, model, processor = speech.family, speech.model, speech.processor
-    check_room(speech, task.audio)
     with torch.inference_mode(), crew:
-        heard = crew.map(partial(take_in, speech), task.audio)
+        heard = take_all(speech, task.audio, crew)
         # What a prompt is made of goes with it: nothing stands in memory twice.
         heard.reverse()
         return [

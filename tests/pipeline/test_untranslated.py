@@ -87,7 +87,7 @@ def test_a_run_goes_on_after_it_was_cleaned(finished: Run, tmp_path: Path) -> No
     cleaned = Run(finished.recipe, tmp_path / "cleaned")
     shutil.copytree(finished.out, cleaned.out)
     gone = {one.path.name for one in find(cleaned.out)}
-    assert gone == {"pruned", "translations", "adapter"}
+    assert gone == {"pruned", "translations", "adapter", "states"}
     for one in find(cleaned.out):
         shutil.rmtree(one.path)
     names = [step.name for step in stages.steps_between(cleaned, "package", None)]

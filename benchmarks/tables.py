@@ -149,8 +149,12 @@ def retention_table(result: Mapping[str, Any]) -> Table:
 
 def _p_values(retention: Mapping[str, float]) -> str:
     """Both tests' p values; results of before version 0.2 have only the first."""
-    keys = [key for key in ("p_value", "p_randomised") if key in retention]
-    return ", ".join(f"{retention[key]:.3f}" for key in keys)
+    return ", ".join(_p(retention[key]) for key in ("p_value", "p_randomised") if key in retention)
+
+
+def _p(value: float) -> str:
+    """No test is certain: none of a thousand resamples is less than one of them."""
+    return "<0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def controls_table(result: Mapping[str, Any]) -> Table | None:
@@ -437,7 +441,7 @@ def comparison_table(first: str, second: str, found: Mapping[str, Any]) -> Table
             else f"{pair['first']} → {pair['second']}",
             METRIC_TITLES[metric],
             _interval(metric, numbers),
-            f"{numbers['p_value']:.3f}, {numbers['p_randomised']:.3f}",
+            f"{_p(numbers['p_value'])}, {_p(numbers['p_randomised'])}",
             "yes" if numbers["significant"] else "no",
         ]
         for pair in found["models"]

@@ -14,7 +14,7 @@ from compress.config import DistillConfig
 from compress.logits import store_logits
 from compress.rows import Row, build_sequences, read_rows, segments_for
 from compress.states import open_states
-from halve import artefact, environment
+from halve import artefact
 from halve.artefact import Artefact, Draft
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
@@ -101,12 +101,9 @@ def _made(
     if not (out / artefact.RECORD).is_file():
         return None
     earlier = artefact.read(out)
-    is_same = (
-        earlier.kind == "translations"
-        and earlier.parents == {name: artefact.identity(path) for name, path in parents.items()}
-        and earlier.versions.get("halve") == environment.halve_version()
-        and not config.differs_from(earlier.recipe, _AFTER)
-    )
+    # Of these inputs, and by the code that is here: its own fingerprint, taken anew, says so.
+    now = artefact.fingerprint("translations", earlier.recipe, earlier.seed, parents)
+    is_same = earlier.fingerprint == now and not config.differs_from(earlier.recipe, _AFTER)
     return read_jsonl(out / "translations.jsonl") if is_same else None
 
 

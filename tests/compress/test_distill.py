@@ -163,6 +163,9 @@ def test_what_becomes_of_translations_needs_no_teacher(
     monkeypatch.delattr(distill, "load_model")
     again = run_distill(strict, tiny_model, tiny_corpus, tmp_path / "t")
     assert artefact.identity(again.path) == artefact.identity(fresh.path)
+    with monkeypatch.context() as context, pytest.raises(NameError):  # older code's
+        context.setattr(artefact, "REVISIONS", {"translations": 99})
+        run_distill(config, tiny_model, tiny_corpus, tmp_path / "t")
     with pytest.raises(NameError):  # other translations
         run_distill(strict.model_copy(update={"beams": 2}), tiny_model, tiny_corpus, tmp_path / "t")
 

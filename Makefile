@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench evidence lint docs clean setup
+.PHONY: help demo test slow bench evidence lint docs clean setup programs
 
 help:
 	@echo "make demo   set up, run the whole pipeline on the bundled model and speech, leave a report"
@@ -32,9 +32,9 @@ setup: $(STAMP)
 demo: $(STAMP)
 	bash demo/run.sh $(BIN)
 
-test: $(STAMP) lint
+test: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[ray]"
-	bash tests/install_programs.sh
+	+$(MAKE) --no-print-directory -j 2 lint programs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(STAMP)
@@ -42,6 +42,10 @@ slow: $(STAMP)
 	bash tests/install_programs.sh
 	@command -v nginx > /dev/null || test -x /usr/sbin/nginx || echo "Not installed: nginx. Its tests will be skipped; install it to run them too (on Debian that starts its service)."
 	$(BIN)/python -m pytest -m slow
+
+# Beside lint: most of it waits for the network.
+programs:
+	bash tests/install_programs.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

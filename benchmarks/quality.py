@@ -10,12 +10,18 @@ from typing import Any
 from benchmarks import comet as comet_metric
 from benchmarks import conditions, embedding, scoring, size
 from benchmarks.config import QualityConfig
-from benchmarks.earlier import SCORING_ALONE, has_translations, scorers, take_over
+from benchmarks.earlier import (
+    SCORING_ALONE,
+    check_earlier,
+    has_translations,
+    scorers,
+    take_over,
+)
 from benchmarks.heard import Heard, read_all
 from benchmarks.workload import shuffled_partners, silence_like
 from export.runtime import open_translator
 from halve import environment
-from halve.artefact import Artefact, Draft, read, writing
+from halve.artefact import Artefact, Draft, identity, read, writing
 from halve.corpus import Corpus, Segment, read_corpus
 from halve.errors import InputError
 from halve.families import Source
@@ -77,6 +83,8 @@ def run_quality(
     corpus: Path,
     out: Path,
     progress: Progress = SILENT,
+    *,
+    earlier: Sequence[Path] = (),
 ) -> Artefact:
     """Scores a teacher and its students or packages on one split.
 
@@ -84,10 +92,13 @@ def run_quality(
     `references.txt`, `hypotheses/NAME.txt`), from which `scoring.recompute` gets the same scores.
     A killed run goes on with the segments that were not yet translated.
 
+    Args:
+        earlier: results that have translated some of these models already, which are not asked again.
+
     Raises:
         CorpusError: no such split, or no reference in the language.
         ArtefactError: a path is no model.
-        InputError: a COMET checkpoint or an embedding model that is named and not there.
+        InputError: a COMET checkpoint or an embedding model that is named and not there; an earlier result made otherwise.
     """
     check_config(config)
     workload = _Workload.of(config, corpus)
@@ -102,16 +113,24 @@ def run_quality(
     }
     parents["corpus"] = corpus
     is_made = has_translations(out, config, parents)
+    paths = {model.name: model.path for model in models}
+    known = {place: check_earlier(place, config, paths, corpus) for place in earlier}
+    told = {own: identity(place) for place, names in known.items() for own in names}
+    if is_made:
+        known = {out: {name: name for name in paths}} | known
     translating = (set(config.recorded()) - SCORING_ALONE, set(parents))
     parents |= scorers(config)
     settings = config.recorded()
     with writing(out, "results", settings, config.seed, parents, work_needs=translating) as draft:
-        if is_made:
-            ids = [segment.id for segment in workload.segments]
-            take_over(out, draft.work, _chunks(workload.segments, config.batch_size), ids)
+        ids = [segment.id for segment in workload.segments]
+        for place, names in known.items():
+            progress.message(f"{', '.join(names)}: as translated in {place}")
+            take_over(place, names, draft.work, _chunks(workload.segments, config.batch_size), ids)
         found = _translate_all(config, models, workload, draft, progress)
         result = _result(config, models, sizes, workload, found, draft, progress)
         draft.extra.update(bench="quality", lang=config.lang, split=config.split)
+        if told:
+            draft.extra["taken_over"] = told
         write_json(draft.path / scoring.RESULT, result)
     return read(out)
 

@@ -2,7 +2,7 @@
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
 # Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_searched A_unheard B B_long B_long_mean B_mean B_twice B_twice_fine B_searched B_unheard C D baselines select test table
-# BEAMS=5 measures with five beams. GROUPS_OF_STUDENTS=half measures C, D and the unpruned teacher in 4 bits, pruned C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, long B_long_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
+# BEAMS=5 measures with five beams, BATCH_TEST rows at once; EARLIER=benchmarks/results/2026-11-26-beams (-de and -zh) has the teacher's translations. GROUPS_OF_STUDENTS=half measures C, D and the unpruned teacher in 4 bits, pruned C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, long B_long_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, STEPS_C, BATCH_QLORA, RATE_QLORA, BATCH_DISTILL (32: batches of 128 take half as long again).
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
@@ -130,7 +130,7 @@ quality() { # SPLIT GROUP STUDENTS…
         local PLACE=$OUT/$1-$CODE-$2${BEAMS:+-beams$BEAMS}
         missing "$PLACE" || continue
         "$HALVE" bench quality --teacher "$TEACHER" --corpus "$CORPUS" --lang "$CODE" --split "$1" --no-controls --out "$PLACE" ${BEAMS:+--beams "$BEAMS"} \
-            --students "${@:3}"
+            --batch-size "${BATCH_TEST:-16}" ${EARLIER:+--earlier "$EARLIER-$CODE"} --students "${@:3}"
     done
 }
 both() { # SPLIT: in two groups, so that the one can be measured before the other is trained

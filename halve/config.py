@@ -37,13 +37,18 @@ class Config(BaseModel):
         }
 
     def differs_from(self, record: Mapping[str, Any], apart: Iterable[str] = ()) -> bool:
-        """Whether an artefact with this record was made with other settings; one that it lacks had its default.
+        """Whether an artefact with this record was made with other settings: see `differing`."""
+        return bool(self.differing(record, apart))
+
+    def differing(self, record: Mapping[str, Any], apart: Iterable[str] = ()) -> dict[str, Any]:
+        """The settings that an artefact with this record was made with, where they are others; one that it lacks had its default.
 
         Args:
             apart: settings that may differ.
         """
         values = self.model_dump(mode="json", exclude={*self.DECIDES_NOTHING, *apart})
-        return any(record.get(name, self.default(name)) != value for name, value in values.items())
+        made = {name: record.get(name, self.default(name)) for name in values}
+        return {name: value for name, value in made.items() if value != values[name]}
 
     @classmethod
     def default(cls, name: str) -> Any:

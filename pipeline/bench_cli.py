@@ -35,12 +35,21 @@ def bench_quality(
             "--students", metavar="DIR...", help="Students and packages to compare with it."
         ),
     ] = None,
+    earlier: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--earlier",
+            metavar="DIR...",
+            help="Quality results whose translations of these models are taken over.",
+        ),
+    ] = None,
     out: Out = None,
 ) -> Result:
     """Scores a teacher and its students: BLEU, chrF, chrF++, TER, retention with its interval."""
     given = students or []
     place = shell.place(out, "quality", config, teacher, corpus, *given)
-    return shell.bench(steps.quality(config, teacher, given, corpus, place), "quality.json")
+    step = steps.quality(config, teacher, given, corpus, place, earlier or [])
+    return shell.bench(step, "quality.json")
 
 
 @command(bench, "longform", LongformConfig)

@@ -187,14 +187,21 @@ def package(
 
 
 def quality(
-    config: QualityConfig, teacher: Model, students: Sequence[Model], speech: Path, out: Path
+    config: QualityConfig,
+    teacher: Model,
+    students: Sequence[Model],
+    speech: Path,
+    out: Path,
+    earlier: Sequence[Path] = (),
 ) -> Step:
-    """Scores models."""
+    """Scores models; what `earlier` results hold of them is not translated again."""
 
     def work(progress: Progress) -> Artefact:
         from benchmarks.quality import run_quality
 
-        return run_quality(config, teacher, list(students), speech, out, progress)
+        return run_quality(
+            config, teacher, list(students), speech, out, progress, earlier=list(earlier)
+        )
 
     def lacks(made: Path) -> bool:
         from benchmarks.earlier import lacks_comet

@@ -13,7 +13,7 @@ from benchmarks.quality import run_quality
 from export.runtime import open_translator
 from halve import artefact, metrics
 from halve.corpus import read_corpus
-from halve.errors import CorpusError
+from halve.errors import CorpusError, InputError
 from halve.json_files import read_jsonl
 from halve.metrics import METRICS, score
 from halve.sources import segment_limit
@@ -131,6 +131,70 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     assert opened == ["tiny", "student", "student"]
     for name in artefact.read(out).files:
         assert (out / name).read_bytes() == (quality_result / name).read_bytes(), name
+
+
+def test_what_an_earlier_result_has_translated_is_not_translated_again(
+    quality_result: Path,
+    tiny_model: Path,
+    tiny_student: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+    stock = open_translator
+
+    def noted(path: Any, **options: Any) -> Any:
+        opened.append(Path(path).name)
+        return stock(path, **options)
+
+    monkeypatch.setattr("benchmarks.quality.open_translator", noted)
+    config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)
+    joined = shutil.copytree(tiny_student, tmp_path / "joined")
+    (joined / "README.md").write_text("another student\n")
+    students = [joined, tiny_student]
+    out = tmp_path / "out"
+    run_quality(config, tiny_model, students, tiny_corpus, out, earlier=[quality_result])
+    assert opened == ["joined"]
+    taken = artefact.identity(quality_result)
+    assert artefact.read(out).extra["taken_over"] == {"tiny": taken, "student": taken}
+    before, after = scoring.read_result(quality_result), scoring.read_result(out)
+    for name in ("tiny", "tiny.silence", "student"):
+        assert after.hypotheses(name) == before.hypotheses(name)
+    assert after.hypotheses("joined") == before.hypotheses("student")
+    old, new = _result(quality_result), _result(out)
+    assert new["teacher"] == old["teacher"]
+    assert new["students"][1] == old["students"][0]
+
+
+def test_an_earlier_result_that_says_something_else_is_refused(
+    quality_result: Path,
+    tiny_model: Path,
+    tiny_student: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+) -> None:
+    config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)
+
+    def refusal(config: QualityConfig, teacher: Path, corpus: Path, earlier: Path) -> str:
+        with pytest.raises(InputError) as refused:
+            run_quality(config, teacher, [], corpus, tmp_path / "out", earlier=[earlier])
+        assert not (tmp_path / "out").exists()
+        return str(refused.value)
+
+    wider = config.model_copy(update={"beams": 3, "batch_size": 1})
+    assert "with batch_size 2, which is 1 here, with beams 1, which is 3 here" in refusal(
+        wider, tiny_model, tiny_corpus, quality_result
+    )
+    corpus = shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    (corpus / "artefact.json").unlink()
+    assert "of another corpus" in refusal(config, tiny_model, corpus, quality_result)
+    other = shutil.copytree(tiny_student, tmp_path / "other")
+    (other / "README.md").write_text("another model\n")
+    assert "of student, tiny, none of them" in refusal(config, other, tiny_corpus, quality_result)
+    edited = shutil.copytree(quality_result, tmp_path / "edited")
+    (edited / "hypotheses" / "tiny.txt").write_text("Was anderes.\n" * 4)
+    assert "hypotheses/tiny.txt" in refusal(config, tiny_model, tiny_corpus, edited)
 
 
 def test_a_model_against_itself_keeps_everything(

@@ -2,14 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from benchmarks import scoring
 from benchmarks.comet import could_measure
 from benchmarks.conditions import NOISE
 from benchmarks.config import QualityConfig
+from benchmarks.translations import Model, Workload, read_store, store_of
 from halve import artefact, environment
+from halve.artefact import Artefact
 from halve.errors import ArtefactError, InputError
-from halve.json_files import append_jsonl, read_json
+from halve.json_files import append_jsonl, read_json, read_jsonl, write_json
+from halve.progress import Progress
 
 SCORING_ALONE = frozenset(
     {"comet_checkpoint", "comet_python", "comet_batch_size", "embedding_model", "resamples", "seed"}
@@ -17,6 +23,11 @@ SCORING_ALONE = frozenset(
 """Settings that change no translation."""
 SCORERS = ("comet checkpoint", "embedding model")
 """The names of the models that score, among a result's inputs."""
+_ADDS = frozenset({"controls", "noise_db"})
+"""Settings that add translations and change none."""
+_ORIGINS = "taken_over.json"
+"""In the resume state: what other results the texts there are from, by the models' contents."""
+_RUNTIMES = ("torch", "transformers", "onnxruntime", "llama-cpp-python")
 
 
 def scorers(config: QualityConfig) -> dict[str, Path]:
@@ -35,30 +46,48 @@ def lacks_comet(config: QualityConfig, result: Path) -> bool:
     return not comet.get("measured")
 
 
-def has_translations(out: Path, config: QualityConfig, parents: Mapping[str, Path]) -> bool:
-    """Whether a finished result's texts are those that this run would make, however they are to be scored now.
+def bring(
+    config: QualityConfig,
+    models: Sequence[Model],
+    workload: Workload,
+    work: Path,
+    out: Path,
+    earlier: Mapping[Path, Mapping[str, str]],
+    progress: Progress,
+) -> None:
+    """Takes over what a finished result in `out`, and earlier ones, have translated as this run would.
 
     Args:
-        parents: what is translated, and by which models.
+        work: the resume state, where finished chunks are kept.
+        earlier: what `check_earlier` said of each.
     """
-    if not (out / artefact.RECORD).is_file():
-        return False
-    made = artefact.read(out)
-    if made.kind != "results" or made.extra.get("bench") != "quality":
-        return False
-    known = {name: found for name, found in made.parents.items() if name not in SCORERS}
-    wanted = {name: artefact.identity(path) for name, path in parents.items()}
-    same_code = made.versions.get("halve") == environment.versions().get("halve")
-    return same_code and known == wanted and not config.differs_from(made.recipe, SCORING_ALONE)
+    for result, names in {
+        out: _in_place(config, models, workload, out, progress),
+        **earlier,
+    }.items():
+        if not names:
+            continue
+        if result != out:
+            progress.message(f"{', '.join(names)}: as translated in {result}")
+            _warn_of_elsewhere(result, progress)
+        for model in models:
+            if model.name in names and _take_over(
+                config, result, names[model.name], model, workload, work
+            ):
+                _note_origin(result, names[model.name], model, work, is_own=result == out)
+
+
+def origins(models: Sequence[Model], work: Path) -> dict[str, Any]:
+    """Which models' translations are another result's, with that result's hash and versions: by name."""
+    path = work / _ORIGINS
+    known = read_json(path) if path.is_file() else {}
+    return {model.name: known[model.key] for model in models if model.key in known}
 
 
 def check_earlier(
-    result: Path, config: QualityConfig, models: Mapping[str, Path], corpus: Path
+    result: Path, config: QualityConfig, models: Sequence[Model], corpus: Path
 ) -> dict[str, str]:
     """Which of a run's models an earlier result has translated already, as this run would.
-
-    Args:
-        models: the run's, by name.
 
     Returns:
         the result's names by the run's.
@@ -83,60 +112,132 @@ def check_earlier(
             expected="a result of the same corpus, settings and version of halve",
             mend="measure with those settings, or leave --earlier out",
         )
-    known = {
-        identity: name.partition(" ")[2]
-        for name, identity in made.parents.items()
-        if name.startswith(("teacher ", "student "))
-    }
-    mine = {name: artefact.identity(path) for name, path in models.items()}
-    found = {name: known[identity] for name, identity in mine.items() if identity in known}
+    found = _shared(made, models)
     if not found:
         raise InputError(
-            f"{result} has translations of {', '.join(sorted(known.values()))}, none of them a model of this run",
+            f"{result} has translations of {', '.join(sorted(_translated(made).values()))}, none of them a model of this run",
             mend="leave --earlier out",
         )
     return found
 
 
-def _made_otherwise(made: artefact.Artefact, config: QualityConfig, corpus: Path) -> str:
+def _in_place(
+    config: QualityConfig,
+    models: Sequence[Model],
+    workload: Workload,
+    out: Path,
+    progress: Progress,
+) -> dict[str, str]:
+    """The models that a finished result has translated which this run will replace, if it is one."""
+    if not (out / artefact.RECORD).is_file():
+        return {}
+    made = artefact.read(out)
+    if made.kind != "results" or made.extra.get("bench") != "quality":
+        return {}
+    if _made_otherwise(made, config, workload.corpus.path):
+        return {}
+    if faults := artefact.verify(out):
+        progress.warn(f"{out} is translated anew: {'; '.join(faults[:3])}")
+        return {}
+    return _shared(made, models)
+
+
+def _translated(made: Artefact) -> dict[str, str]:
+    """A result's models by their contents."""
+    roles = ("teacher ", "student ")
+    return {
+        identity: name.partition(" ")[2]
+        for name, identity in made.parents.items()
+        if name.startswith(roles)
+    }
+
+
+def _shared(made: Artefact, models: Sequence[Model]) -> dict[str, str]:
+    known = _translated(made)
+    mine = {model.name: artefact.identity(model.path) for model in models}
+    return {name: known[identity] for name, identity in mine.items() if identity in known}
+
+
+def _made_otherwise(made: Artefact, config: QualityConfig, corpus: Path) -> str:
     """In what a result differs from one that this run would make of the same models; empty where it does not."""
     version, here = made.versions.get("halve"), environment.versions().get("halve")
     if version != here:
         return f"by halve {version}, which is {here} here"
     if made.parents.get("corpus") != artefact.identity(corpus):
         return "of another corpus"
-    settings = config.differing(made.recipe, SCORING_ALONE | {"controls"})
+    settings = config.differing(made.recipe, SCORING_ALONE | _ADDS)
     now = config.model_dump(mode="json")
     return ", ".join(
         f"with {name} {value}, which is {now[name]} here" for name, value in settings.items()
     )
 
 
-def take_over(
-    result: Path,
-    names: Mapping[str, str],
-    work: Path,
-    chunks: Sequence[Sequence[int]],
-    ids: Sequence[str],
-) -> None:
-    """Writes a result's translations as a run's finished chunks, of models that have none yet.
+def _made_on(result: Path) -> dict[str, str]:
+    """The runtimes that translated a result, and the GPU if they had one."""
+    known = artefact.read(result).versions
+    found = {name: known[name] for name in _RUNTIMES if known.get(name)}
+    timings = result / artefact.TIMINGS
+    stages = read_jsonl(timings) if timings.is_file() else []
+    gpus = [line["gpu"] for line in stages if line.get("event") == "stage" and line.get("gpu")]
+    return found | ({"gpu": str(gpus[-1])} if gpus else {})
 
-    Args:
-        names: what the result calls the run's models, by the run's names.
-        work: where a quality run keeps its chunks.
-        chunks: the segments' places in each chunk.
-        ids: of the segments, which must be the result's.
-    """
-    if scoring.read_lines(result / "ids.txt") != list(ids):
-        return
+
+def _warn_of_elsewhere(result: Path, progress: Progress) -> None:
+    there, known = _made_on(result), environment.versions()
+    here = {name: known[name] for name in _RUNTIMES if known.get(name)}
+    others = [
+        f"{name} {there[name]} (here {here[name]})"
+        for name in _RUNTIMES
+        if name in there and name in here and there[name] != here[name]
+    ]
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    if there.get("gpu") != gpu:
+        others.append(f"{there.get('gpu', 'no GPU')} (here {gpu or 'none'})")
+    if others:
+        progress.warn(
+            f"{result} was made with {', '.join(others)}: its texts may differ where two tokens are all but equally likely"
+        )
+
+
+def _take_over(
+    config: QualityConfig,
+    result: Path,
+    name: str,
+    model: Model,
+    workload: Workload,
+    work: Path,
+) -> bool:
+    """Writes a result's translations as a run's finished chunks, those that it lacks; says whether it lacked any of the plain ones."""
+    if scoring.read_lines(result / "ids.txt") != workload.ids:
+        return False
     stopped = read_json(result / "stopped.json")
-    for own, name in names.items():
-        for end in ("", *(f".{what}" for what in (*scoring.CONTROLS, NOISE))):
-            file = result / "hypotheses" / f"{name}{end}.txt"
-            store = work / f"{own}{end}.jsonl"
-            if store.exists() or not file.is_file():
-                continue
-            texts, reasons = scoring.read_lines(file), stopped.get(file.stem, {})
-            for number, chunk in enumerate(chunks):
-                rows = [[index, texts[index], reasons.get(ids[index], "end")] for index in chunk]
+    noise_db = artefact.read(result).recipe.get("noise_db")
+    took = False
+    for condition in ("", *scoring.CONTROLS, NOISE):
+        stem = f"{name}.{condition}" if condition else name
+        file = result / "hypotheses" / f"{stem}.txt"
+        if not file.is_file() or (condition == NOISE and noise_db != config.noise_db):
+            continue
+        store = store_of(work, model, condition, noise_db)
+        done = read_store(store)
+        texts, reasons = scoring.read_lines(file), stopped.get(stem, {})
+        for number, chunk in enumerate(workload.chunks):
+            if number not in done:
+                rows = [
+                    [index, texts[index], reasons.get(workload.segments[index].id, "end")]
+                    for index in chunk
+                ]
                 append_jsonl(store, {"chunk": number, "rows": rows})
+                took |= not condition
+    return took
+
+
+def _note_origin(result: Path, name: str, model: Model, work: Path, is_own: bool) -> None:
+    """Keeps on record whose texts they are: of a result that is made again, what it said itself."""
+    earlier = artefact.read(result).extra.get("taken_over", {}).get(name)
+    if is_own and earlier is None:
+        return
+    path = work / _ORIGINS
+    known = read_json(path) if path.is_file() else {}
+    first = {"result": artefact.identity(result), **_made_on(result)}
+    write_json(path, known | {model.key: earlier or first})

@@ -104,7 +104,7 @@ def language_of(model: Path) -> str:
 
 # Options that take several values, as `--students A B` or as `--students A --students B`.
 _LISTS = {
-    ("bench", "quality"): ("--students",),
+    ("bench", "quality"): ("--students", "--earlier"),
     ("bench", "longform"): ("--hypothesis",),
     ("bench", "latency"): ("--models", "--peers", "--also-threads"),
     ("serve",): ("--model",),

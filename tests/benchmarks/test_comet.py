@@ -188,7 +188,9 @@ def test_comet_that_could_not_be_measured_is_measured_when_it_can(
     assert ran and not read_json(made.path / "quality.json")["comet"]["measured"]
     assert not steps.carry_out(step, SILENT)[1], "there is still no environment"
     _install_stand_in(monkeypatch, tmp_path)
-    monkeypatch.setattr("benchmarks.quality.open_translator", None)  # nothing is translated again
+    monkeypatch.setattr(
+        "benchmarks.translations.open_translator", None
+    )  # nothing is translated again
     made, ran = steps.carry_out(step, SILENT)
     assert ran and read_json(made.path / "quality.json")["comet"]["measured"]
     assert (made.path / "hypotheses" / "tiny.txt").read_bytes() == before
@@ -210,7 +212,9 @@ def test_only_what_scores_is_done_again(
     before = (made.path / "hypotheses" / "tiny.txt").read_bytes()
     _install_stand_in(monkeypatch, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("benchmarks.quality.open_translator", None)  # nothing is translated again
+        patch.setattr(
+            "benchmarks.translations.open_translator", None
+        )  # nothing is translated again
         scored = step(comet_checkpoint=checkpoint, resamples=200)
         made, ran = steps.carry_out(scored, SILENT)
     assert ran and read_json(made.path / "quality.json")["comet"]["measured"]

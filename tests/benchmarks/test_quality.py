@@ -10,6 +10,8 @@ import pytest
 from benchmarks import scoring
 from benchmarks.config import QualityConfig
 from benchmarks.quality import run_quality
+from export.config import PackageConfig
+from export.package import run_package
 from export.runtime import open_translator
 from halve import artefact, metrics
 from halve.corpus import read_corpus
@@ -120,7 +122,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
         return stock(path, **options)
 
-    monkeypatch.setattr("benchmarks.quality.open_translator", interrupted)
+    monkeypatch.setattr("benchmarks.translations.open_translator", interrupted)
     config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)
     out = tmp_path / "quality"
     inputs = (config, tiny_model, [tiny_student], tiny_corpus, out)
@@ -148,7 +150,7 @@ def test_what_an_earlier_result_has_translated_is_not_translated_again(
         opened.append(Path(path).name)
         return stock(path, **options)
 
-    monkeypatch.setattr("benchmarks.quality.open_translator", noted)
+    monkeypatch.setattr("benchmarks.translations.open_translator", noted)
     config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)
     joined = shutil.copytree(tiny_student, tmp_path / "joined")
     (joined / "README.md").write_text("another student\n")
@@ -156,8 +158,10 @@ def test_what_an_earlier_result_has_translated_is_not_translated_again(
     out = tmp_path / "out"
     run_quality(config, tiny_model, students, tiny_corpus, out, earlier=[quality_result])
     assert opened == ["joined"]
-    taken = artefact.identity(quality_result)
-    assert artefact.read(out).extra["taken_over"] == {"tiny": taken, "student": taken}
+    taken = artefact.read(out).extra["taken_over"]
+    assert taken.keys() == {"tiny", "student"}
+    assert taken["tiny"]["result"] == artefact.identity(quality_result)
+    assert taken["tiny"]["torch"] == artefact.read(quality_result).versions["torch"]
     before, after = scoring.read_result(quality_result), scoring.read_result(out)
     for name in ("tiny", "tiny.silence", "student"):
         assert after.hypotheses(name) == before.hypotheses(name)
@@ -165,6 +169,72 @@ def test_what_an_earlier_result_has_translated_is_not_translated_again(
     old, new = _result(quality_result), _result(out)
     assert new["teacher"] == old["teacher"]
     assert new["students"][1] == old["students"][0]
+
+
+def test_what_is_there_outlives_a_change_of_students(
+    quality_result: Path,
+    tiny_model: Path,
+    tiny_student: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+    stock = open_translator
+
+    def failing(path: Any, **options: Any) -> Any:
+        opened.append(Path(path).name)
+        if Path(path).name == "other":
+            raise RuntimeError("out of memory")
+        return stock(path, **options)
+
+    monkeypatch.setattr("benchmarks.translations.open_translator", failing)
+    other = shutil.copytree(tiny_student, tmp_path / "other")
+    (other / "README.md").write_text("another student\n")
+    config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError):
+        run_quality(config, tiny_model, [other, tiny_student], tiny_corpus, out)
+    run_quality(config, tiny_model, [tiny_student], tiny_corpus, out)
+    assert opened == ["tiny", "other", "student"]
+    assert _result(out) == _result(quality_result)
+    opened.clear()
+    # Nor does a finished result lose what another student leaves as it was.
+    run_quality(config, tiny_model, [tiny_student, tiny_model], tiny_corpus, out)
+    assert opened == []
+    assert "taken_over" not in artefact.read(out).extra
+    (out / "hypotheses" / "student.txt").write_text("Was anderes.\n" * 4)
+    config = config.model_copy(update={"resamples": 200})
+    run_quality(config, tiny_model, [tiny_student], tiny_corpus, out)
+    assert opened == ["tiny", "student"], "a damaged result is not taken for the models' own"
+    assert scoring.read_result(out).hypotheses("student") != ["Was anderes."] * 4
+
+
+def test_what_another_result_said_stays_on_record(
+    quality_result: Path, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)
+    out = tmp_path / "out"
+    run_quality(config, tiny_model, [], tiny_corpus, out, earlier=[quality_result])
+    first = artefact.read(out).extra["taken_over"]
+    again = config.model_copy(update={"resamples": 200, "controls": False})
+    run_quality(again, tiny_model, [], tiny_corpus, out)
+    assert artefact.read(out).extra["taken_over"] == first
+
+
+def test_what_a_model_cannot_translate_is_refused_before_any_has_translated(
+    tiny_model: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = PackageConfig(target="onnx", precision="fp32", langs=("de",), max_drop=100.0)
+    packaged = run_package(made, tiny_model, None, tmp_path / "package").path
+    monkeypatch.setattr("benchmarks.translations.open_translator", None)
+    config = QualityConfig(lang="zh", limit=2, resamples=100)
+    with pytest.raises(InputError, match="does not translate into Chinese"):
+        run_quality(config, tiny_model, [packaged], tiny_corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_earlier_result_that_says_something_else_is_refused(

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import typer
 
 from halve.artefact import writing
 from halve.errors import CorpusError, InputError
 from pipeline import doctor, document_cli, failures
 from pipeline.clean import find
-from pipeline.cli import main
+from pipeline.cli import app, main
 from pipeline.options import settings_from, speaks
 from pipeline.shell import keep_apart, spread_lists
 from pipeline.translate import pieces_of_segments
@@ -48,6 +49,15 @@ def test_the_documentation_is_current() -> None:
     assert written == document_cli.document(), "run `make docs`"
     for command in ("importance", "bench quality", "serve", "doctor"):
         assert f"## halve {command}\n" in written
+
+
+def test_what_is_shown_as_a_list_is_taken_as_one() -> None:
+    for words, command in document_cli._commands(typer.main.get_command(app), ""):
+        for option in command.params:
+            if option.multiple and (option.metavar or "").endswith("..."):
+                name = option.opts[0]
+                given = [*words.split(), name, "a", "b"]
+                assert spread_lists(given) == [*words.split(), name, "a", name, "b"], (words, name)
 
 
 def test_lists_may_follow_their_option() -> None:

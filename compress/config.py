@@ -13,10 +13,18 @@ Precision = Literal["float32", "bfloat16"]
 Arithmetic = Literal["auto", "float32", "bfloat16"]
 
 
+def _check_weights(weights: str, precision: str) -> None:
+    if weights == "bfloat16" and precision == "float32":
+        raise ValueError("weights in bfloat16 compute in bfloat16, not with precision float32")
+
+
 class TrainingConfig(Config):
     """What full fine-tuning and adapter tuning have in common."""
 
-    DECIDES_NOTHING = frozenset({"checkpoint_every"})
+    # How it is computed, not what: a run goes on elsewhere, or in less memory.
+    DECIDES_NOTHING = frozenset(
+        {"checkpoint_every", "checkpoint_activations", "device", "rows_at_once"}
+    )
 
     langs: Langs
     """Target languages; the model learns them together."""
@@ -26,6 +34,8 @@ class TrainingConfig(Config):
     """Stop after so many optimiser steps, if that is before the epochs end."""
     batch_size: Positive = 4
     """Training rows (one text of one segment) in an optimiser step."""
+    rows_at_once: Positive | None = None
+    """Training rows whose gradients are computed together and then summed, where memory has no room for a whole batch."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """Peak learning rate."""
     schedule: Schedule = "cosine"
@@ -105,8 +115,7 @@ class TeachConfig(AdapterConfig):
 
     @model_validator(mode="after")
     def _computes_in_what_it_keeps(self) -> Self:
-        if self.weights == "bfloat16" and self.precision == "float32":
-            raise ValueError("weights in bfloat16 compute in bfloat16, not with precision float32")
+        _check_weights(self.weights, self.precision)
         return self
 
 
@@ -172,6 +181,7 @@ class DistillConfig(Config):
     """Sequence-level knowledge distillation: the teacher translates the training audio."""
 
     ADDED_LATER = frozenset({"beams", "untranslated"})
+    DECIDES_NOTHING = frozenset({"device"})
 
     langs: Langs
     """Target languages."""
@@ -215,6 +225,8 @@ class DistillConfig(Config):
 class TuneConfig(AdapterConfig):
     """Tuning the pruned model on references and the teacher's translations."""
 
+    ADDED_LATER = frozenset({"weights"})
+
     method: Literal["qlora", "lora", "full"] = "qlora"
     """qlora trains an adapter over NF4 weights, lora over plain ones; full trains all but the audio tower (and images' parts) and writes a student."""
     logit_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -225,3 +237,14 @@ class TuneConfig(AdapterConfig):
     """Stop after so many scores in a row that are no better than the best."""
     precision: Arithmetic = "auto"
     """Arithmetic: bfloat16 is autocast, and frozen weights are then kept in bfloat16 too; auto takes it where the device has units for it, else float32."""
+    weights: Precision = "float32"
+    """With method full, how weights and optimiser state are kept; bfloat16 takes half the memory and learns less finely."""
+
+    @model_validator(mode="after")
+    def _keeps_what_it_trains(self) -> Self:
+        if self.weights == "bfloat16" and self.method != "full":
+            raise ValueError(
+                f"weights in bfloat16 are for method full; {self.method} trains an adapter in float32"
+            )
+        _check_weights(self.weights, self.precision)
+        return self

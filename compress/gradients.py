@@ -52,7 +52,10 @@ def target_logits(speech: SpeechModel, batch: Batch, states: Tensor) -> Tensor:
         beside = family.conditions(heard.reshape(len(batch.ids), -1, heard.shape[-1]).unbind())
     elif family.reads == "audio":
         audio = family.project(model, states)
-        embeds = embeds.masked_scatter(batch.is_audio[..., None], audio.to(embeds.dtype))
+        # Where layers are spread over GPUs, the projector may be on another than the embeddings.
+        embeds = embeds.masked_scatter(
+            batch.is_audio[..., None], audio.to(embeds.device, embeds.dtype)
+        )
     hidden = speech.part(family.decoder)(
         **family.decoder_inputs(model, embeds),
         attention_mask=family.attention_masks(model, batch.mask, batch.positions),
@@ -87,6 +90,7 @@ class GradientMaker:
     threads: int
     team: Team = field(default_factory=Team)
     soft: SoftLoss | None = None
+    rows_at_once: int | None = None
 
     def accumulate(self, sequences: Sequence[TrainingSequence], seed: int) -> float:
         """Sets the weights' gradients of the mean loss over the target tokens; returns that loss.
@@ -123,11 +127,22 @@ class GradientMaker:
     def _part(
         self, sequences: Sequence[TrainingSequence], seed: int, count: int
     ) -> tuple[float, list[Tensor | None]]:
+        generator = torch.Generator().manual_seed(seed % SEEDS)
+        total = 0.0
+        summed: list[Tensor | None] = [None] * len(self.weights)
+        for piece in pieces(sequences, self.rows_at_once):
+            loss = self._loss(sequences[piece], generator) / count
+            gradients = torch.autograd.grad(loss, self.weights, allow_unused=True)
+            total += loss.item()
+            summed = [_sum(one, other) for one, other in zip(summed, gradients, strict=True)]
+        return total, summed
+
+    def _loss(self, sequences: Sequence[TrainingSequence], generator: torch.Generator) -> Tensor:
+        """The loss summed over the target tokens of some sequences."""
         clips = [self.audio.read(sequence.segment) for sequence in sequences]
         lengths = [len(clip) for clip in clips]
         states = torch.cat(clips)
         if self.spec_mask:
-            generator = torch.Generator().manual_seed(seed % SEEDS)
             blank = span_mask(lengths, self.spec_mask, generator).to(states.device)
             states = states.masked_fill(blank[:, None], 0.0)
         # An encoder's states are attended to from beside: they take no positions of the decoder's.
@@ -137,11 +152,19 @@ class GradientMaker:
         with autocast(self.speech.device, self.autocast):
             logits = target_logits(self.speech, batch, states)
             loss = cross_entropy(logits, batch, self.label_smoothing)
-            if self.soft is not None:
-                loss = self.soft(loss, logits, sequences)
-            loss = loss / count
-        gradients = torch.autograd.grad(loss, self.weights, allow_unused=True)
-        return loss.item(), list(gradients)
+            return loss if self.soft is None else self.soft(loss, logits, sequences)
+
+
+def pieces(sequences: Sequence[TrainingSequence], rows: int | None) -> list[slice]:
+    """Consecutive sequences with at most so many rows together, or one alone that has more; all where None."""
+    found, start, held = [], 0, 0
+    for place, sequence in enumerate(sequences):
+        count = len(sequence.branches)
+        if rows is not None and held and held + count > rows:
+            found.append(slice(start, place))
+            start, held = place, 0
+        held += count
+    return [*found, slice(start, len(sequences))]
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

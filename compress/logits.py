@@ -31,6 +31,7 @@ TOKENS, VALUES, INDEX, META = (
     "logits.json",
 )
 BATCH_SEQUENCES = 8
+_POSITIONS_AT_ONCE = 256
 _LEAST = 1e-7
 """Probability below which the rest counts as this much, so that its logarithm is a number."""
 
@@ -150,9 +151,15 @@ def _distributions(
     clips = [audio.read(each.segment).to(speech.device) for each in sequences]
     lengths = [0 if speech.family.attends_to_encoder else len(clip) for clip in clips]
     batch = collate(sequences, lengths).to(speech.device)
-    logits = target_logits(speech, batch, torch.cat(clips)).float()
-    found = torch.topk(functional.log_softmax(logits, dim=-1), top)
-    return SoftTargets(found.indices, found.values)
+    logits = target_logits(speech, batch, torch.cat(clips))
+    # A part at a time: over a large vocabulary the float32 copies of all positions take gigabytes.
+    found = [
+        torch.topk(functional.log_softmax(part.float(), dim=-1), top)
+        for part in torch.split(logits, _POSITIONS_AT_ONCE)
+    ]
+    return SoftTargets(
+        torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
+    )
 
 
 def divergence(logits: Tensor, targets: SoftTargets, direction: str) -> Tensor:

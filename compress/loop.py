@@ -98,6 +98,7 @@ def train(training: Training, progress: Progress = SILENT) -> RunState:
         state.history = [{}]
     if state.step == 0 and training.score_start and not state.history:
         _record(training, state, optimizer, 0.0)
+    _tell_of_idle(training, progress)
     if not state.finished:
         with (
             gradient_threads(training.speech.device, _may_split(training)) as (pool, threads),
@@ -108,6 +109,19 @@ def train(training: Training, progress: Progress = SILENT) -> RunState:
     if training.team.is_main and state.best_step is not None and state.best_step != state.step:
         load_best(training.folder, state.best_step, training.weights)
     return state
+
+
+def _tell_of_idle(training: Training, progress: Progress) -> None:
+    """Says where batches are of fewer sequences than there are processes: some have nothing to do."""
+    if training.team.size == 1:
+        return
+    plan = _plan(training, 0)
+    idle = sum(len(numbers) < training.team.size for numbers in plan)
+    if idle > len(plan) // 2:
+        progress.warn(
+            f"{idle} of {len(plan)} batches have fewer clips than there are processes, since a clip's texts stay together: "
+            "raise --batch-size, or --no-share-audio"
+        )
 
 
 def _may_split(training: Training) -> bool:
@@ -135,6 +149,7 @@ def _gradient_maker(
         threads=threads,
         team=training.team,
         soft=training.soft,
+        rows_at_once=training.config.rows_at_once,
     )
 
 
@@ -190,7 +205,8 @@ def _step(
         factor = 0.0 if waits else learning_rate_factor(config, fraction)
         group["lr"] = group["peak"] * factor
     seed = config.seed * 1_000_003 + step
-    torch.manual_seed(seed % SEEDS)  # for dropout
+    # For dropout: each process draws for itself.
+    torch.manual_seed((seed * training.team.size + training.team.rank) % SEEDS)
     value = maker.accumulate([training.sequences[number] for number in numbers], seed)
     weights = training.weights.values()
     if config.clip_norm:

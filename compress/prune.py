@@ -18,6 +18,7 @@ from halve.families import Family, SourceText, family_for
 from halve.families.base import kept_slices
 from halve.json_files import read_json, write_json
 from halve.languages import language
+from halve.lineage import earlier_ranking, earlier_training
 from halve.model_checks import check_tied_head
 from halve.models import SpeechModel, check_weights, load_model, read_config, resolve_model
 from halve.origin import origin
@@ -82,7 +83,11 @@ def run_prune(
             progress.message("Comparing logits with the sliced teacher")
             draft.extra["max_logit_difference"] = compare_logits(model, draft.path, chosen.kept)
         draft.extra.update(
-            origin=origin(model), ranked_by=chosen.method, **numbered_by_teacher(chosen, model)
+            origin=origin(model),
+            ranked_by=chosen.method,
+            **numbered_by_teacher(chosen, model),
+            **earlier_ranking(model),
+            **earlier_training(model),
         )
         if langs := languages_of(model):
             draft.extra["langs"] = list(langs)

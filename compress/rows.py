@@ -1,6 +1,7 @@
 """Training rows: which texts a model learns from which segment, and their tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +139,10 @@ def build_sequences(
 
     Raises:
         FamilyError: the prompt leaves nothing to predict the first token from.
+        CorpusError: a text is longer than the decoder has places for.
     """
+    # Whisper learns a vector for each place; other decoders turn theirs, and have no such end.
+    places = getattr(speech.part(speech.family.decoder).config, "max_target_positions", None)
     by_segment: dict[str, list[Row]] = {}
     for row in rows:
         by_segment.setdefault(row.id, []).append(row)
@@ -150,6 +154,12 @@ def build_sequences(
         for row in by_segment.get(segment.id, ()):
             head, tail = _prompt(speech, segment, row, prompts)
             target = (*_tokens(speech, row.text), end)
+            if places is not None and len(head) + len(tail) + len(target) > places + 1:
+                raise CorpusError(
+                    f"The {row.lang} text of segment {segment.id} has {len(target)} tokens",
+                    expected=f"at most {places + 1 - len(head) - len(tail)}: the decoder has {places} places",
+                    mend="leave this segment out of the corpus, or cut it into shorter ones",
+                )
             heads.setdefault(head, []).append(Branch(tail, target, row.number))
         for head, branches in heads.items():
             parts = [tuple(branches)] if share_audio else [(branch,) for branch in branches]
@@ -166,6 +176,10 @@ def end_token(speech: SpeechModel) -> int:
     ends = speech.family.end_ids(speech.model)
     tokenizer = speech.processor.tokenizer
     own = tokenizer.eos_token_id
+    if not getattr(tokenizer, "chat_template", None):
+        # Older releases keep it in a file that the processor alone reads: the prompt is made of that.
+        tokenizer = copy(tokenizer)
+        tokenizer.chat_template = getattr(speech.processor, "chat_template", None)
     found = _end_of_turn(tokenizer, ends)
     if found is not None:
         return found

@@ -24,6 +24,7 @@ from halve.errors import InputError
 from halve.families import SourceText
 from halve.json_files import append_jsonl
 from halve.languages import language
+from halve.lineage import earlier_training
 from halve.metrics import score
 from halve.models import SpeechModel, load_model, quiet, read_config, resolve_model
 from halve.origin import origin
@@ -96,7 +97,7 @@ def run_teach(
     return artefact.read(out, "teacher")
 
 
-_CARRIED = ("removed", "kept", "ranked_by", "base_model")
+_CARRIED = ("removed", "kept", "ranked_by", "ranked_before", "base_model")
 
 
 def carried(base: Path) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def carried(base: Path) -> dict[str, Any]:
     if not (base / artefact.RECORD).is_file():
         return {}
     extra = artefact.read(base).extra
-    return {key: extra[key] for key in _CARRIED if key in extra}
+    return {key: extra[key] for key in _CARRIED if key in extra} | earlier_training(base)
 
 
 def check_unquantised(base: Path) -> None:

@@ -81,7 +81,10 @@ def run_tune(
     team = parallel.team(config.device)
     progress = progress if team.is_main else SILENT
     with parallel.writing(team, Path(out), kind, recipe, config.seed, parents) as draft:
-        computed = arithmetic(config.precision, team.device or config.device, progress)
+        if config.weights == "bfloat16":
+            computed = "bfloat16"
+        else:
+            computed = arithmetic(config.precision, team.device or config.device, progress)
         computed = settled(computed, draft.work, progress)
         speech = _load(config, base, team, computed)
         data = read_corpus(corpus)
@@ -89,7 +92,8 @@ def run_tune(
         adapter = None if config.method == "full" else put_adapter_on(config, speech)
         folder = states_dir or draft.work
         training = _prepare(config, speech, data, segments, rows, draft, folder, team, progress)
-        training.soft, training.autocast = soft, computed == "bfloat16"
+        training.soft = soft
+        training.autocast = computed == "bfloat16" and config.weights == "float32"
         if team.is_main:
             settle(computed, draft.work)
         state = train(training, progress)
@@ -142,7 +146,7 @@ def _check_corpus(translations: Path, corpus: Path) -> None:
 def _load(config: TuneConfig, base: Path, team: Team, computed: str) -> SpeechModel:
     device = team.device or config.device
     if config.method == "full":
-        return load_model(base, dtype="float32", device=device)
+        return load_model(base, dtype=config.weights, device=device)
     quantization = "nf4" if config.method == "qlora" else None
     return load_model(base, dtype=computed, device=device, quantization=quantization)
 

@@ -19,6 +19,7 @@ from halve.card import write_card
 from halve.errors import ArtefactError, InputError
 from halve.families import Family, family_for
 from halve.json_files import append_jsonl, read_jsonl
+from halve.lineage import earlier_training
 from halve.metrics import Score
 from halve.models import SpeechModel, load_model, pick_device, read_config
 from halve.origin import origin
@@ -86,7 +87,7 @@ def run_merge(
             draft.extra["mean_of"] = len(adapters)
         draft.extra |= _carried(model) | _tuned(adapters)
         _verify(config, model, draft.path)
-        langs = config.langs or languages_of(adapter) or languages_of(model)
+        langs = config.langs or _languages(adapters) or languages_of(model)
         if langs:
             draft.extra["langs"] = list(langs)
         facts = {**draft.extra, "languages": langs}
@@ -116,17 +117,27 @@ def _check_adapter(model: Path, adapter: Path) -> None:
 
 
 def _tuned(adapters: Sequence[Path]) -> dict[str, Any]:
-    """How the adapter was trained, for those who must state it; of several the first, whose scores are not the mean's."""
-    adapter = adapters[0]
-    if not (adapter / artefact.RECORD).is_file():
+    """How the adapter was trained, for those who must state it; of several, what any of them learnt, and no scores: they are not the mean's."""
+    stages = []
+    for adapter in adapters:
+        if not (adapter / artefact.RECORD).is_file():
+            continue
+        extra = artefact.read(adapter).extra
+        distilled = bool(extra.get("rows", {}).get("teacher"))
+        earlier = {"method": extra.get("method", "an adapter"), "distilled": distilled}
+        stages.append(dict(extra.get("tuned", earlier)))
+    if not stages:
         return {}
-    extra = artefact.read(adapter).extra
-    distilled = bool(extra.get("rows", {}).get("teacher"))
-    earlier = {"method": extra.get("method", "an adapter"), "distilled": distilled}
-    found = dict(extra.get("tuned", earlier))
+    found = stages[0]
     if len(adapters) > 1:
         found.pop("scores", None)
+        found |= {key: any(stage.get(key) for stage in stages) for key in ("distilled", "logits")}
     return {"tuned": found}
+
+
+def _languages(adapters: Sequence[Path]) -> tuple[str, ...]:
+    """All that the adapters were tuned for, the first one's first."""
+    return tuple(dict.fromkeys(lang for each in adapters for lang in languages_of(each)))
 
 
 def _merge(
@@ -139,15 +150,29 @@ def _merge(
     # An adapter of what stock code ignores (a second copy of a tied head) would be lost without a word.
     shapes = {key: found for key, found in stored.items() if not family.is_surplus(base, key)}
     read = mean_of([read_adapter(each, family, shapes) for each in adapters])
-    change = _change(family, read, _arithmetic(adapters[0]) if onto == "dequantized" else None)
+    change = _change(family, read, _arithmetic(adapters) if onto == "dequantized" else None)
     write_plain(model, folder, config.dtype, config.max_shard_bytes, change)
 
 
-def _arithmetic(adapter: Path) -> str:
-    """What the adapter's base computed in while it was trained; QLoRA's bfloat16 where no record says."""
-    if not (adapter / artefact.RECORD).is_file():
-        return "bfloat16"
-    return str(artefact.read(adapter).extra.get("arithmetic", "bfloat16"))
+def _arithmetic(adapters: Sequence[Path]) -> str:
+    """What the adapters' base computed in while they were trained; QLoRA's bfloat16 where no record says.
+
+    Raises:
+        InputError: not the same for all: their bases were rounded to different numbers.
+    """
+    found = {}
+    for each in adapters:
+        is_known = (each / artefact.RECORD).is_file()
+        extra = artefact.read(each).extra if is_known else {}
+        found[str(extra.get("arithmetic", "bfloat16"))] = each
+    if len(found) > 1:
+        said = " and ".join(f"{each} in {kind}" for kind, each in found.items())
+        raise InputError(
+            f"{said}: their 4-bit bases are not the same",
+            expected="adapters tuned in one arithmetic",
+            mend="merge them --onto base, or tune all with the same --precision",
+        )
+    return next(iter(found))
 
 
 def _change(family: Family, adapter: Adapter, arithmetic: str | None) -> Change:
@@ -186,7 +211,7 @@ def _merge_better(
 
     Each score is on disk once it is made: a killed run goes on with the next.
     """
-    langs = config.langs or languages_of(adapters[0])
+    langs = config.langs or _languages(adapters)
     reads = family_for(read_config(model)).reads
     scoring = _Scoring(config, open_select_sets(corpus, langs, config.select_segments, reads))
     folders = {onto: draft.work / onto for onto in BASES}
@@ -309,7 +334,8 @@ def _carried(model: Path) -> dict[str, Any]:
     carried = {"origin": origin(model)}
     if (model / artefact.RECORD).is_file():
         extra = artefact.read(model).extra
-        carried |= {key: extra[key] for key in ("removed", "kept", "ranked_by") if key in extra}
+        keys = ("removed", "kept", "ranked_by", "ranked_before")
+        carried |= {key: extra[key] for key in keys if key in extra} | earlier_training(model)
     return carried
 
 

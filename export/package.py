@@ -206,7 +206,10 @@ def _card_facts(model: Path, manifest: Manifest) -> dict[str, Any]:
         extra = artefact.read(model).extra
         facts |= {
             key: extra[key]
-            for key in ("removed", "ranked_by", "onto", "mean_of", "base_model", "tuned")
+            for key in (
+                *("removed", "ranked_by", "ranked_before", "base_model"),
+                *("onto", "mean_of", "tuned", "tuned_before"),
+            )
             if key in extra
         }
     return facts

@@ -207,7 +207,7 @@ def _scores(facts: Mapping[str, Any]) -> list[str]:
     ]
     if not lines and not facts.get("target"):
         lines = [
-            f"- while it was tuned: {each['metric']} ({code}) {each['score']:.2f} (`{each['signature']}`)"
+            f"- while it was tuned, with repetition loops cut short: {each['metric']} ({code}) {each['score']:.2f} (`{each['signature']}`)"
             for code, each in ((facts.get("tuned") or {}).get("scores") or {}).items()
         ]
     parity = facts.get("parity") or {}

@@ -168,7 +168,8 @@ class Estimator:
         positions = (
             self.speech.mean_s * (POSITIONS_PER_SECOND + TOKENS_PER_SECOND) + PROMPT_POSITIONS
         )
-        numbers = ACTIVATION_NUMBERS * width(counts) * positions * config.batch_size
+        rows = min(config.batch_size, config.rows_at_once or config.batch_size)
+        numbers = ACTIVATION_NUMBERS * width(counts) * positions * rows
         layers = 1 if config.checkpoint_activations else counts.decoder_layers
         return float(numbers * layers * 2)
 

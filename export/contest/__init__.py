@@ -12,6 +12,7 @@ from halve import artefact
 from halve.errors import InputError
 from halve.families import Family
 from halve.json_files import write_json
+from halve.lineage import RANKED, TUNED
 from halve.origin import CARD
 from halve.shards import iter_stored
 
@@ -113,16 +114,16 @@ def techniques(facts: Mapping[str, Any]) -> list[str]:
     found = []
     if facts.get("removed"):
         layers = ", ".join(map(str, facts["removed"]))
-        found.append(
-            f"{_pruning(facts.get('ranked_by'))} ({len(facts['removed'])} layers: {layers})"
-        )
-    tuned = facts.get("tuned") or {}
-    if tuned.get("distilled"):
+        ways = [*facts.get(RANKED, ()), facts.get("ranked_by")]
+        pruning = " and ".join(dict.fromkeys(map(_pruning, ways)))
+        found.append(f"{pruning} ({len(facts['removed'])} layers: {layers})")
+    stages = [*facts.get(TUNED, ()), *([facts["tuned"]] if facts.get("tuned") else [])]
+    if any(stage.get("distilled") for stage in stages):
         found.append("sequence-level knowledge distillation")
-    if tuned.get("logits"):
+    if any(stage.get("logits") for stage in stages):
         found.append("word-level knowledge distillation")
-    if tuned:
-        found.append(_METHODS.get(tuned["method"], str(tuned["method"])))
+    methods = dict.fromkeys(stage["method"] for stage in stages)
+    found += [_METHODS.get(method, str(method)) for method in methods]
     if facts.get("trimmed"):
         found.append("vocabulary trimming")
     if facts["precision"] not in ("bf16", "fp32", "fp16"):

@@ -16,25 +16,34 @@ import torch
 from safetensors.torch import load_file
 
 from compress import loop, teach
-from compress.config import DistillConfig, ImportanceConfig, TeachConfig, TuneConfig
+from compress.config import (
+    DistillConfig,
+    ImportanceConfig,
+    PruneConfig,
+    TeachConfig,
+    TuneConfig,
+)
 from compress.distill import run_distill
-from compress.gradients import GradientMaker, gradient_threads
+from compress.gradients import GradientMaker, gradient_threads, pieces
 from compress.importance import run_importance
 from compress.loop import Training, learning_rate_factor
-from compress.rows import build_sequences, read_rows, reference_rows, segments_for
+from compress.prune import run_prune
+from compress.rows import Row, build_sequences, read_rows, reference_rows, segments_for
 from compress.states import LiveStates, NoStates, store_states
 from compress.teach import save_model, select_weights
 from compress.tune import _material, base_name, run_teach, run_tune
+from export.contest import techniques
 from halve import artefact
 from halve.corpus import read_corpus, write_manifest
 from halve.errors import ArtefactError, CorpusError, InputError
 from halve.families import FAMILIES
-from halve.json_files import read_jsonl
+from halve.json_files import read_jsonl, write_json
 from halve.languages import language
 from halve.models import load_model
 from halve.origin import origin
 from halve.progress import Advance, Progress
 from halve.translate import TorchTranslator
+from pipeline import steps
 from tests import tiny
 from tests.compress import kills
 from tests.families.text_models import make_corpus, make_model
@@ -175,6 +184,119 @@ def test_threads_share_a_batch(tiny_model: Path, tiny_corpus: Path) -> None:
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_a_few_at_once_have_the_gradient_of_the_batch(
+    tiny_model: Path, tiny_corpus: Path, threads: int, frozen: bool
+) -> None:
+    speech = load_model(tiny_model, device="cpu")
+    corpus = read_corpus(tiny_corpus)
+    segments = segments_for(corpus, "train", ["de", "zh"], 5)
+    rows = reference_rows(segments, ["de", "zh"])
+    sequences = build_sequences(speech, segments, rows, share_audio=True)
+    audio = LiveStates(speech, corpus, segments)
+    weights, _ = select_weights(speech, freeze_audio=frozen)
+    found = []
+    torch.set_num_threads(threads)
+    try:
+        for at_once in (None, 3, 1):
+            with gradient_threads("cpu", True) as (pool, count):
+                maker = GradientMaker(
+                    speech, audio, list(weights.values()), 0.1, 0.3, False, pool, count,
+                    rows_at_once=at_once,
+                )  # fmt: skip
+                loss = maker.accumulate(sequences, seed=0)
+            found.append((loss, {name: each.grad.clone() for name, each in weights.items()}))
+    finally:
+        torch.set_num_threads(1)
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        torch.testing.assert_close(gradients, found[0][1], rtol=1e-3, atol=1e-5)
+    assert [len(sequences[each]) for each in pieces(sequences, 3)] == [1] * 5, (
+        "a clip's texts stay together"
+    )
+    assert [len(sequences[each]) for each in pieces(sequences, 4)] == [2, 2, 1]
+
+
+def test_a_run_goes_on_in_less_memory(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TuneConfig(
+        langs=("de",), method="full", epochs=1, batch_size=2, train_segments=8, select_segments=0,
+        checkpoint_every=1,
+    )  # fmt: skip
+    save, saved = loop.save_checkpoint, []
+
+    def killed(folder: Path, state: Any, *given: Any) -> None:
+        save(folder, state, *given)
+        saved.append(state.step)
+        if saved == [0, 1, 2]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_tune(config, tiny_model, tiny_corpus, None, tmp_path / "out")
+    less = config.model_copy(
+        update={"rows_at_once": 1, "checkpoint_activations": True, "device": "cpu"}
+    )
+    run_tune(less, tiny_model, tiny_corpus, None, tmp_path / "out")
+    assert saved == [0, 1, 2, 3, 4]
+    step = steps.tune(config, tiny_model, tiny_corpus, None, tmp_path / "out")
+    assert steps.up_to_date(step)
+
+
+def test_a_whole_student_can_be_tuned_in_bfloat16(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = set()
+    stock = loop._optimizer
+
+    def noted(training: Training) -> Any:
+        kept.update(weight.dtype for weight in training.weights.values())
+        return stock(training)
+
+    monkeypatch.setattr(loop, "_optimizer", noted)
+    config = TuneConfig(
+        langs=("de",), method="full", weights="bfloat16", max_steps=3, learning_rate=1e-3,
+        select_segments=0, train_segments=6,
+    )  # fmt: skip
+    made = run_tune(config, tiny_model, tiny_corpus, None, tmp_path / "out")
+    assert kept == {torch.bfloat16} and made.extra["arithmetic"] == "bfloat16"
+    before, after = (load_file(path / "model.safetensors") for path in (tiny_model, made.path))
+    assert any(not torch.equal(before[key].bfloat16(), after[key]) for key in before)
+    with pytest.raises(ValueError, match="trains an adapter"):
+        TuneConfig(langs=("de",), method="qlora", weights="bfloat16")
+    with pytest.raises(ValueError, match="compute in bfloat16"):
+        TuneConfig(langs=("de",), method="full", weights="bfloat16", precision="float32")
+
+
+def test_what_was_done_before_stays_on_record(
+    taught: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """Pruned, taught, pruned and taught again: the statement names all of it."""
+    settings: Any = {"langs": ("de",), "method": "full", "max_steps": 1, "select_segments": 0}
+    plan = tmp_path / "plan.json"
+    facts = {"family": "qwen2_audio", "num_layers": 6, "removed": [2], "kept": [0, 1, 3, 4, 5]}
+    write_json(plan, facts | {"method": "exact"})
+    first = run_prune(PruneConfig(), taught, plan, tmp_path / "first").path
+    rows = run_distill(
+        DistillConfig(langs=("de",), min_score=0, max_length_ratio=1000),
+        taught, tiny_corpus, tmp_path / "rows",
+    ).path  # fmt: skip
+    tuned = run_tune(TuneConfig(**settings), first, tiny_corpus, rows, tmp_path / "tuned").path
+    second = run_prune(PruneConfig(layers=(1,)), tuned, None, tmp_path / "second").path
+    again = run_tune(TuneConfig(**settings), second, tiny_corpus, None, tmp_path / "again")
+    assert again.extra["removed"] == [2, 1]
+    assert [stage["distilled"] for stage in again.extra["tuned_before"]] == [True]
+    assert not again.extra["tuned"]["distilled"]
+    said = techniques(again.extra | {"precision": "bf16", "target": "checkpoint"})
+    assert said == [
+        "iterative decoder layer pruning and decoder layer pruning (2 layers: 2, 1)",
+        "sequence-level knowledge distillation",
+        "fine-tuning of all decoder weights",
+    ]
+
+
 def test_dropout_that_the_config_says_is_not_drawn_in_threads(
     tiny_corpus: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +322,15 @@ def test_a_batch_is_split_where_nothing_is_dropped(name: str, tmp_path: Path) ->
         config = TuneConfig(langs=("de",), method="full")
         training = Training(speech, config, [], NoStates([]), {}, tmp_path)
         assert loop._may_split(training) == (not share)
+
+
+def test_a_text_that_whisper_has_no_places_for_is_named(tiny_corpus: Path, tmp_path: Path) -> None:
+    speech = load_model(make_whisper(tmp_path / "whisper"))
+    places = speech.model.config.max_target_positions
+    segments = segments_for(read_corpus(tiny_corpus), "train", ["de"], 2)
+    rows = [Row(segments[1].id, "de", "lang " * places, "reference")]
+    with pytest.raises(CorpusError, match=f"{segments[1].id} has .*{places} places"):
+        build_sequences(speech, segments, rows, share_audio=True)
 
 
 def test_the_greatest_seed_is_taken(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) -> None:

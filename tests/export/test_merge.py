@@ -83,6 +83,25 @@ def test_the_mean_of_several_adapters_is_that_of_their_students(
     assert not steps.up_to_date(steps.merge(config, tiny_model, adapter, None, tmp_path / "mean"))
 
 
+def test_adapters_of_several_kinds_are_told_apart(
+    tmp_path: Path, tiny_model: Path, adapter: Path
+) -> None:
+    one = on_record(
+        adapter, tmp_path / "one", tiny_model, arithmetic="float32", langs=["de"],
+        tuned={"method": "qlora", "distilled": False},
+    )  # fmt: skip
+    two = on_record(
+        adapter, tmp_path / "two", tiny_model, arithmetic="bfloat16", langs=["de"],
+        tuned={"method": "qlora", "distilled": True, "logits": True},
+    )  # fmt: skip
+    config = MergeConfig(onto="dequantized", dtype="float32")
+    with pytest.raises(InputError, match="4-bit bases are not the same"):
+        run_merge(config, tiny_model, one, None, tmp_path / "mixed", others=[two])
+    plain = MergeConfig(onto="base", dtype="float32")
+    made = run_merge(plain, tiny_model, one, None, tmp_path / "mean", others=[two])
+    assert made.extra["tuned"] == {"method": "qlora", "distilled": True, "logits": True}
+
+
 def test_onto_dequantised_is_nearer_to_what_qlora_trained(
     tmp_path: Path, tiny_model: Path, adapter: Path
 ) -> None:

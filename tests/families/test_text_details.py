@@ -71,8 +71,12 @@ def test_a_translation_ends_as_a_turn_of_the_template_does(plain: Path, tmp_path
     speech.processor.tokenizer.eos_token = "<|endoftext|>"
     assert speech.processor.tokenizer.eos_token_id == other
     assert end_token(speech) == im_end, "what the template ends a turn with"
+    template = speech.processor.tokenizer.chat_template
     speech.processor.tokenizer.chat_template = None
     assert end_token(speech) == other, "without one, the tokenizer's own"
+    speech.processor.chat_template = template
+    assert end_token(speech) == im_end, "as older releases have it"
+    assert speech.processor.tokenizer.chat_template is None
 
 
 def test_stored_rotary_frequencies_are_left_behind(plain: Path, tmp_path: Path) -> None:

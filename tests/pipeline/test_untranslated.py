@@ -105,7 +105,10 @@ def test_cards_say_whence_and_how(finished: Run) -> None:
         card = (folder / "README.md").read_text()
         assert "Decoder layers removed" in card and "- Decoder layers: 4" in card, folder
     assert "Scores" not in (finished.out / "pruned" / "README.md").read_text()
-    assert "while it was tuned: chrf++ (de)" in (finished.out / "student" / "README.md").read_text()
+    assert (
+        "repetition loops cut short: chrf++ (de)"
+        in (finished.out / "student" / "README.md").read_text()
+    )
     stated = json.loads((finished.packages[1] / "size.json").read_text())
     assert [line.split(" (")[0] for line in stated["techniques"]] == [
         "iterative decoder layer pruning",

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from benchmarks import scoring
-from halve.artefact import Artefact
+from halve.artefact import RECORD, Artefact, read
 from halve.metrics import METRICS, retention
 
 _SIGNIFICANT = 0.05
@@ -31,7 +32,7 @@ def compare(
         interval, p value and whether it is significant at 5 %. No models where the languages differ
         or no segment is shared, with the reason in `note`.
     """
-    changed = _changed(_settings(first.result), _settings(second.result))
+    changed = _changed(_settings(first), _settings(second))
     places = _shared(first, second)
     note = ""
     if first.result["lang"] != second.result["lang"]:
@@ -46,14 +47,30 @@ def compare(
             for a, b in _pairs(first, second)
         ]
     )
-    return {"segments": len(places), "changed": changed, "models": models, "note": note}
+    return {
+        "segments": len(places),
+        "resamples": resamples,
+        "changed": changed,
+        "models": models,
+        "note": note,
+    }
 
 
-def _settings(result: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(files: scoring.ResultFiles) -> dict[str, Any]:
+    result = files.result
     keys = ("lang", "split", "segments", "resamples", "seed")
     versions = {f"version of {name}": value for name, value in result.get("versions", {}).items()}
     beams = {"beams": result.get("beams", 1)}  # earlier results were all greedy
-    return {key: result.get(key) for key in keys} | beams | versions
+    return {key: result.get(key) for key in keys} | beams | versions | _on_record(files.path)
+
+
+def _on_record(path: Path) -> dict[str, Any]:
+    """What a result's record says beside it: segments of one id and reference may have other audio in another corpus."""
+    if not (path / RECORD).is_file():
+        return {}
+    made = read(path)
+    used = {key: made.recipe.get(key) for key in ("batch_size", "threads", "noise_db", "limit")}
+    return {"corpus": str(made.parents.get("corpus", ""))[:12]} | used
 
 
 def changed_recipes(first: Sequence[Artefact], second: Sequence[Artefact]) -> dict[str, list[Any]]:

@@ -115,11 +115,15 @@ def conditions_table(result: Mapping[str, Any]) -> Table | None:
         if all(parts):
             titles.append(f"{title} ({parts[0]['segments']})")
             columns.append([part[metric] for part in parts])
-    if all("noisy" in model for model in models):
-        titles.append(f"pink noise, {models[0]['noisy']['snr_db']:g} dB")
-        columns.append([model["noisy"]["scores"][metric] for model in models])
+    if noisy := [model["noisy"] for model in models if "noisy" in model]:
+        titles.append(f"pink noise, {noisy[0]['snr_db']:g} dB")
+        # A model that reads hears none.
+        columns.append([model.get("noisy", {}).get("scores", {}).get(metric) for model in models])
     rows = [
-        [model["name"], *(f"{column[place]:.2f}" for column in columns)]
+        [
+            model["name"],
+            *("-" if column[place] is None else f"{column[place]:.2f}" for column in columns),
+        ]
         for place, model in enumerate(models)
     ]
     return Table(f"{METRIC_TITLES[metric]} by condition", ["model", *titles], rows)

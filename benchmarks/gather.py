@@ -140,6 +140,7 @@ def _labelled(found: Sequence[tuple[Path | None, Artefact]]) -> list[Source]:
         if any(source.path.resolve() == path for source in sources):
             continue
         candidates = [path.name, f"{run or path.parent.name}/{path.name}"]
+        candidates += ["/".join(path.parts[-count:]) for count in range(3, len(path.parts))]
         candidates += [f"{candidates[1]} ({number})" for number in range(2, len(found) + 2)]
         label = next(name for name in candidates if name not in taken)
         taken.add(label)

@@ -198,8 +198,10 @@ def _points(
     teacher = result["teacher"]
     whole = teacher["scores"][metric]["score"]
     points = []
-    for model in [teacher, *result["students"]]:
-        cost = model["stored_bytes"] / 1e6 if costs is None else _cost_of(model, costs)
+    models = [teacher, *result["students"]]
+    names = Counter(Path(model["path"]).name for model in models)
+    for model in models:
+        cost = model["stored_bytes"] / 1e6 if costs is None else _cost_of(model, costs, names)
         if cost is None:
             continue
         kept = model.get("retention", {}).get(metric)
@@ -223,8 +225,13 @@ def _costs(timed: Sequence[Mapping[str, Any]], one_run: bool) -> dict[str, float
     return found
 
 
-def _cost_of(model: Mapping[str, Any], costs: Mapping[str, float]) -> float | None:
-    return costs.get(str(Path(model["path"])), costs.get(Path(model["path"]).name))
+def _cost_of(
+    model: Mapping[str, Any], costs: Mapping[str, float], names: Mapping[str, int]
+) -> float | None:
+    """A model's time, by its path; by its directory's name only where no other model scored has that."""
+    path = Path(model["path"])
+    found = costs.get(str(path))
+    return costs.get(path.name) if found is None and names[path.name] == 1 else found
 
 
 def _tradeoffs(gathered: Gathered) -> list[Section]:
@@ -353,7 +360,9 @@ def _copy(source: Source, data: Path) -> None:
         return
     if not all(name.endswith(_COPIED_SUFFIXES) for name in files):
         return
-    target = data / source.label.replace("/", "-")
+    name = source.label.replace("/", "-")
+    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    target = next(data / each for each in names if not (data / each).exists())
     for name in [*files, "artefact.json"]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path / name, target / name)

@@ -94,7 +94,7 @@ def mean_retention(
     teacher_means, student_means = of_teacher[chosen].mean(axis=1), of_student[chosen].mean(axis=1)
     differences = student_means - teacher_means
     ratios = np.full(resamples, np.nan)
-    np.divide(100 * student_means, teacher_means, out=ratios, where=teacher_means != 0)
+    np.divide(100 * student_means, teacher_means, out=ratios, where=teacher_means > 0)
     percent, low, high = share(of_student.mean(), of_teacher.mean(), ratios)
     difference_low, difference_high = np.percentile(differences, [2.5, 97.5])
     side = min(float((differences <= 0).mean()), float((differences >= 0).mean()))

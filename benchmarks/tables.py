@@ -21,6 +21,8 @@ METRIC_TITLES = {
 }
 _OF_ONE = ("comet", "embedding_similarity")
 """Metrics whose scores are about 1, not about 100."""
+RESAMPLES = 1000
+"""Of results that do not say how many."""
 
 _CONTROLS_OF_AUDIO = (
     "Does the teacher listen?",
@@ -97,7 +99,7 @@ def quality_table(result: Mapping[str, Any]) -> Table:
             f"{100 * model['stored_bytes'] / teacher_bytes:.1f}",
             f"{model['logical_parameters'] / 1e6:.2f}",
         ]
-        row += [_score(metric, model["scores"][metric]["score"]) for metric in metrics]
+        row += [score_text(metric, model["scores"][metric]["score"]) for metric in metrics]
         row += _kept(selection, model.get("retention", {}).get(selection))
         rows.append(row)
     used = segments_text(result["segments"], result.get("segments_in_split"), result["split"])
@@ -115,7 +117,8 @@ def _decoding(result: Mapping[str, Any]) -> str:
     return "Greedy decoding." if beams == 1 else f"Beam search, {beams} beams."
 
 
-def _score(metric: str, value: float) -> str:
+def score_text(metric: str, value: float) -> str:
+    """A score with the digits that its metric has."""
     return f"{value:.4f}" if metric in _OF_ONE else f"{value:.2f}"
 
 
@@ -133,7 +136,7 @@ def retention_table(result: Mapping[str, Any]) -> Table:
             student["name"],
             METRIC_TITLES[metric],
             *_kept(metric, student["retention"][metric]),
-            _p_values(student["retention"][metric]),
+            _p_values(student["retention"][metric], result.get("resamples", RESAMPLES)),
         ]
         for student in result["students"]
         for metric in metrics
@@ -147,14 +150,16 @@ def retention_table(result: Mapping[str, Any]) -> Table:
     )
 
 
-def _p_values(retention: Mapping[str, float]) -> str:
+def _p_values(tested: Mapping[str, float], resamples: int) -> str:
     """Both tests' p values; results of before version 0.2 have only the first."""
-    return ", ".join(_p(retention[key]) for key in ("p_value", "p_randomised") if key in retention)
+    return ", ".join(
+        _p(tested[key], resamples) for key in ("p_value", "p_randomised") if key in tested
+    )
 
 
-def _p(value: float) -> str:
-    """No test is certain: none of a thousand resamples is less than one of them."""
-    return "<0.001" if value < 0.0005 else f"{value:.3f}"
+def _p(value: float, resamples: int) -> str:
+    """No test is certain: none of a thousand resamples is less than one of them on either side."""
+    return f"<{2 / resamples:.2g}" if value == 0 else f"{value:.3f}"
 
 
 def controls_table(result: Mapping[str, Any]) -> Table | None:
@@ -441,7 +446,7 @@ def comparison_table(first: str, second: str, found: Mapping[str, Any]) -> Table
             else f"{pair['first']} → {pair['second']}",
             METRIC_TITLES[metric],
             _interval(metric, numbers),
-            f"{_p(numbers['p_value'])}, {_p(numbers['p_randomised'])}",
+            _p_values(numbers, found.get("resamples", RESAMPLES)),
             "yes" if numbers["significant"] else "no",
         ]
         for pair in found["models"]

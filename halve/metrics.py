@@ -43,7 +43,7 @@ class Retention:
     """A student's score as a percentage of its teacher's, with a 95 % interval by paired bootstrap."""
 
     percent: float | None
-    """None, as the interval's ends, where the teacher's score is 0: of nothing there is no share."""
+    """None, as the interval's ends, where the teacher's score is 0 or, in COMET, below: of nothing there is no share."""
     low: float | None
     high: float | None
     difference: float
@@ -161,7 +161,7 @@ def share(
 ) -> tuple[float | None, float | None, float | None]:
     """The student's percentage, and the ends of the middle 95 % of the samples' (NaN where one has none)."""
     # A full score above 0 says that some segment counts; that no sample has it is next to impossible.
-    if not teacher or np.isnan(ratios).all():
+    if teacher <= 0 or np.isnan(ratios).all():
         return None, None, None
     low, high = np.nanpercentile(ratios, [2.5, 97.5])
     return 100.0 * student / teacher, float(low), float(high)

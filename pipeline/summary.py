@@ -115,25 +115,31 @@ def of_bench(made: Artefact, data: Mapping[str, Any]) -> Result:
 
 def _quality(data: Mapping[str, Any]) -> str:
     from benchmarks.scoring import kept_text
+    from benchmarks.tables import METRIC_TITLES, score_text, segments_text
 
     metric = language(data["lang"]).selection_metric
+    metrics = [each for each in METRIC_TITLES if each in data["teacher"]["scores"]]
     rows = []
     for model in [data["teacher"], *data["students"]]:
-        kept = model.get("retention", {}).get(metric)
-        retained = kept_text(kept)
-        scores = [
-            f"{model['scores'][name]['score']:.2f}" for name in ("bleu", "chrf", "chrf++", "ter")
-        ]
-        rows.append([Path(model["path"]).name, size(model["stored_bytes"]), *scores, retained])
+        scores = [score_text(each, model["scores"][each]["score"]) for each in metrics]
+        retained = kept_text(model.get("retention", {}).get(metric))
+        rows.append([model["name"], size(model["stored_bytes"]), *scores, retained])
     for name, scores_of in (data["teacher"].get("controls") or {}).items():
         scores = [
-            f"{_score(scores_of[metric_name]):.2f}"
-            for metric_name in ("bleu", "chrf", "chrf++", "ter")
+            score_text(each, _score(scores_of[each])) if each in scores_of else ""
+            for each in metrics
         ]
         rows.append([f"teacher, {name.replace('_', ' ')}", "", *scores, ""])
-    header = ["model", "stored", "BLEU", "chrF", "chrF++", "TER", f"% of teacher's {metric} (95 %)"]
-    title = f"{data['segments']} {data['split']} segments, {data['lang']}"
-    return f"{title}\n{table(header, rows, right=(1, 2, 3, 4, 5))}"
+    titles = [METRIC_TITLES[each] for each in metrics]
+    header = ["model", "stored", *titles, f"% of teacher's {metric} (95 %)"]
+    used = segments_text(data["segments"], data.get("segments_in_split"), data["split"])
+    shown = table(header, rows, right=tuple(range(1, 2 + len(metrics))))
+    comet = data.get("comet") or {}
+    is_missing = not comet.get("measured") and "no checkpoint was given" not in comet.get(
+        "text", ""
+    )
+    note = f"\n{comet['text']}" if comet.get("text") and is_missing else ""
+    return f"{used}, {data['lang']}\n{shown}{note}"
 
 
 def _longform(data: Mapping[str, Any]) -> str:

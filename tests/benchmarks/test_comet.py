@@ -148,6 +148,12 @@ def test_a_finished_environment_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     assert comet_environment.installed() is None, "of earlier requirements"
 
 
+def test_of_a_mean_below_nothing_no_share_is_kept() -> None:
+    kept = scoring.mean_retention([-0.2, -0.1], [-0.4, -0.2], resamples=100, seed=0)
+    assert (kept["percent"], kept["low"], kept["high"]) == (None, None, None)
+    assert kept["difference"] == pytest.approx(-0.15)
+
+
 def test_of_a_mean_of_nothing_no_share_is_kept() -> None:
     kept = scoring.mean_retention([0.0, 0.0], [0.5, 0.6], resamples=100, seed=0)
     assert (kept["percent"], kept["low"], kept["high"]) == (None, None, None)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scoring
+from benchmarks import scoring, tables
+from benchmarks.compare import compare
+from benchmarks.conditions import conditions_table
 from benchmarks.config import QualityConfig
 from benchmarks.quality import run_quality
 from export.config import PackageConfig
@@ -19,6 +21,7 @@ from halve.errors import CorpusError, InputError
 from halve.json_files import read_jsonl
 from halve.metrics import METRICS, score
 from halve.sources import segment_limit
+from pipeline import summary
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -235,6 +238,47 @@ def test_what_a_model_cannot_translate_is_refused_before_any_has_translated(
     with pytest.raises(InputError, match="does not translate into Chinese"):
         run_quality(config, tiny_model, [packaged], tiny_corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_terminal_says_all_that_was_measured(quality_result: Path) -> None:
+    result = _result(quality_result)
+    for model in (result["teacher"], *result["students"]):
+        model["scores"]["comet"] = {"score": 0.71234, "signature": "-"}
+    shown = summary._quality(result)
+    assert "4 of 6 test segments (a subset), de" in shown
+    assert "COMET" in shown and shown.count("0.7123") == 2
+    result["comet"] = {"measured": False, "text": "COMET not measured: its worker died"}
+    assert summary._quality(result).endswith("its worker died")
+
+
+def test_results_of_two_corpora_are_told_apart(
+    quality_result: Path, tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    corpus = shutil.copytree(tiny_corpus, tmp_path / "corpus")
+    (corpus / "artefact.json").unlink()
+    config = QualityConfig(
+        lang="de", limit=4, resamples=100, batch_size=1, threads=1, controls=False
+    )
+    run_quality(config, tiny_model, [], corpus, tmp_path / "out")
+    both = [scoring.read_result(path) for path in (quality_result, tmp_path / "out")]
+    changed = compare(*both, resamples=100)["changed"]
+    assert changed.keys() == {"corpus", "batch_size"}
+    assert changed["batch_size"] == [2, 1]
+
+
+def test_a_p_value_of_nothing_is_below_what_so_few_resamples_can_tell() -> None:
+    tested = {"p_value": 0.0, "p_randomised": 1 / 101}
+    assert tables._p_values(tested, 100) == "<0.02, 0.010"
+    assert tables._p_values(tested, 1000).startswith("<0.002")
+
+
+def test_a_model_that_reads_leaves_the_others_their_noise(quality_result: Path) -> None:
+    result = _result(quality_result)
+    scores = {name: entry["score"] for name, entry in result["teacher"]["scores"].items()}
+    result["students"][0]["noisy"] = {"snr_db": 10.0, "scores": scores}
+    table = conditions_table(result)
+    assert table is not None and table.header[-1] == "pink noise, 10 dB"
+    assert [row[-1] for row in table.rows] == ["-", f"{scores['chrf++']:.2f}"]
 
 
 def test_an_earlier_result_that_says_something_else_is_refused(

@@ -395,10 +395,16 @@ def test_models_of_one_name_keep_their_own_times() -> None:
         for path, cost in (("runs/a/student", 1.0), ("runs/b/student", 2.0), ("teacher", 3.0))
     ]
     costs = _costs(timed, True)
+    one_of_each = {"student": 1, "teacher": 1}
     found = [
-        _cost_of({"path": path}, costs)
+        _cost_of({"path": path}, costs, one_of_each)
         for path in ("runs/a/student", "runs/b/student", "runs/c/student", "elsewhere/teacher")
     ]
     assert found == [1.0, 2.0, None, 3.0]
+    two = {"teacher": 2}
+    assert _cost_of({"path": "elsewhere/teacher"}, costs, two) is None, (
+        "which of the two was timed?"
+    )
+    assert _cost_of({"path": "teacher"}, costs, two) == 3.0
     apart = _costs([{"path": "runs/a/teacher", "tpot_ms": {"p50": 3.0}}], False)
-    assert _cost_of({"path": "elsewhere/teacher"}, apart) is None
+    assert _cost_of({"path": "elsewhere/teacher"}, apart, one_of_each) is None

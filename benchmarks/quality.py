@@ -82,12 +82,12 @@ def check_config(config: QualityConfig) -> None:
     Raises:
         InputError: a COMET checkpoint, its interpreter or an embedding model that does not exist, or one that embeds nothing.
     """
-    named = {
+    paths = {
         "COMET checkpoint": (config.comet_checkpoint, "--comet-checkpoint"),
         "COMET interpreter": (config.comet_python, "--comet-python"),
         "embedding model": (config.embedding_model, "--embedding-model"),
     }
-    for what, (path, option) in named.items():
+    for what, (path, option) in paths.items():
         if path is not None and not Path(path).exists():
             raise InputError(
                 f"The {what} {path} does not exist",

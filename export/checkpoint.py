@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _KINDS = {name: kind for kind, name in TORCH_TYPES.items()}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+
+_ROWS = 1024
 
 Rows = Callable[[], "Iterator[torch.Tensor]"]
 """Makes a tensor's new values: its rows in order, some at a time."""
@@ -65,6 +67,47 @@ def write_plain(
     write_shards(target, parts, max_shard_bytes)
     copy_side_files(source, target)
     write_config(target, with_dtype(config, dtype))
+
+
+def mean_of_models(models: Sequence[Path]) -> Change:
+    """Makes of a tensor of the first model its mean over all; changes nothing where there is but one.
+
+    Raises:
+        ArtefactError: they do not have the same tensors.
+    """
+    first, *others = models
+    shapes = tensor_shapes(first)
+    for other in others:
+        found = tensor_shapes(other)
+        differing = [
+            key
+            for key in sorted({**shapes, **found})
+            if key not in shapes or key not in found or shapes[key][0] != found[key][0]
+        ]
+        if differing:
+            raise ArtefactError(
+                f"{first} and {other} differ in {', '.join(differing[:3])}",
+                expected="models tuned from the same one",
+            )
+    known = [{stored.key: stored for stored in iter_stored(other)} for other in others]
+
+    def change(stored: Stored) -> Rows | None:
+        if not others:
+            return None
+        return lambda: _mean_rows([stored, *(each[stored.key] for each in known)])
+
+    return change
+
+
+def _mean_rows(tensors: Sequence[Stored]) -> "Iterator[torch.Tensor]":
+    """A thousand rows at a time, whatever types they are stored in."""
+    import torch
+
+    pieces = [
+        each.rows(_ROWS * each.size_bytes // each.shape[0] if each.shape else 1) for each in tensors
+    ]
+    for parts in zip(*pieces, strict=True):
+        yield torch.stack([rows.float() for _, rows in parts]).mean(0)
 
 
 def _read_by_stock_code(source: Path, config: Mapping[str, Any]) -> Iterator[Stored]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from export import nf4
 from export.adapter import Adapter, is_adapter, mean_of, read_adapter
-from export.checkpoint import Change, Rows, write_nf4, write_plain
+from export.checkpoint import Change, Rows, mean_of_models, write_nf4, write_plain
 from export.config import MergeConfig
 from export.scoring import SelectSet, open_select_sets
 from halve import artefact, environment
@@ -46,11 +46,12 @@ def run_merge(
     """Makes a student of a (pruned) model and the adapter tuned on it.
 
     The merge goes shard by shard and never holds the model. A fully tuned model in place of an adapter
-    is the student already: it is only cast.
+    is the student already: it is only cast. Of several the mean is taken; the model that they started from may be
+    one of them (Wortsman et al. 2022, arXiv 2203.05482 and 2109.01903).
 
     Args:
         corpus: needed by ``onto="auto"`` alone.
-        others: further adapters tuned on the same model, as with other seeds: the mean of all is merged.
+        others: further adapters tuned on the same model, as with other seeds, or further fully tuned models.
 
     Raises:
         ArtefactError: an adapter was tuned on another model or does not fit this one, or files are damaged.
@@ -59,10 +60,10 @@ def run_merge(
     adapters = [adapter, *others]
     for each in adapters:
         _check_adapter(model, each)
-    if others and not all(map(is_adapter, adapters)):
+    if len(set(map(is_adapter, adapters))) > 1:
         raise InputError(
             f"Among {len(adapters)} adapters one is a whole model",
-            expected="adapters to take the mean of",
+            expected="adapters to take the mean of, or whole models",
         )
     names = [f"adapter {place}" for place in range(len(adapters))] if others else ["adapter"]
     parents = {"model": model, **dict(zip(names, adapters, strict=True))}
@@ -76,7 +77,8 @@ def run_merge(
     with artefact.writing(out, "student", recipe, 0, parents) as draft:
         if not is_adapter(adapter):
             progress.message(f"{adapter} is a whole model: it is the student as it is")
-            write_plain(adapter, draft.path, config.dtype, config.max_shard_bytes)
+            mean = mean_of_models(adapters)
+            write_plain(adapter, draft.path, config.dtype, config.max_shard_bytes, mean)
             draft.extra["onto"] = "none (fully tuned)"
         elif config.onto == "auto" and corpus is not None:
             _merge_better(config, model, adapters, corpus, draft, progress)
@@ -107,7 +109,8 @@ def _check_adapter(model: Path, adapter: Path) -> None:
     if not (adapter / artefact.RECORD).is_file():
         return
     base = artefact.read(adapter).parents.get("model")
-    if base is not None and base != artefact.identity(model):
+    started_from = artefact.identity(model)
+    if base not in (None, started_from) and artefact.identity(adapter) != started_from:
         raise ArtefactError(
             f"{adapter} was tuned on another model than {model}, or on another version of it",
             expected="the model that `halve tune` started from",

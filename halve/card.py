@@ -152,7 +152,8 @@ def _made(
     elif removed is not None:
         lines.append("- No decoder layer was removed.")
     if facts.get("onto"):
-        mean = f", the mean of {facts['mean_of']} adapters" if facts.get("mean_of") else ""
+        what = "models" if str(facts["onto"]).startswith("none") else "adapters"
+        mean = f", the mean of {facts['mean_of']} {what}" if facts.get("mean_of") else ""
         lines.append(f"- Adapter merged onto: {facts['onto']}{mean}")
     lines += _bits(facts.get("bits") or {})
     if facts.get("bits_per_weight"):

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM
 
+from compress.config import PruneConfig
+from compress.prune import run_prune
 from export import merge, nf4
 from export.adapter import read_adapter
 from export.config import MergeConfig
@@ -81,6 +83,28 @@ def test_the_mean_of_several_adapters_is_that_of_their_students(
     step = steps.merge(config, tiny_model, adapter, None, tmp_path / "mean", [other])
     assert steps.up_to_date(step)
     assert not steps.up_to_date(steps.merge(config, tiny_model, adapter, None, tmp_path / "mean"))
+
+
+def test_the_mean_of_whole_models(tmp_path: Path, tiny_model: Path, adapter: Path) -> None:
+    """Of the model that they started from too, and however each is stored."""
+    plain = MergeConfig(dtype="float32")
+    tuned = run_merge(plain, tiny_model, adapter, None, tmp_path / "merged").path
+    (tuned / "artefact.json").unlink()
+    half = run_merge(MergeConfig(), tiny_model, adapter, None, tmp_path / "half").path
+    (half / "artefact.json").unlink()
+    made = run_merge(plain, tiny_model, tiny_model, None, tmp_path / "mean", others=[tuned, half])
+    assert made.extra["mean_of"] == 3
+    assert "mean of 3 models" in (made.path / "README.md").read_text()
+    several = [load_file(each / "model.safetensors") for each in (tiny_model, tuned, half)]
+    mean = load_file(made.path / "model.safetensors")
+    assert any(not torch.equal(several[0][key], several[1][key]) for key in mean)
+    for key, value in mean.items():
+        expected = torch.stack([each[key].float() for each in several]).mean(0)
+        assert torch.allclose(value, expected, atol=1e-6), key
+    load_model(made.path)
+    other = run_prune(PruneConfig(layers=(1,)), tiny_model, None, tmp_path / "pruned").path
+    with pytest.raises(ArtefactError, match="differ in language_model"):
+        run_merge(plain, other, other, None, tmp_path / "no", others=[tuned])
 
 
 def test_adapters_of_several_kinds_are_told_apart(

@@ -25,5 +25,13 @@ SEED=2 GROUPS_OF_STUDENTS=fine students select test
 SEED=0 SEED_A=2 GROUPS_OF_STUDENTS=searched students select
 GROUPS_OF_STUDENTS="mean head4" students select test
 GROUPS_OF_STUDENTS=equal students test
+# With five beams, where the teacher is a better one: B, then A, C and D.
+export BATCH_TEST=160
+OUT=runs/students-half BEAMS=5 GROUPS_OF_STUDENTS=long students test
+mkdir -p runs/students/merged
+cp -r runs/students-half/merged/B-long-mean runs/students/merged
+students C_staged D_staged
+SEED=2 BEAMS=5 GROUPS_OF_STUDENTS=fine students test
+BEAMS=5 GROUPS_OF_STUDENTS=staged students select test
 for CODE in de zh; do cp -r "runs/students-half/test-$CODE-half" "runs/students-half/test-$CODE-long" runs/students; done
 students table

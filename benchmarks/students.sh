@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
-# Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_searched A_unheard B B_long B_long_mean B_mean B_twice B_twice_fine B_searched B_unheard C D baselines select test table
-# BEAMS=5 measures with five beams, BATCH_TEST rows at once; EARLIER=benchmarks/results/2026-11-26-beams (-de and -zh) has the teacher's translations. GROUPS_OF_STUDENTS=half measures C, D and the unpruned teacher in 4 bits, pruned C and D alone, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, long B_long_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
+# Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_searched A_unheard B B_long B_long_mean B_mean B_twice B_twice_fine B_searched B_unheard C C_staged D D_staged baselines select test table
+# BEAMS=5 measures with five beams, BATCH_TEST rows at once; EARLIER=benchmarks/results/2026-11-26-beams (-de and -zh) has the teacher's translations. GROUPS_OF_STUDENTS=half measures C, D and the unpruned teacher in 4 bits, pruned C and D alone, staged C_staged and D_staged, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, long B_long_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, STEPS_C, BATCH_QLORA, RATE_QLORA, BATCH_DISTILL (32: batches of 128 take half as long again).
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
@@ -17,6 +17,8 @@
 #   A_mean, B_mean  the mean of the adapters of seeds 0, 1 and 2, which A or B has made before; A_mean is stored as A_fine
 #   C  half of the layers pruned, trained in full with distillation, bf16
 #   D  C as ONNX in 4 bits
+#   C_staged  B_long_mean without three more layers, trained in full as C, then on the references alone with smoothed labels; the mean of both states
+#   D_staged  C_staged as ONNX in 4 bits
 set -euo pipefail
 cd "$(dirname "$0")/.."
 HALVE=${HALVE:-.venv/bin/halve}
@@ -34,8 +36,9 @@ STEPS_C=${STEPS_C:-3000}
 STEPS_AGAIN=${STEPS_AGAIN:-1000}
 STEPS_LONG=${STEPS_LONG:-2400}
 LANGS=(--lang de --lang zh)
-TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --states-dir "$OUT/states" --translations "$OUT/translations" --epochs 100 --schedule linear
-    --warmup 0.03 --spec-mask 0.08 --logit-weight 0.5 --checkpoint-every 50 --eval-every 300 --select-segments 120 --patience 100)
+TUNE=(--corpus "$CORPUS" "${LANGS[@]}" --states-dir "$OUT/states" --epochs 100 --schedule linear
+    --warmup 0.03 --spec-mask 0.08 --checkpoint-every 50 --eval-every 300 --select-segments 120 --patience 100)
+LESSON=(--translations "$OUT/translations" --logit-weight 0.5)
 QLORA=(--method qlora --rank 64 --alpha 128 --learning-rate "${RATE_QLORA:-3e-4}" --batch-size "${BATCH_QLORA:-48}")
 # What A's and B's bars leave room for: the tower and the head in 8 bits; every decoder layer in 4.
 ROOM=(--encoder-bits 8 --head-bits 8)
@@ -48,7 +51,7 @@ package() { # MODEL NAME OPTIONS…
 }
 tune() { # MODEL NAME STEPS OPTIONS…
     missing "$OUT/tuned/$2-$SEED" || return 0
-    "$HALVE" tune --model "$1" --out "$OUT/tuned/$2-$SEED" --seed "$SEED" "${TUNE[@]}" --max-steps "$3" "${@:4}"
+    "$HALVE" tune --model "$1" --out "$OUT/tuned/$2-$SEED" --seed "$SEED" "${TUNE[@]}" "${LESSON[@]}" --max-steps "$3" "${@:4}"
 }
 merge() { # MODEL NAME
     missing "$OUT/merged/$2-$SEED" || return 0
@@ -119,6 +122,14 @@ B_twice_fine() {
     package "$OUT/merged/B-twice-$SEED" "B-twice-head4-$SEED" --encoder-bits 8 --block-size 16
 }
 C() { tune "$OUT/pruned-half" C "$STEPS_C" "${FULL[@]}"; }
+C_staged() {
+    missing "$OUT/pruned-staged" || "$HALVE" prune --model "$OUT/merged/B-long-mean" --layers 3,4,7 --verify full --out "$OUT/pruned-staged"
+    tune "$OUT/pruned-staged" C-staged 1200 "${FULL[@]}" --learning-rate 3e-4
+    local FIRST=$OUT/tuned/C-staged-$SEED SECOND=$OUT/tuned/C-smooth-$SEED
+    missing "$SECOND" || "$HALVE" tune --model "$FIRST" --out "$SECOND" --seed "$SEED" "${TUNE[@]}" --eval-every 450 --max-steps 1800 "${FULL[@]}" --learning-rate 3e-4 --label-smoothing 0.1
+    missing "$OUT/merged/C-mean" || "$HALVE" merge --model "$FIRST" --adapter "$FIRST" "$SECOND" --out "$OUT/merged/C-mean"
+}
+D_staged() { package "$OUT/merged/C-mean" D-mean --head-bits 8; }
 D() { package "$OUT/tuned/C-$SEED" "D-$SEED" --head-bits 8; }
 baselines() {
     package "$TEACHER" teacher-int4
@@ -138,6 +149,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
         case "$GROUP" in
             half) quality "$1" half "$OUT/packages/teacher-int4" "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED" ;;
             pruned) quality "$1" pruned "$OUT/tuned/C-$SEED" "$OUT/packages/D-$SEED" ;;
+            staged) quality "$1" staged "$OUT/merged/C-mean" "$OUT/packages/D-mean" ;;
             quarter) quality "$1" quarter "$OUT/packages/teacher-int4-A" "$OUT/packages/B-$SEED" ;;
             seeds) quality "$1" seeds "$OUT/packages/A-0" "$OUT/packages/A-1" "$OUT/packages/A-2" ;;
             fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;

@@ -167,7 +167,7 @@ def merge(
         typer.Option(
             "--adapter",
             metavar="DIR...",
-            help="What `halve tune` wrote. Of several, as of several seeds, the mean is merged.",
+            help="What `halve tune` wrote. Of several, as of several seeds, the mean is merged; of whole models, their mean is taken.",
         ),
     ],
     corpus: MaybeCorpus = None,

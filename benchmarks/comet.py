@@ -10,8 +10,10 @@ from typing import Any
 import yaml
 
 import benchmarks.comet_worker
-from benchmarks import comet_environment
+from benchmarks import comet_environment, scoring
+from benchmarks.config import QualityConfig
 from halve import environment
+from halve.json_files import read_json
 from halve.progress import SILENT, Progress
 
 WORKER = Path(benchmarks.comet_worker.__file__)
@@ -177,3 +179,13 @@ def _answers(stdout: bytes, wanted: Mapping[str, int]) -> Comet:
         f"|sha256:{summary['checkpoint_sha256'][:12]}"
     )
     return Comet(scores=scores, signature=signature)
+
+
+def lacks_comet(config: QualityConfig, result: Path) -> bool:
+    """Whether a result has no COMET that was asked for and could be measured by now."""
+    sources = scoring.read_lines(result / "sources.txt")
+    if not could_measure(config.comet_checkpoint, config.comet_python, sources):
+        return False
+    comet = read_json(result / scoring.RESULT).get("comet", {})
+    # A worker that failed is asked again: only itself is run, nothing is translated.
+    return not comet.get("measured")

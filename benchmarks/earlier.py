@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import scoring
-from benchmarks.comet import could_measure
 from benchmarks.conditions import NOISE
 from benchmarks.config import QualityConfig
 from benchmarks.translations import Model, Workload, read_store, store_of
@@ -34,16 +31,6 @@ def scorers(config: QualityConfig) -> dict[str, Path]:
     """The models that score, by the names that they have on record."""
     given = (config.comet_checkpoint, config.embedding_model)
     return {name: Path(path) for name, path in zip(SCORERS, given, strict=True) if path}
-
-
-def lacks_comet(config: QualityConfig, result: Path) -> bool:
-    """Whether a result has no COMET that was asked for and could be measured by now."""
-    sources = scoring.read_lines(result / "sources.txt")
-    if not could_measure(config.comet_checkpoint, config.comet_python, sources):
-        return False
-    comet = read_json(result / scoring.RESULT).get("comet", {})
-    # A worker that failed is asked again: only itself is run, nothing is translated.
-    return not comet.get("measured")
 
 
 def bring(
@@ -183,6 +170,8 @@ def _made_on(result: Path) -> dict[str, str]:
 
 
 def _warn_of_elsewhere(result: Path, progress: Progress) -> None:
+    import torch
+
     there, known = _made_on(result), environment.versions()
     here = {name: known[name] for name in _RUNTIMES if known.get(name)}
     others = [

@@ -123,11 +123,16 @@ B_twice_fine() {
 }
 C() { tune "$OUT/pruned-half" C "$STEPS_C" "${FULL[@]}"; }
 C_staged() {
-    missing "$OUT/pruned-staged" || "$HALVE" prune --model "$OUT/merged/B-long-mean" --layers 3,4,7 --verify full --out "$OUT/pruned-staged"
-    tune "$OUT/pruned-staged" C-staged 1200 "${FULL[@]}" --learning-rate 3e-4
     local FIRST=$OUT/tuned/C-staged-$SEED SECOND=$OUT/tuned/C-smooth-$SEED
-    missing "$SECOND" || "$HALVE" tune --model "$FIRST" --out "$SECOND" --seed "$SEED" "${TUNE[@]}" --eval-every 450 --max-steps 1800 "${FULL[@]}" --learning-rate 3e-4 --label-smoothing 0.1
-    missing "$OUT/merged/C-mean" || "$HALVE" merge --model "$FIRST" --adapter "$FIRST" "$SECOND" --out "$OUT/merged/C-mean"
+    if missing "$OUT/pruned-staged"; then
+        "$HALVE" prune --model "$OUT/merged/B-long-mean" --layers 3,4,7 --verify full --out "$OUT/pruned-staged"
+    fi
+    tune "$OUT/pruned-staged" C-staged 1200 "${FULL[@]}" --learning-rate 3e-4
+    if missing "$SECOND"; then
+        "$HALVE" tune --model "$FIRST" --out "$SECOND" --seed "$SEED" "${TUNE[@]}" --eval-every 450 --max-steps 1800 "${FULL[@]}" --learning-rate 3e-4 --label-smoothing 0.1
+    fi
+    missing "$OUT/merged/C-mean" || return 0
+    "$HALVE" merge --model "$FIRST" --adapter "$FIRST" "$SECOND" --out "$OUT/merged/C-mean"
 }
 D_staged() { package "$OUT/merged/C-mean" D-mean --head-bits 8; }
 D() { package "$OUT/tuned/C-$SEED" "D-$SEED" --head-bits 8; }

@@ -76,7 +76,11 @@ def run_merge(
     recipe = config.model_dump(mode="json")
     with artefact.writing(out, "student", recipe, 0, parents) as draft:
         if not is_adapter(adapter):
-            progress.message(f"{adapter} is a whole model: it is the student as it is")
+            progress.message(
+                f"The mean of {len(adapters)} whole models is the student"
+                if others
+                else f"{adapter} is a whole model: it is the student as it is"
+            )
             mean = mean_of_models(adapters)
             write_plain(adapter, draft.path, config.dtype, config.max_shard_bytes, mean)
             draft.extra["onto"] = "none (fully tuned)"

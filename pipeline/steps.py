@@ -204,7 +204,7 @@ def quality(
         )
 
     def lacks(made: Path) -> bool:
-        from benchmarks.earlier import lacks_comet
+        from benchmarks.comet import lacks_comet
 
         return lacks_comet(config, made)
 

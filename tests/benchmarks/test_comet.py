@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks import comet, comet_environment, scoring
 from benchmarks.config import QualityConfig
-from benchmarks.earlier import lacks_comet
 from benchmarks.quality import run_quality
 from halve.errors import HalveError, InputError
 from halve.json_files import read_json, write_json
@@ -242,7 +241,7 @@ def test_a_worker_that_failed_is_asked_again(checkpoint: str, tmp_path: Path) ->
         "missing": _measure(checkpoint, None, comet.WORKER),
     }.items():
         write_json(tmp_path / scoring.RESULT, {"comet": one.record()})
-        found[name] = lacks_comet(config, tmp_path)
+        found[name] = comet.lacks_comet(config, tmp_path)
     assert found == {"failed": True, "missing": True}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,21 @@ from pipeline import summary
 def _result(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads((path / "quality.json").read_text())
     return value
+
+
+def _opened(
+    monkeypatch: pytest.MonkeyPatch, meet: Callable[[list[str]], None] = lambda names: None
+) -> list[str]:
+    """The names of the models that are opened from here on; `meet` is asked at each and may raise."""
+    names: list[str] = []
+
+    def noted(path: Any, **options: Any) -> Any:
+        names.append(Path(path).name)
+        meet(names)
+        return open_translator(path, **options)
+
+    monkeypatch.setattr("benchmarks.translations.open_translator", noted)
+    return names
 
 
 def test_the_object_has_every_key(quality_result: Path, tiny_model: Path) -> None:
@@ -116,16 +132,11 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    opened: list[str] = []
-    stock = open_translator
-
-    def interrupted(path: Any, **options: Any) -> Any:
-        opened.append(Path(path).name)
-        if len(opened) == 2:
+    def interrupted(names: list[str]) -> None:
+        if len(names) == 2:
             raise KeyboardInterrupt
-        return stock(path, **options)
 
-    monkeypatch.setattr("benchmarks.translations.open_translator", interrupted)
+    opened = _opened(monkeypatch, interrupted)
     config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)
     out = tmp_path / "quality"
     inputs = (config, tiny_model, [tiny_student], tiny_corpus, out)
@@ -146,14 +157,7 @@ def test_what_an_earlier_result_has_translated_is_not_translated_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    opened: list[str] = []
-    stock = open_translator
-
-    def noted(path: Any, **options: Any) -> Any:
-        opened.append(Path(path).name)
-        return stock(path, **options)
-
-    monkeypatch.setattr("benchmarks.translations.open_translator", noted)
+    opened = _opened(monkeypatch)
     config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)
     joined = shutil.copytree(tiny_student, tmp_path / "joined")
     (joined / "README.md").write_text("another student\n")
@@ -182,16 +186,11 @@ def test_what_is_there_outlives_a_change_of_students(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    opened: list[str] = []
-    stock = open_translator
-
-    def failing(path: Any, **options: Any) -> Any:
-        opened.append(Path(path).name)
-        if Path(path).name == "other":
+    def failing(names: list[str]) -> None:
+        if names[-1] == "other":
             raise RuntimeError("out of memory")
-        return stock(path, **options)
 
-    monkeypatch.setattr("benchmarks.translations.open_translator", failing)
+    opened = _opened(monkeypatch, failing)
     other = shutil.copytree(tiny_student, tmp_path / "other")
     (other / "README.md").write_text("another student\n")
     config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)

@@ -302,7 +302,7 @@ def test_dropout_that_the_config_says_is_not_drawn_in_threads(
 ) -> None:
     model = tiny.make_model(tmp_path / "model", attention_dropout=0.2)
     config = TuneConfig(
-        langs=("de",), method="lora", rank=8, alpha=8, epochs=2, select_segments=0,
+        langs=("de",), method="lora", rank=8, alpha=8, max_steps=4, select_segments=0,
         learning_rate=1e-3,
     )  # fmt: skip
     torch.set_num_threads(2)

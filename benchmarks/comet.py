@@ -1,6 +1,7 @@
 """COMET through a worker in its own environment, or the reason why it was not measured."""
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,12 +86,17 @@ def measure(
     progress.message(f"COMET: {len(rows)} hypotheses")
     environment.release_gpu_memory()  # the worker takes the GPU
     # -I keeps this folder and the user's own packages out of the worker's imports.
-    done = subprocess.run(
-        [str(python), "-I", str(worker)],
-        input=lines.encode("utf8"),
-        capture_output=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [str(python), "-I", str(worker)],
+            input=lines.encode("utf8"),
+            capture_output=True,
+            check=False,
+        )
+    except OSError as error:  # it cannot be started
+        comet = Comet(reason=f"{python} cannot be started: {error.strerror or error}")
+        progress.warn(comet.record()["text"])
+        return comet
     if done.returncode != 0:
         comet = Comet(reason=f"the worker failed: {_last_line(done.stderr)}")
     else:
@@ -122,8 +128,8 @@ def _missing(checkpoint: str | None, python: str | None, sources: Sequence[str])
         return f"the checkpoint {checkpoint} does not exist"
     if not python:
         return "unbabel-comet has no environment here (`halve doctor --install-comet` makes one)"
-    if not Path(python).is_file():
-        return f"the interpreter {python} does not exist"
+    if not os.access(python, os.X_OK) or not Path(python).is_file():
+        return f"the interpreter {python} does not exist, or may not be started"
     if not all(sources):
         return "the corpus has segments without source text"
     return missing_encoder(Path(checkpoint))

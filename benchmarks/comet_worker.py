@@ -48,6 +48,16 @@ def predict(checkpoint: Path, rows: list[dict[str, str]], batch_size: int) -> li
     return [float(score) for score in output.scores]
 
 
+def name_of(checkpoint: Path) -> str:
+    """The model's name: of its folder, or in the hub's cache, where that is a commit, of the repository."""
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    if folder == checkpoint and checkpoint.name == "model.ckpt":
+        folder = checkpoint.parent
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.replace("models--", "", 1).replace("--", "/")
+    return folder.name
+
+
 def main() -> None:
     """Answers one request."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf8")
@@ -60,10 +70,9 @@ def main() -> None:
         raise SystemExit(f"COMET gave {len(scores)} scores for {len(rows)} segments")
     for row, score in zip(rows, scores):  # noqa: B905  Python 3.8's zip has no `strict`
         answers.write(json.dumps({"system": row["system"], "id": row["id"], "score": score}) + "\n")
-    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     summary = {
         "done": True,
-        "name": folder.name,
+        "name": name_of(checkpoint),
         "comet_version": comet_version(),
         "checkpoint_sha256": sha256(checkpoint),
         "segments": len(rows),

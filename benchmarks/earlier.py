@@ -56,7 +56,7 @@ def bring(
             continue
         if result != out:
             progress.message(f"{', '.join(names)}: as translated in {result}")
-            _warn_of_elsewhere(result, progress)
+        _warn_of_elsewhere(result, progress)
         for model in models:
             if model.name in names and _take_over(
                 config, result, names[model.name], model, workload, work
@@ -101,8 +101,9 @@ def check_earlier(
         )
     found = _shared(made, models)
     if not found:
+        names = ", ".join(sorted(_translated(made).values()))
         raise InputError(
-            f"{result} has translations of {', '.join(sorted(_translated(made).values()))}, none of them a model of this run",
+            f"{result} has translations of {names or 'models that its record does not name'}, none of them a model of this run",
             mend="leave --earlier out",
         )
     return found
@@ -132,10 +133,12 @@ def _in_place(
 def _translated(made: Artefact) -> dict[str, str]:
     """A result's models by their contents."""
     roles = ("teacher ", "student ")
+    # Records of before version 0.2 name models without their roles.
+    others = {"corpus", *SCORERS}
     return {
-        identity: name.partition(" ")[2]
+        identity: name.partition(" ")[2] if name.startswith(roles) else name
         for name, identity in made.parents.items()
-        if name.startswith(roles)
+        if name not in others
     }
 
 
@@ -159,17 +162,19 @@ def _made_otherwise(made: Artefact, config: QualityConfig, corpus: Path) -> str:
     )
 
 
-def _made_on(result: Path) -> dict[str, str]:
-    """The runtimes that translated a result, and the GPU if they had one."""
+def _made_on(result: Path) -> dict[str, Any]:
+    """The runtimes that translated a result, the processor's instruction sets, and the GPU if they had one."""
     known = artefact.read(result).versions
-    found = {name: known[name] for name in _RUNTIMES if known.get(name)}
+    found: dict[str, Any] = {name: known[name] for name in _RUNTIMES if known.get(name)}
     timings = result / artefact.TIMINGS
-    stages = read_jsonl(timings) if timings.is_file() else []
-    gpus = [line["gpu"] for line in stages if line.get("event") == "stage" and line.get("gpu")]
-    return found | ({"gpu": str(gpus[-1])} if gpus else {})
+    lines = read_jsonl(timings) if timings.is_file() else []
+    stages = [line for line in lines if line.get("event") == "stage"]
+    last = stages[-1] if stages else {}
+    return found | {key: last[key] for key in ("instructions", "gpu") if last.get(key)}
 
 
-def _warn_of_elsewhere(result: Path, progress: Progress) -> None:
+def _elsewhere(result: Path) -> list[str]:
+    """In what a result's making differs from what would make it here, in words."""
     import torch
 
     there, known = _made_on(result), environment.versions()
@@ -182,7 +187,15 @@ def _warn_of_elsewhere(result: Path, progress: Progress) -> None:
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     if there.get("gpu") != gpu:
         others.append(f"{there.get('gpu', 'no GPU')} (here {gpu or 'none'})")
-    if others:
+    own = environment.instructions()
+    sets = there.get("instructions")  # not on record before version 0.2
+    if sets and tuple(sets) != own:
+        others.append(f"a processor with {' '.join(sets)} (here {' '.join(own) or 'none'})")
+    return others
+
+
+def _warn_of_elsewhere(result: Path, progress: Progress) -> None:
+    if others := _elsewhere(result):
         progress.warn(
             f"{result} was made with {', '.join(others)}: its texts may differ where two tokens are all but equally likely"
         )
@@ -222,9 +235,10 @@ def _take_over(
 
 
 def _note_origin(result: Path, name: str, model: Model, work: Path, is_own: bool) -> None:
-    """Keeps on record whose texts they are: of a result that is made again, what it said itself."""
+    """Keeps on record whose texts they are: of a result that is made again, what it said itself, and where it
+    was made if that was not here."""
     earlier = artefact.read(result).extra.get("taken_over", {}).get(name)
-    if is_own and earlier is None:
+    if is_own and earlier is None and not _elsewhere(result):
         return
     path = work / _ORIGINS
     known = read_json(path) if path.is_file() else {}

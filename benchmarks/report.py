@@ -241,6 +241,8 @@ def _tradeoffs(gathered: Gathered) -> list[Section]:
         for scored, files in gathered.quality:
             if timed.run != scored.run and timed.run and scored.run:
                 continue  # models of one name are others there
+            if files.result.get("beams", 1) != 1:
+                continue  # times are of greedy translations
             metric = language(files.result["lang"]).selection_metric
             # What a GPU does is no point on the processor's plot.
             here = latency["models"][0].get("device", "cpu")
@@ -294,9 +296,9 @@ def _search_section(
 
 def _adapter_section(source: Source, rows: Sequence[Mapping[str, Any]]) -> Section:
     section = Section(f"Tuning: {source.label}")
-    subset = source.artefact.recipe.get("select_segments")
-    if subset:
-        section.text.append(f"Validated on {subset} select segments (a subset).")
+    most = source.artefact.recipe.get("select_segments")
+    if most:
+        section.text.append(f"Validated on at most {most} select segments a language.")
     series = [key for key in ("loss", "score") if any(row.get(key) is not None for row in rows)]
     if series and any("step" in row for row in rows):
         known = [row for row in rows if "step" in row]

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scoring
-from halve import environment
+from halve import artefact
 from halve.errors import ArtefactError, HalveError
-from halve.json_files import read_json, write_json
+from halve.json_files import read_json, read_jsonl, write_json
 from halve.languages import language
 
 LANGS = ("de", "zh")
@@ -120,8 +120,24 @@ def collect(folder: Path) -> dict[str, Any]:
             for name in ("quarter", "half")
             if (folder / f"layers-{name}.txt").is_file()
         },
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        # Groups may have been measured in different places, on different days.
+        "measured": {
+            group: {lang: _measured(folder / f"test-{lang}-{group}") for lang in LANGS}
+            for group in groups
+        },
+    }
+
+
+def _measured(result: Path) -> dict[str, Any]:
+    """Which result, where and when: of its own record."""
+    if not (result / artefact.RECORD).is_file():
+        return {}
+    lines = read_jsonl(result / artefact.TIMINGS)
+    last = [line for line in lines if line["event"] == "stage"][-1]
+    keys = ("cpu", "instructions", "cores", "gpu", "date")
+    return {
+        "result": artefact.identity(result),
+        **{key: last[key] for key in keys if key in last},
     }
 
 

@@ -159,7 +159,9 @@ def _p_values(tested: Mapping[str, float], resamples: int) -> str:
 
 def _p(value: float, resamples: int) -> str:
     """No test is certain: none of a thousand resamples is less than one of them on either side."""
-    return f"<{2 / resamples:.2g}" if value == 0 else f"{value:.3f}"
+    if value == 0:
+        return f"<{2 / resamples:.2g}"
+    return f"{value:.3f}" if value >= 0.0005 else "<0.001"
 
 
 def controls_table(result: Mapping[str, Any]) -> Table | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.config import DistillConfig
+from compress.footprint import rows_at_once
 from compress.logits import store_logits
 from compress.rows import Row, build_sequences, read_rows, segments_for
 from compress.states import open_states
@@ -188,19 +189,20 @@ def _hypotheses(
     lang: str,
     limits: list[int],
 ) -> list[list[Translation]]:
-    """The translations of each source, the best first."""
+    """The translations of each source, the best first; a GPU that does not hold a batch's keys and values has parts of it."""
+    longest = max(len(taken) + limit for taken, limit in zip(embeddings, limits, strict=True))
+    most = config.batch_size if config.width > 1 else len(embeddings)
+    rows = rows_at_once(translator.speech, longest, most)
     if config.width > 1:
         found = []
-        sources = max(1, config.batch_size // config.width)  # every beam is a row
+        sources = max(1, rows // config.width)  # every beam is a row
         for start in range(0, len(embeddings), sources):
             part = slice(start, start + sources)
             found += translator.hypotheses(
                 embeddings[part], lang, limits=limits[part], beams=config.width
             )
         return found
-    greedy = translator.translate_embeddings(
-        embeddings, lang, limits=limits, batch_size=len(embeddings)
-    )
+    greedy = translator.translate_embeddings(embeddings, lang, limits=limits, batch_size=rows)
     return [[translation] for translation in greedy]
 
 

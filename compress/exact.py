@@ -39,7 +39,7 @@ TOKENS_PER_PASS = {"cpu": 2048, "cuda": 16384}
 LOGITS_PER_PASS = 1 << 25
 """The most logits held at once."""
 DECODED_TOGETHER = 5
-"""Candidates whose rows are decoded in one batch; also what a killed search may lose."""
+"""Candidates whose rows are decoded in one batch where memory allows it; also what a killed search may lose."""
 COMPACT_BELOW = 0.75
 """Slots are moved together once fewer of them than this are still decoding."""
 
@@ -81,6 +81,7 @@ class ExactTranslator:
         self._context = ExitStack()
         self._crew = Crew(self._device)
         self._layers: list[LayerRunner] = []
+        self._together = DECODED_TOGETHER
         self._pool = LanePool(self._crew.size, self._table.weight.dtype, self._device)
         self._prompts = embed_prompts(speech, task, self._crew)
         # Where the decoder attends to an encoder, equal inputs do not make equal states.
@@ -121,10 +122,23 @@ class ExactTranslator:
             held=held,
             rows=tuple(count * (2 * of_token + of_states) for count in positions),
             positions=positions,
-            position_bytes=DECODED_TOGETHER * of_token,
+            position_bytes=self._together * of_token,
             lanes=self._pool.size,
             bins=self._pool.bins,
         )
+
+    def fit(self, budget: int) -> Footprint:
+        """Decodes fewer candidates together where the longest segment would not fit into so many bytes otherwise.
+
+        What a candidate says does not depend on it; a step takes as long for one as for several.
+        """
+        while self._together > 1 and self._most_alone() > budget:
+            self._together -= 1
+        return self.footprint()
+
+    def _most_alone(self) -> int:
+        found = self.footprint()
+        return max(found.most([[row]]) for row in range(len(self._prompts)))
 
     def _positions(self, row: int) -> int:
         """The most that a segment grows to."""
@@ -246,7 +260,7 @@ class ExactTranslator:
     def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
         """The candidates whose rows are decoded together: a step costs little more for several."""
         inner = sorted(layer for layer in candidates if layer is not None)
-        size = DECODED_TOGETHER
+        size = self._together
         found: list[list[int | None]] = [
             list(inner[start : start + size]) for start in range(0, len(inner), size)
         ]

@@ -7,7 +7,12 @@ than what its segments take one by one, the more so the less they are alike in l
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from halve import environment
 from halve.errors import InputError
+from halve.models import SpeechModel
+
+_PROMPT = 64
+"""More positions than an instruction takes."""
 
 Fits = Callable[[Sequence[Sequence[int]]], bool]
 """Whether there is room for chunks of segments, worked on one after the other."""
@@ -67,7 +72,9 @@ class Room:
                 f"Segment {ids[largest]} alone takes {(most[largest] - held) / 1e9:.3f} GB{beside}, "
                 f"and {self.budget / 1e9:.3f} GB are allowed",
                 expected="room for all encoded segments and for work on the longest, in each worker",
-                mend="raise --memory-gb, or use fewer --segments or --workers",
+                mend="raise --memory-gb, or use fewer --segments or --workers"
+                if held
+                else "raise --memory-gb, take --dtype bfloat16 or fewer --workers, or leave so long a segment out",
             )
 
 
@@ -96,3 +103,17 @@ def _in_bins(rows: Sequence[int], count: int) -> list[list[int]]:
     """Rows, in order, in at most so many parts of equal size."""
     size = max(1, -(-len(rows) // count))
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def rows_at_once(speech: SpeechModel, positions: int, most: int) -> int:
+    """Rows of so many positions whose keys and values take a third of what a GPU has beside the weights, `most` of them.
+
+    Of what there is in all, not of what is free: the same batches in each run.
+    """
+    if not speech.device.startswith("cuda"):
+        return most
+    held = sum(weight.nbytes for weight in speech.model.parameters())
+    room = environment.device_bytes(speech.device) - held
+    item = 4 if speech.dtype == "float32" else 2
+    row = speech.family.cache_width(speech.model) * item * (positions + _PROMPT)
+    return max(1, min(most, int(room) // (3 * row)))

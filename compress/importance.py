@@ -36,7 +36,7 @@ BLIND = ("random", "middle", "spaced")
 DEFAULT_BUDGET = 0.4
 """Share of the device's memory that a search without a stated budget may take for its caches."""
 ACTIVATIONS_SHARE = 0.2
-"""Share of a GPU's memory that is left to what one pass computes."""
+"""Share of a GPU's memory that is left to what one pass computes, where the model leaves twice as much."""
 
 
 def run_importance(
@@ -344,17 +344,20 @@ def _opened(
         ) as pool:
             yield pool, pool.rooms()
         return
+    from compress.exact import ExactTranslator
     from compress.search import translator_for
 
     with translator_for(config.method, speech, task) as translator:
         budget = budget_bytes(config.memory_gb, speech)
-        yield translator, [Room(translator.footprint(), budget)]
+        is_exact = isinstance(translator, ExactTranslator)
+        footprint = translator.fit(budget) if is_exact else translator.footprint()
+        yield translator, [Room(footprint, budget)]
 
 
 def budget_bytes(memory_gb: float | None, speech: SpeechModel, models: int = 1) -> int:
     """What the search's caches may take: as stated, or a share of the device's memory.
 
-    On a GPU no more than is left beside the model, less a fifth for activations.
+    On a GPU no more than is left beside the model, less a fifth for activations (half of it where that is less).
 
     Args:
         models: how many lie on the same GPU.
@@ -372,7 +375,9 @@ def budget_bytes(memory_gb: float | None, speech: SpeechModel, models: int = 1) 
 
 def default_gpu_budget(total_bytes: int, model_bytes: int) -> int:
     """The search's share of a GPU of so much memory that holds models of so many bytes."""
-    left = (1 - ACTIVATIONS_SHARE) * total_bytes - model_bytes
+    beside = total_bytes - model_bytes
+    # Where little is left, chunks are short, and so is what one pass computes: half of it is theirs.
+    left = beside - min(ACTIVATIONS_SHARE * total_bytes, beside / 2)
     return int(max(0, min(DEFAULT_BUDGET * total_bytes, left)))
 
 

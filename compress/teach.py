@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from compress import parallel
 from compress.adapters import put_adapter_on
 from compress.config import TeachConfig, TrainingConfig
+from compress.footprint import rows_at_once
 from compress.gradients import arithmetic, settle, settled
 from compress.loop import Scores, Training, checkpoint_activations, train
 from compress.parallel import Team
@@ -35,8 +36,6 @@ from halve.translate import TorchTranslator, plan_batches
 
 SCORE_BATCH = 40
 """Segments translated at once when `select` is scored; fewer where a GPU has no room for so many."""
-_PROMPT = 64
-"""More positions than an instruction takes."""
 
 
 def run_teach(
@@ -300,7 +299,7 @@ def select_score(
     limits = [segment_limit(reads, segments[place]) for place in places]
     longest = max(map(add, lengths, limits), default=0)
     # A batch at a time: the projected audio of a whole split need not fit beside the model.
-    for batch in plan_batches(lengths, _scored_at_once(speech, longest)):
+    for batch in plan_batches(lengths, rows_at_once(speech, longest, SCORE_BATCH)):
         taken = [
             _taken_in(speech, segments[place], audio, place)
             for place in (places[index] for index in batch)
@@ -313,20 +312,6 @@ def select_score(
     references = Corpus.references([segments[place] for place in places], lang)
     texts = [found[index] for index in range(len(places))]
     return score(language(lang).selection_metric, texts, references, lang).score
-
-
-def _scored_at_once(speech: SpeechModel, positions: int) -> int:
-    """Rows of so many positions whose keys and values take a third of what a GPU has beside the weights, at most.
-
-    Of what there is in all, not of what is free: the same batches in each run.
-    """
-    if not speech.device.startswith("cuda"):
-        return SCORE_BATCH
-    held = sum(weight.nbytes for weight in speech.model.parameters())
-    room = torch.cuda.get_device_properties(speech.device).total_memory - held
-    item = 4 if speech.dtype == "float32" else 2
-    row = speech.family.cache_width(speech.model) * item * (positions + _PROMPT)
-    return max(1, min(SCORE_BATCH, int(room) // (3 * row)))
 
 
 def _taken_in(

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,8 @@ def _checked(job: Job, sets: list[SelectSet], progress: Progress) -> dict[str, A
         reason = "not checked: no corpus was given"
         progress.warn(f"package: {reason}")
         return {"passed": None, "forced": False, "reason": reason, "languages": {}}
-    translator = open_translator(job.folder)
-    try:
-        parity = check_parity(job.config, job.student, translator, sets, progress)
-    finally:
-        translator.close()
+    opened = partial(open_translator, job.folder)
+    parity = check_parity(job.config, job.student, opened, sets, progress)
     if parity["forced"]:
         progress.warn(f"package: kept by force: {'; '.join(parity['faults'])}")
     return parity

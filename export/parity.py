@@ -6,13 +6,14 @@ a stated amount.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from export.config import PackageConfig
 from export.scoring import SelectSet
+from halve import environment
 from halve.arithmetic import roomy_dtype
 from halve.errors import ParityError
 from halve.families import Source
@@ -28,11 +29,14 @@ NEAR_TIE_SHARE = 0.01
 def check_parity(
     config: PackageConfig,
     student: Path,
-    package: Translator,
+    open_package: Callable[[], Translator],
     sets: Sequence[SelectSet],
     progress: Progress,
 ) -> dict[str, Any]:
     """Compares a package with its student, up-cast to float32 if there is room for that, on `select`.
+
+    Args:
+        open_package: the package is closed again before the student is loaded: a GPU may hold one of the two.
 
     Returns:
         What package.json records: by language the scores, their difference with its interval, segments
@@ -41,16 +45,19 @@ def check_parity(
     Raises:
         ParityError: it failed and `config.force` is not set.
     """
-    # Of a package in float32 the same tokens are asked: nothing less will do.
-    exact = config.precision == "fp32"
-    dtype = "float32" if exact else roomy_dtype(student, progress=progress)
-    reference = TorchTranslator(load_model(student, dtype=dtype))
     languages: dict[str, Any] = {}
     faults: list[str] = []
     total = 2 * sum(len(each.segments) for each in sets)
     with progress.task("package: compare with the student", total) as advance:
+        said = _all_said(config, open_package, sets, advance)
+        # Of a package in float32 the same tokens are asked: nothing less will do.
+        exact = config.precision == "fp32"
+        dtype = "float32" if exact else roomy_dtype(student, progress=progress)
+        reference = TorchTranslator(load_model(student, dtype=dtype))
         for each in sets:
-            languages[each.lang] = found = _compare(config, reference, package, each, advance)
+            languages[each.lang] = found = _compare(
+                config, reference, said[each.lang], each, advance
+            )
             faults += _faults(config, each.lang, found)
             advance(0, f"{each.lang}: {found['metric']} {found['difference']:+.2f}")
     reference.close()
@@ -70,15 +77,30 @@ def check_parity(
     }
 
 
+def _all_said(
+    config: PackageConfig,
+    open_package: Callable[[], Translator],
+    sets: Sequence[SelectSet],
+    advance: Advance,
+) -> dict[str, list[Translation]]:
+    """The package's translations by language."""
+    package = open_package()
+    try:
+        return {each.lang: each.translate(package, config.batch_size, advance) for each in sets}
+    finally:
+        package.close()
+        del package
+        environment.release_gpu_memory()
+
+
 def _compare(
     config: PackageConfig,
     reference: TorchTranslator,
-    package: Translator,
+    found: Sequence[Translation],
     each: SelectSet,
     advance: Advance,
 ) -> dict[str, Any]:
     expected = each.translate(reference, config.batch_size, advance)
-    found = each.translate(package, config.batch_size, advance)
     other = [
         index for index, pair in enumerate(zip(expected, found, strict=True)) if _differ(*pair)
     ]

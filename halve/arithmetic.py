@@ -35,6 +35,12 @@ def roomy_dtype(model: str | Path, device: str = "auto", progress: Progress = SI
     return "bfloat16"
 
 
+def fits_in_float32(model: str | Path, device: str = "auto") -> bool:
+    """Whether a device has room for a model's weights in float32; see `roomy_dtype`."""
+    room = environment.weights_room(pick_device(device))
+    return _bytes_in_float32(resolve_model(model)) <= room
+
+
 def _bytes_in_float32(model: Path) -> int:
     try:
         shapes = tensor_shapes(model).values()

@@ -334,6 +334,7 @@ def _today() -> str:
 def _where() -> dict[str, Any]:
     return {
         "cpu": environment.cpu_model(),
+        "instructions": list(environment.instructions()),
         "cores": environment.cores(),
         **environment.gpu_in_use(),
     }

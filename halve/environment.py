@@ -66,6 +66,23 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+_INSTRUCTIONS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    *("asimddp", "i8mm", "bf16", "sve"),
+)
+"""Of x86 and ARM: which of these a processor has decides how fast, and in what numbers, it computes."""
+
+
+@cache
+def instructions() -> tuple[str, ...]:
+    """Those instruction sets that this processor has; two of one name may differ in them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf8").splitlines() if info.is_file() else []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    known = set(flags.partition(":")[2].split())
+    return tuple(name for name in _INSTRUCTIONS if name in known)
+
+
 def memory_bytes() -> int:
     """The main memory that this process may use: the machine's, or its container's where that is less."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -101,6 +118,7 @@ def machine() -> dict[str, Any]:
     """Processor, cores, memory and accelerator: for timings, never for hashes."""
     facts: dict[str, Any] = {
         "cpu": cpu_model(),
+        "instructions": list(instructions()),
         "cores": cores(),
         "memory_bytes": memory_bytes(),
         "system": platform.platform(),
@@ -124,7 +142,8 @@ def measured_on() -> dict[str, Any]:
         "bitsandbytes",
     )
     known = versions()
-    facts = {key: value for key, value in machine().items() if key in ("cpu", "cores", "gpu")}
+    keys = ("cpu", "instructions", "cores", "gpu")
+    facts = {key: value for key, value in machine().items() if key in keys}
     return {"measured_on": facts | {name: known[name] for name in names if name in known}}
 
 
@@ -186,14 +205,18 @@ def computes_bfloat16(device: str) -> bool:
 
 def weights_room(device: str) -> int:
     """Bytes that weights in 32 bits may take on a device: a share of its memory, of all GPUs' for split."""
+    return int(WEIGHTS_SHARE * device_bytes(device))
+
+
+def device_bytes(device: str) -> int:
+    """The memory of a device as `pick_device` names it: of the machine, a GPU, or for split of all of them."""
     kind, _, number = device.partition(":")
     if kind not in ("cuda", "split"):
-        return int(WEIGHTS_SHARE * memory_bytes())
+        return memory_bytes()
     import torch
 
     places = range(torch.cuda.device_count()) if kind == "split" else [int(number or 0)]
-    total = sum(torch.cuda.get_device_properties(each).total_memory for each in places)
-    return int(WEIGHTS_SHARE * total)
+    return sum(torch.cuda.get_device_properties(each).total_memory for each in places)
 
 
 def quick_dtype(device: str, stored_bytes: int = 0) -> str:

@@ -228,7 +228,8 @@ def plan(
     if write is not None:
         chosen = _chosen(found, choice)
         listens = family_for(config).reads == "audio"
-        _write_recipe(write, model, corpus, code, chosen, whole, listens)
+        order = read_json(importance / "plan.json")["removed"] if importance else []
+        _write_recipe(write, model, corpus, code, chosen, whole, listens, order)
         data["recipe"] = str(write)
         text += f"\n{write}: {chosen.layers} layers, {chosen.package}; halve run {write} --dry-run says what it takes"
     return Result(text, data)
@@ -288,7 +289,9 @@ def _write_recipe(
     chosen: Choice,
     whole: Counts,
     listens: bool,
+    order: list[int],
 ) -> None:
+    """Writes a recipe; the layers that a search has found in that `order`, where they are enough, are not searched again."""
     if corpus is None or code is None:
         raise InputError("A recipe needs a corpus and a language", mend="name --corpus and --lang")
     if path.exists():
@@ -306,12 +309,18 @@ def _write_recipe(
         "corpus": {"source": str(Path(corpus).resolve()), "format": "halve", "duplicates": "keep"}
         | ({"untranslated": "keep"} if plain else {}),
     }
-    if removed:
+    if 0 < removed <= len(order):
+        recipe |= {"prune": {"layers": order[:removed]}}
+    elif removed:
         recipe |= {"importance": {"remove": removed} | half, "prune": {}}
     recipe |= {
         "distill": half | ({"untranslated": True} if plain else {}),
         "tune": {"method": "qlora"}
-        | ({"batch_size": 8, "checkpoint_activations": True} if is_large else {}),
+        | (
+            {"batch_size": 8, "checkpoint_activations": True, "checkpoint_every": 200}
+            if is_large
+            else {}
+        ),
         "merge": {"onto": "auto"},
         "packages": [chosen.settings],
         "bench": _benches(is_large, listens),

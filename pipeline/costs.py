@@ -5,6 +5,7 @@ does a second; the efficiencies below are rough. Parameter counts are exact. `pi
 """
 
 import shutil
+import subprocess
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from halve import environment
 from halve.errors import ArtefactError
 from halve.families import Counts, Family, family_for
 from halve.models import find_config
@@ -34,6 +36,8 @@ STEP_OVERHEAD_S = 0.0006
 """What a decoder layer costs in a step besides arithmetic."""
 GPU_FLOPS = 60e12
 """A data-centre GPU, where there is one; not measured here. Stock generation at the 7B shape fits it (H200: 76 s, 61 estimated)."""
+GPU_BYTES = 80e9
+"""Its memory, where nvidia-smi does not say."""
 GPU_TRAINING = 5
 """How many times as fast a GPU computes where no step waits for the one before: QLoRA of 8 rows at the 7B shape (H200)."""
 ACTIVATION_NUMBERS = 27
@@ -114,6 +118,23 @@ class Estimator:
     def on_gpu(self) -> bool:
         """Whether there is an NVIDIA GPU, told without torch."""
         return shutil.which("nvidia-smi") is not None
+
+    @cached_property
+    def device_bytes(self) -> float:
+        """The memory of the GPU, told without torch; of this machine where there is none."""
+        if not self.on_gpu:
+            return float(environment.memory_bytes())
+        asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        try:
+            told = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20)
+            return float(told.stdout.split()[0]) * 2**20
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            return GPU_BYTES
+
+    def roomy_bytes(self, counts: Counts) -> float:
+        """Of weights as `merge`, `package` and the benches hold them: in float32 where a GPU has room for that."""
+        is_tight = self.on_gpu and 4 * counts.total > environment.WEIGHTS_SHARE * self.device_bytes
+        return counts.total * (2.0 if is_tight else 4.0)
 
     @cached_property
     def flops(self) -> float:

@@ -105,8 +105,9 @@ def _from_text(error: BaseException) -> Failure | None:
     text = str(error).lower()
     if "cuda" in text and "out of memory" in text:
         return Failure(
-            "Out of GPU memory. To mend it: a smaller --batch-size, --checkpoint-activations in training, --memory-gb in "
-            "a search, --dtype bfloat16 where there is one; or compute on the processor, with CUDA_VISIBLE_DEVICES= "
+            "Out of GPU memory. To mend it: in training --rows-at-once (fewer than a batch) and --checkpoint-activations, "
+            "which keep what is done; else a smaller --batch-size, --memory-gb in a search, --dtype bfloat16 where there "
+            "is one, with which training and a search begin anew; or compute on the processor, with CUDA_VISIBLE_DEVICES= "
             "before the command.",
             1,
         )

@@ -8,9 +8,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from compress.importance import DEFAULT_BUDGET
-from halve import environment
 from halve.families import Counts
-from pipeline.costs import POSITIONS_PER_SECOND, PROMPT_POSITIONS, Cost, Estimator, width
+from pipeline.costs import (
+    POSITIONS_PER_SECOND,
+    PROMPT_POSITIONS,
+    TOKENS_PER_SECOND,
+    Cost,
+    Estimator,
+    width,
+)
 
 if TYPE_CHECKING:
     from pipeline.steps import Step
@@ -19,8 +25,6 @@ AGAIN = 0.6
 """What a candidate of the exact search computes, in translations of all segments: the layers after the removed one."""
 GPU_AGAIN = 0.05
 """The same on a GPU, where hundreds of rows take a step together (H200: 0.7 s a candidate of 100 segments at the 7B shape)."""
-GPU_BYTES = 80e9
-"""Its memory, likewise assumed."""
 LOAD_S = 6.0
 """Starting torch and loading a small model."""
 NF4_BYTES = 0.516
@@ -64,7 +68,7 @@ def _importance(of: Estimator, step: "Step") -> Cost:
     positions = rows * (of.speech.mean_s * POSITIONS_PER_SECOND + PROMPT_POSITIONS)
     # Keys and values of the parent, of a candidate, and of the rows of five that are decoded together.
     each = 7 * 2 * width(counts) * counts.decoder_layers * _bytes(config.dtype)
-    most = DEFAULT_BUDGET * (GPU_BYTES if of.on_gpu else environment.memory_bytes())
+    most = DEFAULT_BUDGET * of.device_bytes
     if config.memory_gb is not None:
         most = config.memory_gb * 1e9
     memory = 0.5e9 + model + min(positions * each, most)
@@ -91,7 +95,13 @@ def _distill(of: Estimator, step: "Step") -> Cost:
     # Every beam is a row.
     time_s = of.translating(counts, segments * config.width, config.batch_size) * len(config.langs)
     disk = 600 * segments * config.width + (of.states_bytes(segments) if config.logits else 0)
-    return Cost(LOAD_S + time_s, 0.7e9 + counts.total * _bytes(config.dtype), disk)
+    weights = counts.total * _bytes(config.dtype)
+    positions = of.speech.mean_s * (POSITIONS_PER_SECOND + TOKENS_PER_SECOND) + PROMPT_POSITIONS
+    each = 2 * width(counts) * counts.decoder_layers * _bytes(config.dtype)
+    kept = min(config.batch_size, segments * config.width) * positions * each
+    if of.on_gpu:  # longer batches are divided: see `compress.footprint.rows_at_once`
+        kept = min(kept, max(0.0, of.device_bytes - weights) / 3)
+    return Cost(LOAD_S + time_s, 0.7e9 + weights + kept, disk)
 
 
 def _adapter(counts: Counts, rank: int) -> float:
@@ -187,7 +197,7 @@ def _merge(of: Estimator, step: "Step") -> Cost:
     assert counts is not None
     config: Any = step.config
     stored = counts.total * 2.0
-    time_s, memory = LOAD_S + 2 * stored / 200e6, 1.5e9 + 2 * stored
+    time_s, memory = LOAD_S + 2 * stored / 200e6, 1.5e9 + of.roomy_bytes(counts)
     tune = of.run.recipe.tune
     if config.onto != "auto" or (tune is not None and tune.method == "full"):
         return Cost(time_s, memory, stored)
@@ -218,7 +228,9 @@ def _package(of: Estimator, step: "Step") -> Cost:
     checked = of.speech.count("select", config.parity_segments)
     parity = 2 * of.translating(counts, checked, config.batch_size) * max(1, len(config.langs))
     writing = 25.0 if config.target == "onnx" else LOAD_S
-    return Cost(writing + stored / 100e6 + parity, 1e9 + counts.total * 8, stored)
+    # Package and student are compared one after the other; a graph is written beside what it is written from.
+    held = of.roomy_bytes(counts) if config.target == "checkpoint" else counts.total * 8
+    return Cost(writing + stored / 100e6 + parity, 1e9 + held, stored)
 
 
 def _bench(of: Estimator, step: "Step") -> Cost:
@@ -227,7 +239,7 @@ def _bench(of: Estimator, step: "Step") -> Cost:
     assert teacher is not None and student is not None
     scorers = [getattr(config, name, None) for name in ("comet_checkpoint", "embedding_model")]
     models = len(step.inputs) - 2 - sum(map(bool, scorers))
-    memory = 1e9 + teacher.total * 4
+    memory = 1e9 + of.roomy_bytes(teacher)
     if hasattr(config, "repeats"):
         runs = config.repeats + config.warmup
         clip_s = config.short_s + config.long_s

@@ -4,16 +4,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from export.config import MergeConfig, PackageConfig, check_family
+from export.config import MergeConfig, PackageConfig
 from halve import artefact, environment
-from halve.errors import HalveError, InputError, RecipeError
-from halve.families import family_for
+from halve.errors import HalveError, InputError
 from halve.importers.base import CorpusConfig
 from halve.models import read_config, resolve_model
 from halve.progress import Progress
-from pipeline import steps
+from pipeline import checks, steps
 from pipeline.console import duration, size
 from pipeline.costs import Cost, Estimator
 from pipeline.recipe import Recipe, package_name
@@ -271,62 +269,29 @@ def check_inputs(run: Run, chosen: list[Step]) -> None:
             mend="correct `source` in the recipe (paths are relative to the recipe)",
         )
     if "package" in stages:
-        _check_texts(run.recipe)
+        checks.check_texts(run.recipe)
     if run.recipe.bench.quality is not None and "bench" in stages:
         from benchmarks.quality import check_config
 
         check_config(run.recipe.bench.quality)
     model = _model(str(run.recipe.teacher or run.recipe.base))
     if any(model in step.inputs for step in chosen):
-        _check_fits(run.recipe, read_config(resolve_model(model)))
-
-
-def _check_texts(recipe: Recipe) -> None:
-    for text in (text for package in recipe.packages for text in package.vocab_texts):
-        if not Path(text).is_file():
-            raise InputError(
-                f"The text file {text} does not exist",
-                mend="correct `vocab_texts` in the recipe (paths are relative to the recipe)",
-            )
-
-
-def _check_fits(recipe: Recipe, config: dict[str, Any]) -> None:
-    """Refuses what the recipe asks of its model and cannot have."""
-    family = family_for(config)
-    _check_layers(recipe, config)
-    for package in recipe.packages:
-        check_family(package, family, config)
-    if recipe.bench.latency is not None and family.reads == "text":
-        raise RecipeError(
-            f"{recipe.teacher or recipe.base} reads text, and the latency bench times audio",
-            mend="take `latency` out of the recipe's `bench`",
-        )
-
-
-def _check_layers(recipe: Recipe, config: dict[str, Any]) -> None:
-    from compress.importance import check_config, check_method
-    from compress.prune import plan_of_layers
-
-    family = family_for(config)
-    num_layers = family.num_layers(config)
-    if recipe.importance is not None:
-        check_config(recipe.importance, num_layers, family.must_stay(config))
-        check_method(recipe.importance, family)
-    if recipe.prune is not None and recipe.prune.layers is not None:
-        plan_of_layers(recipe.prune.layers, family, num_layers)
+        checks.check_fits(run.recipe, read_config(resolve_model(model)))
 
 
 def plan(run: Run, first: str | None, last: str | None) -> tuple[list[Planned], Estimator]:
     """The steps with their costs, without running anything.
 
     Raises:
-        InputError: no such stages, or something that the recipe's model cannot do.
+        InputError: no such stages, or something that the recipe's model or corpus cannot do.
     """
     estimator = Estimator(run)
     if estimator.config is not None:
-        _check_fits(run.recipe, estimator.config)
+        checks.check_fits(run.recipe, estimator.config)
+    chosen = steps_between(run, first, last)
+    checks.check_splits(chosen, estimator.speech)
     planned: list[Planned] = []
-    for step in steps_between(run, first, last):
+    for step in chosen:
         # What follows a step that must run is only known to be current once that has run.
         earlier = all(other.done for other in planned)
         planned.append(Planned(step, cost_of(estimator, step), earlier and _is_done(step)))
@@ -344,8 +309,11 @@ def run_all(run: Run, first: str | None, last: str | None, progress: Progress) -
     """Carries out the steps in their order, and says before each what it will cost."""
     planned = steps_between(run, first, last)
     check_inputs(run, planned)
-    run.out.mkdir(parents=True, exist_ok=True)
     estimator = Estimator(run)
+    checks.check_splits(planned, estimator.speech)
+    if estimator.config is not None:
+        checks.check_weights(estimator.config, [step for step in planned if not _is_done(step)])
+    run.out.mkdir(parents=True, exist_ok=True)
     ran = []
     for step in planned:
         cost = cost_of(estimator, step)
@@ -360,6 +328,7 @@ def run_all(run: Run, first: str | None, last: str | None, progress: Progress) -
         ran.append(Planned(step, cost, False))
         if step.stage == "corpus":
             estimator = Estimator(run)  # what was assumed is known now
+            checks.check_splits(planned, estimator.speech)
     return ran
 
 

@@ -75,8 +75,10 @@ def open_plain(path: str, *, threads: int | None = None, device: str = "auto") -
     Raises:
         ArtefactError: not a model that transformers loads.
     """
+    from halve.arithmetic import roomy_dtype
     from halve.models import load_model
 
     if threads:
         environment.pin_threads(threads)
-    return PlainTranslator(load_model(path, device=device))
+    # In float32, as stock code is served, where the weights have room for it.
+    return PlainTranslator(load_model(path, dtype=roomy_dtype(path, device), device=device))

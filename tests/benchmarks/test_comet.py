@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import comet, comet_environment, scoring
+from benchmarks import comet, comet_environment, comet_worker, scoring
 from benchmarks.config import QualityConfig
 from benchmarks.quality import run_quality
 from halve.errors import HalveError, InputError
@@ -79,6 +79,32 @@ def test_what_is_missing_is_said(
     text = found.record()["text"]
     assert text.startswith("COMET not measured: ")
     assert reason in text
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("wmt22-comet-da/checkpoints/model.ckpt", "wmt22-comet-da"),
+        ("wmt22-comet-da/model.ckpt", "wmt22-comet-da"),
+        ("mine.ckpt", "mine.ckpt"),
+        (
+            "models--Unbabel--wmt22-comet-da/snapshots/0a1b2c/checkpoints/model.ckpt",
+            "Unbabel/wmt22-comet-da",
+        ),
+    ],
+)
+def test_a_signature_names_the_model_not_its_commit(file: str, name: str) -> None:
+    assert comet_worker.name_of(Path("/models") / file) == name
+
+
+def test_an_interpreter_that_cannot_be_started_loses_no_bench(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("no program\n")
+    assert "may not be started" in _measure(checkpoint, str(python), comet.WORKER).reason
+    python.chmod(0o755)
+    assert "cannot be started" in _measure(checkpoint, str(python), comet.WORKER).reason
 
 
 def test_the_real_worker_says_why_it_failed(checkpoint: str) -> None:

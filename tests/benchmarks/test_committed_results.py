@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conditions
-from benchmarks.scoring import read_result, recompute_faults
+from benchmarks import recheck
+from benchmarks.scoring import read_result
 from halve import artefact
 from halve.metrics import METRICS
 
@@ -26,13 +26,22 @@ def test_there_are_committed_results() -> None:
 def test_scores_follow_from_the_hypotheses(result: Path) -> None:
     # TER over characters takes a minute a result: see below.
     metrics = [metric for metric in METRICS if metric != "ter" or not _is_long(result)]
-    assert recompute_faults(result, metrics=metrics) == []
-    assert conditions.faults(read_result(result), metrics=metrics) == []
+    assert recheck.faults(result, metrics) == []
     assert artefact.verify(result) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("result", list(filter(_is_long, QUALITY)), ids=lambda path: path.name)
 def test_edit_rates_follow_from_the_hypotheses(result: Path) -> None:
-    assert recompute_faults(result, metrics=["ter"]) == []
-    assert conditions.faults(read_result(result), metrics=["ter"]) == []
+    assert recheck.faults(result, ["ter"]) == []
+
+
+def test_the_demo_s_intervals_follow_from_the_hypotheses() -> None:
+    newest = [path for path in QUALITY if "demo-quality-de" in path.name][-1]
+    assert recheck.faults(newest, ["chrf++"], intervals=True) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("result", QUALITY, ids=lambda path: path.name)
+def test_intervals_follow_from_the_hypotheses(result: Path) -> None:
+    assert recheck.faults(result, ["bleu", "chrf", "chrf++"], intervals=True) == []

@@ -23,6 +23,7 @@ from pipeline import steps
 from serve.models import find_models
 from serve.settings import ServeSettings
 from tests.families import text_models
+from tests.importing import Heard
 
 
 def test_every_key_and_positive_numbers(
@@ -54,6 +55,20 @@ def test_every_key_and_positive_numbers(
         "tpot_ms",
         "rtf",
     }
+
+
+def test_a_baseline_without_room_costs_no_other_s_times(
+    tiny_student: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "weights_room", lambda device: 0)
+    config = LatencyConfig(lang="de", repeats=2, warmup=1, short_s=1.0, long_s=1.5)
+    progress = Heard()
+    run_latency(config, [tiny_student], tiny_corpus, tmp_path / "out", progress)
+    result = json.loads((tmp_path / "out" / "latency.json").read_text())
+    assert result["baseline"] is None and len(result["models"]) == 1
+    assert "no room here" in result["baseline_note"] and "no baseline" in progress.warnings[0]
+    step = steps.latency(config, [tiny_student], tiny_corpus, tmp_path / "out")
+    assert steps.up_to_date(step)
 
 
 @pytest.mark.parametrize(("stopped", "tokens"), [("end", 3), ("limit", 2), ("loop", 2)])

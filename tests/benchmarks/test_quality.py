@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scoring, tables
+from benchmarks import recheck, scoring, tables
 from benchmarks.compare import compare
 from benchmarks.conditions import conditions_table
 from benchmarks.config import QualityConfig
@@ -16,13 +16,14 @@ from benchmarks.quality import run_quality
 from export.config import PackageConfig
 from export.package import run_package
 from export.runtime import open_translator
-from halve import artefact, metrics
+from halve import artefact, environment, metrics
 from halve.corpus import read_corpus
 from halve.errors import CorpusError, InputError
-from halve.json_files import read_jsonl
+from halve.json_files import read_jsonl, write_json
 from halve.metrics import METRICS, score
 from halve.sources import segment_limit
 from pipeline import summary
+from tests.importing import Heard
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -93,6 +94,46 @@ def test_recomputed_scores_are_equal(quality_result: Path) -> None:
     files = scoring.read_result(quality_result)
     direct = score("bleu", files.hypotheses("student"), files.references, "de")
     assert again["student"]["bleu"]["score"] == pytest.approx(direct.score, abs=1e-6)
+
+
+def test_a_wrong_interval_is_named(quality_result: Path, tmp_path: Path) -> None:
+    assert recheck.faults(quality_result, intervals=True) == []
+    copy = shutil.copytree(quality_result, tmp_path / "copy")
+    result = _result(copy)
+    result["students"][0]["retention"]["chrf++"]["difference"] += 1.0
+    write_json(copy / "quality.json", result)
+    assert recheck.faults(copy) == []
+    (fault,) = recheck.faults(copy, intervals=True)
+    assert fault.startswith("student chrf++, difference: ")
+
+
+def test_what_was_translated_elsewhere_says_so(
+    quality_result: Path, tiny_model: Path, tiny_student: Path, tiny_corpus: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = shutil.copytree(quality_result, tmp_path / "out")
+    config = QualityConfig(lang="de", limit=4, resamples=200, batch_size=2, threads=1)
+    monkeypatch.setattr(environment, "instructions", lambda: ("avx2", "amx_bf16"))
+    progress = Heard()
+    run_quality(config, tiny_model, [tiny_student], tiny_corpus, out, progress)
+    assert any("here avx2 amx_bf16" in text for text in progress.warnings)
+    taken = artefact.read(out).extra["taken_over"]
+    assert taken.keys() == {"tiny", "student"}
+    assert "amx_bf16" not in taken["tiny"]["instructions"]
+
+
+def test_a_record_without_roles_is_read(
+    quality_result: Path, tiny_model: Path, tiny_corpus: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    old = shutil.copytree(quality_result, tmp_path / "old")
+    record = json.loads((old / "artefact.json").read_text())
+    record["parents"] = {name.split(" ")[-1]: hashed for name, hashed in record["parents"].items()}
+    write_json(old / "artefact.json", record)
+    opened = _opened(monkeypatch)
+    config = QualityConfig(lang="de", limit=4, resamples=100, batch_size=2, threads=1)
+    run_quality(config, tiny_model, [], tiny_corpus, tmp_path / "out", earlier=[old])
+    assert opened == []
 
 
 def test_every_model_searches_with_the_beams_that_are_asked_for(

@@ -140,7 +140,7 @@ def test_numbers_and_subsets_are_in_both_pages(report: Path, quality_result: Pat
     wanted = [
         "4 of 6 test segments (a subset)",
         "3 select segments (a subset: the search was told to use so many)",
-        "5 select segments (a subset)",
+        "at most 5 select segments a language",
         "COMET not measured: no checkpoint was given",
         f"{result['teacher']['scores']['chrf++']['score']:.2f}",
         f"{kept['percent']:.1f} [{kept['low']:.1f}, {kept['high']:.1f}]",
@@ -251,6 +251,11 @@ def test_latency_is_drawn_against_quality(
     run_report([quality_result, timed], tmp_path / "report")
     markdown = (tmp_path / "report" / "report.md").read_text(encoding="utf8")
     assert "Time per output token against chrF++" in markdown
+    # Latency is of greedy translations: what five beams are worth has another price.
+    searched = shutil.copytree(quality_result, tmp_path / "searched")
+    write_json(searched / "quality.json", scored | {"beams": 5})
+    run_report([searched, timed], tmp_path / "other")
+    assert "Time per output token against" not in (tmp_path / "other" / "report.md").read_text()
 
 
 def test_times_of_one_run_are_not_drawn_against_another_s_quality(

@@ -214,6 +214,20 @@ def test_the_best_of_a_wider_search(tiny_model: Path, tiny_corpus: Path, tmp_pat
     assert found["best"] == found["all"]
 
 
+def test_parts_of_a_batch_say_what_a_batch_says(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for name, most in (("whole", 99), ("parts", 2)):
+        monkeypatch.setattr(
+            distill, "rows_at_once", lambda speech, longest, rows, m=most: min(rows, m)
+        )
+        config = DistillConfig(langs=("de", "zh"), batch_size=7, min_score=0.0)
+        done = run_distill(config, tiny_model, tiny_corpus, tmp_path / name)
+        found[name] = read_jsonl(done.path / "translations.jsonl")
+    assert found["parts"] == found["whole"]
+
+
 def test_the_next_best_takes_the_place_of_a_dropped_one(tiny_corpus: Path, tmp_path: Path) -> None:
     segment = read_corpus(tiny_corpus).split("train")[0]
     reference = segment.references["de"]

@@ -13,14 +13,16 @@ import torch
 from compress import lanes
 from compress.config import ImportanceConfig
 from compress.exact import DECODED_TOGETHER, ExactTranslator, Pack
-from compress.footprint import Footprint, Room, checked
+from compress.footprint import Footprint, Room, checked, rows_at_once
 from compress.importance import default_gpu_budget, run_importance
 from compress.lanes import LanePool
 from compress.packing import PackedRows
 from compress.racing import stratify
 from compress.search import plan_chunks
+from halve import environment
 from halve.errors import InputError
 from halve.families import Family
+from halve.models import load_model
 from tests.compress.search_models import opened
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -203,10 +205,48 @@ def test_a_gpu_holds_what_is_worked_on_alone(
 
 @pytest.mark.parametrize(
     ("total_gb", "model_gb", "budget_gb"),
-    [(80, 16.8, 32), (24, 16.8, 2.4), (48, 33.6, 4.8), (16, 16.8, 0)],
+    [(80, 16.8, 32), (24, 16.8, 3.6), (48, 33.6, 7.2), (16, 16.8, 0)],
 )
 def test_the_budget_on_a_gpu_leaves_room_for_model_and_activations(
     total_gb: float, model_gb: float, budget_gb: float
 ) -> None:
     found = default_gpu_budget(int(total_gb * 1e9), int(model_gb * 1e9))
     assert found == pytest.approx(budget_gb * 1e9, abs=2)
+
+
+def test_a_gpu_translates_as_many_rows_as_it_holds(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speech = load_model(tiny_model)
+    held = sum(weight.nbytes for weight in speech.model.parameters())
+    row = speech.family.cache_width(speech.model) * 4 * (100 + 64)
+    assert rows_at_once(speech, 100, 40) == 40
+    on_gpu = replace(speech, device="cuda")
+    for rows in (1, 5, 39):
+        monkeypatch.setattr(environment, "device_bytes", lambda d, n=rows: held + 3 * n * row + 1)
+        assert rows_at_once(on_gpu, 100, 40) == rows
+    monkeypatch.setattr(environment, "device_bytes", lambda device: held)
+    assert rows_at_once(on_gpu, 100, 40) == 1
+
+
+def test_fewer_candidates_are_decoded_together_where_a_segment_would_not_fit(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = ImportanceConfig(remove=1, lang="de", segments=3, batch_size=1)
+    speech, task = opened(tmp_path, tiny_corpus, segments=3)
+    with ExactTranslator(speech, task) as translator:
+        most = {}
+        for together in range(5, 0, -1):
+            translator._together = together
+            most[together] = translator._most_alone()
+        for budget, together in ((most[5], 5), (most[5] - 1, 4), (most[2], 2), (0, 1)):
+            translator._together = DECODED_TOGETHER
+            translator.fit(budget)
+            assert translator._together == together
+            assert max(map(len, translator.groups([1, 2, 3, 4]))) == min(together, 4)
+    found = []
+    for name, budget in (("ample", None), ("tight", (most[2] + 1) / 1e9)):
+        asked = config.model_copy(update={"memory_gb": budget})
+        found.append(run_importance(asked, speech.path, tiny_corpus, tmp_path / name).path)
+    for name in ("importance.jsonl", "plan.json"):
+        assert (found[0] / name).read_bytes() == (found[1] / name).read_bytes()

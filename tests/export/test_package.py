@@ -1,6 +1,7 @@
 """Packages hold what they say, and only faithful ones are published."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from export import package
+from export import package, parity
 from export.config import PackageConfig, check_possible
 from export.package import run_package
 from export.parity import check_parity, top_two_gap
@@ -115,11 +116,33 @@ def test_a_drop_beyond_the_limit_is_refused_or_marked(
 def test_another_model_s_tokens_are_no_parity(
     student: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    other = open_translator(tiny.make_model(tmp_path / "other", seed=9))
+    other = partial(open_translator, tiny.make_model(tmp_path / "other", seed=9))
     sets = open_select_sets(tiny_corpus, ["de"], 3)
     config = PackageConfig(target="onnx", precision="fp32")
     with pytest.raises(ParityError, match="3 of 3 segments have other tokens"):
         check_parity(config, student, other, sets, SILENT)
+
+
+def test_a_gpu_need_not_hold_package_and_student_at_once(
+    student: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Told(TorchTranslator):
+        def close(self) -> None:
+            events.append("closed")
+            super().close()
+
+    def loaded(path: Path, **options: Any) -> Any:
+        events.append("loaded")
+        return load_model(path, **options)
+
+    monkeypatch.setattr(parity, "load_model", loaded)
+    sets = open_select_sets(tiny_corpus, ["de", "zh"], 2)
+    config = PackageConfig(target="checkpoint", precision="bf16")
+    found = check_parity(config, student, lambda: Told(load_model(student)), sets, SILENT)
+    assert events == ["closed", "loaded"]
+    assert found["languages"].keys() == {"de", "zh"} and found["passed"]
 
 
 def test_gap_between_the_two_best_tokens(student: Path, clips: list) -> None:

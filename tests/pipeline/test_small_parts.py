@@ -117,6 +117,26 @@ def test_a_choice_becomes_a_recipe(tiny_model: Path, tiny_corpus: Path, tmp_path
         budget.plan(*given, choice=99, write=tmp_path / "other.yaml")
 
 
+def test_layers_that_a_search_has_found_are_not_searched_again(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    search = ImportanceConfig(remove=2, lang="de", segments=2)
+    found = run_importance(search, tiny_model, tiny_corpus, tmp_path / "importance").path
+    order = json.loads((found / "plan.json").read_text())["removed"]
+    given = (str(tiny_model), "0.9MB", "de", found, tiny_corpus)
+    choices = budget.plan(*given).data["choices"]
+    for number, one in enumerate(choices, 1):
+        recipe = tmp_path / f"{number}.yaml"
+        budget.plan(*given, choice=number, write=recipe)
+        read, removed = read_recipe(recipe), 6 - one["layers"]
+        if 0 < removed <= 2:
+            assert read.importance is None and read.prune
+            assert read.prune.layers == tuple(order[:removed])
+        elif removed:
+            assert read.importance and read.importance.remove == removed
+    assert {6 - one["layers"] for one in choices} & {1, 2}
+
+
 def test_the_recipe_of_a_large_model_spares_memory(
     tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

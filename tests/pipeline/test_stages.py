@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.config import LatencyConfig, QualityConfig
-from halve import artefact
-from halve.errors import ArtefactError, InputError
+from halve import artefact, environment
+from halve.corpus import read_corpus, write_manifest
+from halve.errors import ArtefactError, CorpusError, InputError
+from halve.families import family_for
+from halve.models import read_config
 from halve.progress import SILENT
 from pipeline import stages, steps
 from pipeline.clean import find
@@ -288,6 +291,49 @@ def test_layers_that_cannot_go_stop_a_run_before_it_starts(
         stages.run_all(run, None, None, SILENT)
     with pytest.raises(InputError, match=said):
         stages.plan(run, None, None)
+    assert not run.out.exists()
+
+
+def test_an_empty_split_stops_a_run_before_it_starts(small_recipe: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(small_recipe)
+    source = shutil.copytree(recipe.corpus.source, tmp_path / "source")
+    (source / "artefact.json").unlink(missing_ok=True)
+    kept = [each for each in read_corpus(source).segments if each.split != "test"]
+    write_manifest(source, kept)
+    values = recipe.model_dump()
+    values["corpus"]["source"] = str(source)
+    run = Run(Recipe.model_validate(values), tmp_path / "run")
+    for started in (
+        lambda: stages.run_all(run, None, None, SILENT),
+        lambda: stages.plan(run, None, None),
+    ):
+        with pytest.raises(CorpusError, match="no test segment, and the stage bench"):
+            started()
+    assert not run.out.exists()
+    stages.plan(run, None, "package")  # none of these needs it
+
+
+def test_a_contest_that_cannot_be_entered_stops_a_run_before_it_starts(
+    small_recipe: Path, tmp_path: Path
+) -> None:
+    values = read_recipe(small_recipe).model_dump()
+    values["packages"] = [{"target": "onnx", "precision": "fp32", "contest": "iwslt"}]
+    run = Run(Recipe.model_validate(values), tmp_path / "run")
+    with pytest.raises(InputError, match="cannot enter IWSLT"):
+        stages.run_all(run, None, None, SILENT)
+    assert not run.out.exists()
+
+
+def test_a_teacher_without_room_stops_a_run_before_it_starts(
+    small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe(small_recipe)
+    config = read_config(Path(str(recipe.teacher or recipe.base)))
+    weights = family_for(config).count_parameters(config).total
+    monkeypatch.setattr(environment, "device_bytes", lambda device: 3 * weights)
+    run = Run(recipe, tmp_path / "run")
+    with pytest.raises(InputError, match=r"importance loads the teacher in float32.*bfloat16"):
+        stages.run_all(run, None, None, SILENT)
     assert not run.out.exists()
 
 

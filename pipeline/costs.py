@@ -138,9 +138,12 @@ class Estimator:
 
     @cached_property
     def flops(self) -> float:
-        """Multiplications and additions this machine does a second, measured."""
-        if self.on_gpu:
-            return GPU_FLOPS
+        """Multiplications and additions this machine does a second: a GPU's assumed, else measured."""
+        return GPU_FLOPS if self.on_gpu else self.cpu_flops
+
+    @cached_property
+    def cpu_flops(self) -> float:
+        """What the processor does, measured."""
         matrix = np.ones((768, 768), dtype=np.float32)
         np.matmul(matrix, matrix)
         best = float("inf")
@@ -151,9 +154,15 @@ class Estimator:
         return 2 * 768**3 / best
 
     def translating(
-        self, counts: Counts, segments: int, batch_size: int, hear: bool = True
+        self,
+        counts: Counts,
+        segments: int,
+        batch_size: int,
+        hear: bool = True,
+        on_cpu: bool = False,
     ) -> float:
-        """Seconds to translate so many segments of mean length; `hear`: encode their audio as well."""
+        """Seconds to translate so many segments of mean length; `hear`: encode their audio as well; `on_cpu`: even
+        where there is a GPU, as ONNX packages do."""
         positions = self.speech.mean_s * POSITIONS_PER_SECOND + PROMPT_POSITIONS
         tokens = self.speech.mean_s * TOKENS_PER_SECOND
         heard = 2 * counts.audio_tower * self.speech.mean_s * POSITIONS_PER_SECOND * 2 * hear
@@ -162,7 +171,7 @@ class Estimator:
         arithmetic = (heard + prefill) / PREFILL_EFFICIENCY + decode / DECODE_EFFICIENCY
         batches = -(-segments // max(1, batch_size))
         overhead = batches * 1.5 * tokens * counts.decoder_layers * STEP_OVERHEAD_S
-        return segments * arithmetic / self.flops + overhead
+        return segments * arithmetic / (self.cpu_flops if on_cpu else self.flops) + overhead
 
     def states_bytes(self, segments: int) -> float:
         """What the tower's states of so many segments take on disk: 16 bits a number."""

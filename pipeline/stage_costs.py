@@ -216,6 +216,12 @@ PACKAGE_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 2.0, "int8": 1.06, "int4": 0.
 """Of a weight. A student's are bfloat16, which a float32 package stores as such and widens when it is opened."""
 
 
+def _computes_on_cpu(package: Any) -> bool:
+    """Whether a package is run on the processor, on a machine with a GPU, too: graphs in 16 bits alone are not."""
+    target, precision = str(package.target), str(package.precision)
+    return target == "gguf" or (target == "onnx" and precision != "fp16")
+
+
 def _package(of: Estimator, step: "Step") -> Cost:
     config: Any = step.config
     counts = of.student
@@ -226,7 +232,11 @@ def _package(of: Estimator, step: "Step") -> Cost:
         twice = counts.embeddings if config.target == "onnx" and not counts.head else 0
         stored = (counts.total + twice) * PACKAGE_BYTES.get(config.precision, 2.0)
     checked = of.speech.count("select", config.parity_segments)
-    parity = 2 * of.translating(counts, checked, config.batch_size) * max(1, len(config.langs))
+    on_cpu = _computes_on_cpu(config)
+    parity = max(1, len(config.langs)) * (
+        of.translating(counts, checked, config.batch_size)
+        + of.translating(counts, checked, config.batch_size, on_cpu=on_cpu)
+    )
     writing = 25.0 if config.target == "onnx" else LOAD_S
     # Package and student are compared one after the other; a graph is written beside what it is written from.
     held = of.roomy_bytes(counts) if config.target == "checkpoint" else counts.total * 8
@@ -250,7 +260,10 @@ def _bench(of: Estimator, step: "Step") -> Cost:
     noisy = 0 if config.noise_db is None else 1
     teacher_runs = (3 if config.controls else 1) + noisy
     time_s = teacher_runs * of.translating(teacher, rows, config.batch_size)
-    time_s += (1 + noisy) * models * (LOAD_S + of.translating(student, rows, config.batch_size))
+    slow = sum(map(_computes_on_cpu, of.run.recipe.packages))
+    for count, on_cpu in ((models - slow, False), (slow, True)):
+        one = LOAD_S + of.translating(student, rows, config.batch_size, on_cpu=on_cpu)
+        time_s += (1 + noisy) * max(0, count) * one
     return Cost(time_s + 10, memory, 1000 * segments * (models + 3))
 
 

@@ -242,6 +242,37 @@ def test_a_bench_with_beams_takes_longer_and_no_more_disk(
     assert (costs[1].time_s or 0) > (costs[0].time_s or 0)
 
 
+@pytest.mark.parametrize(("memory_mib", "merge_gb"), [(81559, 28.6), (24576, 15.1)])
+def test_a_plan_asks_for_the_gpu_s_memory(
+    memory_mib: int, merge_gb: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho {memory_mib}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    recipe = read_recipe(ROOT / "recipes" / "qwen2-audio-7b-de.yaml")
+    planned, _ = stages.plan(Run(recipe, tmp_path / "run"), None, "bench")
+    costs = {one.step.name: one.cost for one in planned}
+    # Where float32 has no room, it is computed in bfloat16.
+    assert (costs["merge"].memory_bytes or 0) / 1e9 == pytest.approx(merge_gb, abs=0.1)
+    most = 0.4 * memory_mib * 2**20
+    assert (costs["importance"].memory_bytes or 0) <= 0.5e9 + 2 * 8_397_094_912 + most
+
+
+def test_packages_of_the_processor_take_its_time(
+    small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Estimator, "on_gpu", True)
+    monkeypatch.setattr(Estimator, "cpu_flops", 1e9)
+    values, times = read_recipe(small_recipe).model_dump(), {}
+    for package in (("checkpoint", "bf16"), ("onnx", "int4"), ("onnx", "fp16")):
+        values["packages"] = [dict(zip(("target", "precision"), package, strict=True))]
+        planned, _ = stages.plan(Run(Recipe.model_validate(values), tmp_path / "run"), None, None)
+        times[package] = next(one.cost.time_s or 0 for one in planned if one.step.stage == "bench")
+    assert times["onnx", "int4"] > times["checkpoint", "bf16"] == times["onnx", "fp16"]
+
+
 def test_windows(finished: Run, tmp_path: Path) -> None:
     names = [step.stage for step in stages.steps_between(finished, "prune", "merge")]
     assert names == ["prune", "distill", "tune", "merge"]

@@ -24,6 +24,8 @@ _ADDS = frozenset({"controls", "noise_db"})
 """Settings that add translations and change none."""
 _ORIGINS = "taken_over.json"
 """In the resume state: what other results the texts there are from, by the models' contents."""
+_PLACES = "begun_on.jsonl"
+"""In the resume state: where the run was begun, and where it went on."""
 _RUNTIMES = ("torch", "transformers", "onnxruntime", "llama-cpp-python")
 
 
@@ -173,23 +175,45 @@ def _made_on(result: Path) -> dict[str, Any]:
     return found | {key: last[key] for key in ("instructions", "gpu") if last.get(key)}
 
 
-def _elsewhere(result: Path) -> list[str]:
-    """In what a result's making differs from what would make it here, in words."""
+def _here() -> dict[str, Any]:
+    """What `_made_on` would say of a result that is made here and now."""
     import torch
 
-    there, known = _made_on(result), environment.versions()
-    here = {name: known[name] for name in _RUNTIMES if known.get(name)}
+    known = environment.versions()
+    found: dict[str, Any] = {name: known[name] for name in _RUNTIMES if known.get(name)}
+    found["instructions"] = list(environment.instructions())
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(0)
+    return found
+
+
+def begun_on(work: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Where else a run was begun that goes on here: its versions, instruction sets and GPU, the first first."""
+    path, here = work / _PLACES, _here()
+    known = read_jsonl(path)
+    others = [place for place in known if place != here]
+    if others:
+        progress.warn(
+            "This run was begun with other versions or on another processor or GPU: texts may differ where two tokens are all "
+            "but equally likely. Both are on record."
+        )
+    if not known or known[-1] != here:
+        append_jsonl(path, here)
+    return others
+
+
+def _elsewhere(result: Path) -> list[str]:
+    """In what a result's making differs from what would make it here, in words."""
+    there, here = _made_on(result), _here()
     others = [
         f"{name} {there[name]} (here {here[name]})"
         for name in _RUNTIMES
         if name in there and name in here and there[name] != here[name]
     ]
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    if there.get("gpu") != gpu:
-        others.append(f"{there.get('gpu', 'no GPU')} (here {gpu or 'none'})")
-    own = environment.instructions()
-    sets = there.get("instructions")  # not on record before version 0.2
-    if sets and tuple(sets) != own:
+    if there.get("gpu") != here.get("gpu"):
+        others.append(f"{there.get('gpu', 'no GPU')} (here {here.get('gpu', 'none')})")
+    sets, own = there.get("instructions"), here["instructions"]
+    if sets and sets != own:  # not on record before version 0.2
         others.append(f"a processor with {' '.join(sets)} (here {' '.join(own) or 'none'})")
     return others
 

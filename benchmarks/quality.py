@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks import comet as comet_metric
 from benchmarks import conditions, embedding, scoring, size
 from benchmarks.config import QualityConfig
-from benchmarks.earlier import bring, check_earlier, origins, scorers
+from benchmarks.earlier import begun_on, bring, check_earlier, origins, scorers
 from benchmarks.translations import (
     TRANSLATING,
     Hypotheses,
@@ -66,12 +66,15 @@ def run_quality(
     # Translations are kept by their model's contents: they outlive a change of students, too.
     needs = (TRANSLATING, {"corpus"})
     with writing(out, "results", settings, config.seed, parents, work_needs=needs) as draft:
+        begun = begun_on(draft.work, progress)
         bring(config, models, workload, draft.work, out, known, progress)
         found = translate_all(config, models, workload, draft, progress)
         result = _result(config, models, sizes, workload, found, draft, progress)
         draft.extra.update(bench="quality", lang=config.lang, split=config.split)
         if taken := origins(models, draft.work):
             draft.extra["taken_over"] = taken
+        if begun:
+            draft.extra["begun_on"] = begun
         write_json(draft.path / scoring.RESULT, result)
     return read(out)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The students of the evidence, for both languages at once, from the committed teacher; results in runs/students.
 #   bash benchmarks/students.sh [STEP…]      all steps without any; each keeps what it has finished
-# Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_searched A_unheard B B_long B_long_mean B_mean B_twice B_twice_fine B_searched B_unheard C C_staged D D_staged baselines select test table
-# BEAMS=5 measures with five beams, BATCH_TEST rows at once; EARLIER=benchmarks/results/2026-11-26-beams (-de and -zh) has the teacher's translations. GROUPS_OF_STUDENTS=half measures C, D and the unpruned teacher in 4 bits, pruned C and D alone, staged C_staged and D_staged, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, long B_long_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
+# Steps: corpus unheard plans translations searched untranslated A A_fine A_mean A_lessons A_searched A_unheard B B_long B_long_mean B_mean B_twice B_twice_fine B_searched B_unheard C C_staged D D_staged baselines select test table
+# BEAMS=5 measures with five beams, BATCH_TEST rows at once; EARLIER=benchmarks/results/2026-11-26-beams (-de and -zh) has the teacher's translations. GROUPS_OF_STUDENTS=half measures C, D and the unpruned teacher in 4 bits, pruned C and D alone, staged C_staged and D_staged, qlora A and B, quarter B alone, seeds A of three seeds, fine A_fine of SEED and B_twice, searched A_searched and B_searched, unheard A_unheard of SEED_A and B_unheard, mean A_mean, lessons A_lessons, long B_long_mean, head4 B_twice_fine, equal the unpruned teacher at the bytes of A_fine: a student in one group only.
 # On slow processors: DTYPE=float32 where bfloat16 is emulated, LIMIT (segments the teacher translates), STEPS_A, STEPS_B, STEPS_AGAIN, STEPS_C, BATCH_QLORA, RATE_QLORA, BATCH_DISTILL (32: batches of 128 take half as long again).
 # Everything is chosen on `select`; `test` is translated by the step `test` alone, once a student.
 #   A  no layer pruned, QLoRA + distillation, ONNX in 4 bits
@@ -14,6 +14,7 @@
 #   A_searched  A, merged, and tuned for STEPS_AGAIN on the best of five beams; stored as A_fine
 #   A_unheard, B_unheard  the same on the teacher's translations of speech that it was not trained on (untranslated, from the GIMP help)
 #   A_fine   A in finer blocks, for which its bar leaves room
+#   A_lessons  the mean of two adapters: A of fewer steps, and one that learnt the references of all clips with smoothed labels; stored as A_fine
 #   A_mean, B_mean  the mean of the adapters of seeds 0, 1 and 2, which A or B has made before; A_mean is stored as A_fine
 #   C  half of the layers pruned, trained in full with distillation, bf16
 #   D  C as ONNX in 4 bits
@@ -110,6 +111,17 @@ mean() { # MODEL NAME
         --corpus "$CORPUS" --out "$OUT/merged/$2-mean"
 }
 A_mean() { mean "$TEACHER" A; package "$OUT/merged/A-mean" A-mean-fine "${ROOM[@]}" --block-size 16; }
+A_lessons() {
+    local FIRST=$OUT/tuned/A-short-$SEED SECOND=$OUT/tuned/A-smooth-$SEED
+    tune "$TEACHER" A-short 800 "${QLORA[@]}" --eval-every 800
+    if missing "$SECOND"; then
+        "$HALVE" tune --model "$TEACHER" --out "$SECOND" --seed "$SEED" "${TUNE[@]}" --eval-every 520 --max-steps 520 "${QLORA[@]}" --label-smoothing 0.1
+    fi
+    if missing "$OUT/merged/A-lessons"; then
+        "$HALVE" merge --model "$TEACHER" --adapter "$FIRST" "$SECOND" --onto auto --requantized --corpus "$CORPUS" --out "$OUT/merged/A-lessons"
+    fi
+    package "$OUT/merged/A-lessons" A-lessons "${ROOM[@]}" --block-size 16
+}
 B_mean() { mean "$OUT/pruned-quarter" B; package "$OUT/merged/B-mean" B-mean "${ROOM[@]}"; }
 A_fine() { package "$OUT/merged/A-$SEED" "A-fine-$SEED" "${ROOM[@]}" --block-size 16; }
 B_long() { tune "$OUT/pruned-quarter" B-long "$STEPS_LONG" "${QLORA[@]}" --batch-size 96 --eval-every "$STEPS_LONG"; }
@@ -160,6 +172,7 @@ both() { # SPLIT: in two groups, so that the one can be measured before the othe
             fine) quality "$1" fine "$OUT/packages/A-fine-$SEED" "$OUT/packages/B-twice-0" ;;
             unheard) quality "$1" unheard "$OUT/packages/A-unheard-${SEED_A:-$SEED}" "$OUT/packages/B-unheard-$SEED" ;;
             long) quality "$1" long "$OUT/packages/B-long-mean-head4" ;;
+            lessons) quality "$1" lessons "$OUT/packages/A-lessons" ;;
             mean) quality "$1" mean "$OUT/packages/A-mean-fine" ;;
             head4) quality "$1" head4 "$OUT/packages/B-twice-head4-$SEED" ;;
             equal) quality "$1" equal "$OUT/packages/teacher-int4-fine" ;;

@@ -122,6 +122,28 @@ def test_what_was_translated_elsewhere_says_so(
     assert "amx_bf16" not in taken["tiny"]["instructions"]
 
 
+def test_a_run_that_goes_on_elsewhere_says_so(
+    tiny_model: Path, tiny_student: Path, tiny_corpus: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def failing(names: list[str]) -> None:
+        if names == ["tiny", "student"]:
+            raise KeyboardInterrupt
+
+    _opened(monkeypatch, failing)
+    config = QualityConfig(lang="de", limit=2, resamples=100, controls=False, threads=1)
+    given = (config, tiny_model, [tiny_student], tiny_corpus, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        run_quality(*given)
+    here = list(environment.instructions())
+    monkeypatch.setattr(environment, "instructions", lambda: ("sve",))
+    progress = Heard()
+    run_quality(*given, progress)
+    assert "begun with other versions or on another processor" in progress.warnings[0]
+    (first,) = artefact.read(tmp_path / "out").extra["begun_on"]
+    assert first["instructions"] == here
+
+
 def test_a_record_without_roles_is_read(
     quality_result: Path, tiny_model: Path, tiny_corpus: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

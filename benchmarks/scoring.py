@@ -98,6 +98,8 @@ def mean_retention(
     percent, low, high = share(of_student.mean(), of_teacher.mean(), ratios)
     difference_low, difference_high = np.percentile(differences, [2.5, 97.5])
     side = min(float((differences <= 0).mean()), float((differences >= 0).mean()))
+    if len(of_teacher) < 2:  # every resample is the one segment: nothing was tested
+        side = 1.0
     return rounded(
         {
             "percent": percent,

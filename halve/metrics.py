@@ -144,6 +144,8 @@ def retention(
     kept = share(full[1], full[0], ratios)
     difference_low, difference_high = np.percentile(differences, [2.5, 97.5])
     side = min(float((differences <= 0).mean()), float((differences >= 0).mean()))
+    if len(references) < 2:  # every resample is the one segment: nothing was tested
+        side = 1.0
     return Retention(
         percent=kept[0],
         low=kept[1],

@@ -71,6 +71,14 @@ def test_bad_calls_are_refused() -> None:
         metrics.score("bleu", HYPOTHESES[:2], REFERENCES, "de")
 
 
+def test_one_segment_tells_nothing_from_chance() -> None:
+    found = retention(
+        "chrf++", ["Öffnen Sie die Datei."], ["Datei"], ["Öffnen Sie die Datei."], "de"
+    )
+    assert found.percent is not None and found.percent < 100
+    assert (found.p_value, found.p_randomised) == (1.0, 1.0)
+
+
 def test_randomisation_agrees_with_the_bootstrap() -> None:
     references = [
         f"der {noun} steht im Haus und wartet" for noun in ["Hund", "Mann", "Baum", "Stuhl"]

@@ -72,7 +72,7 @@ def test_bad_calls_are_refused() -> None:
 
 
 def test_one_segment_tells_nothing_from_chance() -> None:
-    found = retention(
+    found = metrics.retention(
         "chrf++", ["Öffnen Sie die Datei."], ["Datei"], ["Öffnen Sie die Datei."], "de"
     )
     assert found.percent is not None and found.percent < 100

@@ -81,7 +81,8 @@ class ExactTranslator:
         self._context = ExitStack()
         self._crew = Crew(self._device)
         self._layers: list[LayerRunner] = []
-        self._together = DECODED_TOGETHER
+        self.together = DECODED_TOGETHER
+        """Candidates that are decoded in one batch; see `fit`."""
         self._pool = LanePool(self._crew.size, self._table.weight.dtype, self._device)
         self._prompts = embed_prompts(speech, task, self._crew)
         # Where the decoder attends to an encoder, equal inputs do not make equal states.
@@ -122,7 +123,7 @@ class ExactTranslator:
             held=held,
             rows=tuple(count * (2 * of_token + of_states) for count in positions),
             positions=positions,
-            position_bytes=self._together * of_token,
+            position_bytes=self.together * of_token,
             lanes=self._pool.size,
             bins=self._pool.bins,
         )
@@ -132,8 +133,8 @@ class ExactTranslator:
 
         What a candidate says does not depend on it; a step takes as long for one as for several.
         """
-        while self._together > 1 and self._most_alone() > budget:
-            self._together -= 1
+        while self.together > 1 and self._most_alone() > budget:
+            self.together -= 1
         return self.footprint()
 
     def _most_alone(self) -> int:
@@ -260,7 +261,7 @@ class ExactTranslator:
     def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
         """The candidates whose rows are decoded together: a step costs little more for several."""
         inner = sorted(layer for layer in candidates if layer is not None)
-        size = self._together
+        size = self.together
         found: list[list[int | None]] = [
             list(inner[start : start + size]) for start in range(0, len(inner), size)
         ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,9 @@ class GradientMaker:
         seeds = [first + n for n in range(len(parts))]
         with training_attention(self.speech):
             run = map if self.pool is None else self.pool.map
-            results = list(run(self._part, parts, seeds, [count] * len(parts)))
+            # Parts are in memory at once.
+            most = None if self.rows_at_once is None else max(1, self.rows_at_once // len(parts))
+            results = list(run(self._part, parts, seeds, repeat(count), repeat(most)))
         loss, gradients = results[0]
         for more_loss, more in results[1:]:
             loss += more_loss
@@ -125,12 +128,12 @@ class GradientMaker:
         return loss, gradients
 
     def _part(
-        self, sequences: Sequence[TrainingSequence], seed: int, count: int
+        self, sequences: Sequence[TrainingSequence], seed: int, count: int, rows: int | None
     ) -> tuple[float, list[Tensor | None]]:
         generator = torch.Generator().manual_seed(seed % SEEDS)
         total = 0.0
         summed: list[Tensor | None] = [None] * len(self.weights)
-        for piece in pieces(sequences, self.rows_at_once):
+        for piece in pieces(sequences, rows):
             loss = self._loss(sequences[piece], generator) / count
             gradients = torch.autograd.grad(loss, self.weights, allow_unused=True)
             total += loss.item()
@@ -139,6 +142,7 @@ class GradientMaker:
 
     def _loss(self, sequences: Sequence[TrainingSequence], generator: torch.Generator) -> Tensor:
         """The loss summed over the target tokens of some sequences."""
+        # Not in bfloat16: a tower that trains computes in the numbers of its weights (stock code's features want float32).
         clips = [self.audio.read(sequence.segment) for sequence in sequences]
         lengths = [len(clip) for clip in clips]
         states = torch.cat(clips)

@@ -344,14 +344,20 @@ def _opened(
         ) as pool:
             yield pool, pool.rooms()
         return
-    from compress.exact import ExactTranslator
     from compress.search import translator_for
 
     with translator_for(config.method, speech, task) as translator:
         budget = budget_bytes(config.memory_gb, speech)
-        is_exact = isinstance(translator, ExactTranslator)
-        footprint = translator.fit(budget) if is_exact else translator.footprint()
-        yield translator, [Room(footprint, budget)]
+        yield translator, [room_for(translator, budget)]
+
+
+def room_for(translator: "CandidateTranslator", budget: int) -> Room:
+    """What a translator's segments take of a budget; an exact one decodes fewer candidates together where it must."""
+    from compress.exact import ExactTranslator
+
+    if isinstance(translator, ExactTranslator):
+        return Room(translator.fit(budget), budget)
+    return Room(translator.footprint(), budget)
 
 
 def budget_bytes(memory_gb: float | None, speech: SpeechModel, models: int = 1) -> int:

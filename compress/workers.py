@@ -64,6 +64,8 @@ class Opened:
     node: str
     device: str
     room: Room
+    together: int | None
+    """Candidates that it decodes together, where it does."""
 
 
 class Worker:
@@ -78,7 +80,7 @@ class Worker:
         Raises:
             InputError: other versions here, or the model is not here or another one.
         """
-        from compress.importance import budget_bytes
+        from compress.importance import budget_bytes, room_for
         from compress.search import translator_for
         from halve.models import load_model
 
@@ -92,11 +94,16 @@ class Worker:
         self._translator = translator_for(setup.method, speech, task)
         models = round(1 / setup.share)  # each worker on a GPU holds one
         budget = int(setup.share * budget_bytes(setup.memory_gb, speech, models))
-        room = Room(self._translator.footprint(), budget)
-        return Opened(os.getpid(), node, speech.device, room)
+        room = room_for(self._translator, budget)
+        together = getattr(self._translator, "together", None)
+        return Opened(os.getpid(), node, speech.device, room, together)
 
-    def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
-        """The candidates in groups that are worked on together."""
+    def groups(
+        self, candidates: Sequence[int | None], together: int | None
+    ) -> list[list[int | None]]:
+        """The candidates in groups that are worked on together, of at most so many where they are decoded together."""
+        if together is not None:
+            self._translator.together = together
         found: list[list[int | None]] = self._translator.groups(candidates)
         return found
 
@@ -302,7 +309,12 @@ class RayWorkers(CandidatePool):
 
     def groups(self, candidates: Sequence[int | None]) -> list[list[int | None]]:
         """See CandidatePool."""
-        found: list[list[int | None]] = self._ask(lambda worker: worker.groups.remote(candidates))
+        # What the one with the least room can hold, whoever is asked.
+        sizes = [one.together for one in self._opened if one.together is not None]
+        least = min(sizes, default=None)
+        found: list[list[int | None]] = self._ask(
+            lambda worker: worker.groups.remote(candidates, least)
+        )
         return found
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:

@@ -76,9 +76,9 @@ def mean_of_models(models: Sequence[Path]) -> Change:
         ArtefactError: they do not have the same tensors.
     """
     first, *others = models
-    shapes = tensor_shapes(first)
+    shapes = _read_shapes(first)
     for other in others:
-        found = tensor_shapes(other)
+        found = _read_shapes(other)
         differing = [
             key
             for key in sorted({**shapes, **found})
@@ -97,6 +97,17 @@ def mean_of_models(models: Sequence[Path]) -> Change:
         return lambda: _mean_rows([stored, *(each[stored.key] for each in known)])
 
     return change
+
+
+def _read_shapes(model: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and types of what stock code reads; see `_read_by_stock_code`."""
+    config = read_config(model)
+    family = family_for(config)
+    return {
+        key: found
+        for key, found in tensor_shapes(model).items()
+        if not family.is_surplus(config, key)
+    }
 
 
 def _mean_rows(tensors: Sequence[Stored]) -> "Iterator[torch.Tensor]":

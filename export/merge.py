@@ -19,7 +19,7 @@ from halve.card import write_card
 from halve.errors import ArtefactError, InputError
 from halve.families import Family, family_for
 from halve.json_files import append_jsonl, read_jsonl
-from halve.lineage import earlier_training
+from halve.lineage import TUNED, earlier_training
 from halve.metrics import Score
 from halve.models import SpeechModel, load_model, pick_device, read_config
 from halve.origin import origin
@@ -91,7 +91,8 @@ def run_merge(
             draft.extra["onto"] = config.onto
         if others:
             draft.extra["mean_of"] = len(adapters)
-        draft.extra |= _carried(model) | _tuned(adapters)
+        draft.extra |= _carried(model)
+        _note_tuning(draft.extra, model, adapters)
         _verify(config, model, draft.path)
         langs = config.langs or _languages(adapters) or languages_of(model)
         if langs:
@@ -123,23 +124,28 @@ def _check_adapter(model: Path, adapter: Path) -> None:
         )
 
 
-def _tuned(adapters: Sequence[Path]) -> dict[str, Any]:
-    """How the adapter was trained, for those who must state it; of several, what any of them learnt, and no scores: they are not the mean's."""
-    stages = []
+def _note_tuning(extra: dict[str, Any], model: Path, adapters: Sequence[Path]) -> None:
+    """Notes how the adapter was trained, for those who must state it; of several, what any of them learnt, and no scores: they
+    are not the mean's. Those trained in another way than the first stand among the earlier stages."""
+    stages, started_from = [], artefact.identity(model)
     for adapter in adapters:
-        if not (adapter / artefact.RECORD).is_file():
+        if not (adapter / artefact.RECORD).is_file() or artefact.identity(adapter) == started_from:
             continue
-        extra = artefact.read(adapter).extra
-        distilled = bool(extra.get("rows", {}).get("teacher"))
-        earlier = {"method": extra.get("method", "an adapter"), "distilled": distilled}
-        stages.append(dict(extra.get("tuned", earlier)))
+        of_it = artefact.read(adapter).extra
+        distilled = bool(of_it.get("rows", {}).get("teacher"))
+        earlier = {"method": of_it.get("method", "an adapter"), "distilled": distilled}
+        stages.append(dict(of_it.get("tuned", earlier)))
     if not stages:
-        return {}
+        return
     found = stages[0]
+    others = {stage["method"]: stage for stage in stages if stage["method"] != found["method"]}
     if len(adapters) > 1:
-        found.pop("scores", None)
+        for stage in stages:
+            stage.pop("scores", None)
         found |= {key: any(stage.get(key) for stage in stages) for key in ("distilled", "logits")}
-    return {"tuned": found}
+    extra["tuned"] = found
+    if others:
+        extra[TUNED] = [*extra.get(TUNED, ()), *others.values()]
 
 
 def _languages(adapters: Sequence[Path]) -> tuple[str, ...]:

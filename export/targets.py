@@ -134,6 +134,8 @@ def _write_gguf(job: Job) -> dict[str, Any]:
     facts = write_gguf(job.folder, job.student, job.family, job.processor, chosen, _kept(job))
     del facts["bits"]["cache"]  # llama.cpp's choice
     facts["quantise"] = "none" if exact else "rtn"
+    if chosen.encoder < 8:  # its graph is onnxruntime's, as in ONNX packages
+        facts["quantise_encoder"] = "search"
     _write_tokenizer(job)
     return facts
 

@@ -6,7 +6,7 @@ ONNX graph of an ONNX package. The tokenizer stays in tokenizer.json.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,9 @@ def write_gguf(
     geometry, rows = sizes(folder, config, kept)
     read = TensorReader(student)
     check_layer(read.suffixes(f"{family.disk_layers}0."))
+    if not read.suffixes(family.disk_head):  # one table is both
+        width = max(bits.embeddings, bits.head)
+        bits = replace(bits, embeddings=width, head=width)
     tensors = list(_tensors(student, family, geometry, layout, read, bits, rows))
     writer = GGUFWriter(folder / GGUF, layout.architecture)
     _write_sizes(writer, geometry, text)
@@ -177,10 +180,8 @@ def _tensors(
     def take(values: FloatArray) -> FloatArray:
         return values[rows]
 
-    tied = not read.suffixes(family.disk_head)
-    width = max(bits.embeddings, bits.head) if tied else bits.embeddings
-    yield tensor(TABLE, "embeddings", f"{family.disk_embeddings}weight", width, take)
-    if not tied:
+    yield tensor(TABLE, "embeddings", f"{family.disk_embeddings}weight", bits.embeddings, take)
+    if read.suffixes(family.disk_head):
         yield tensor(HEAD, "head", f"{family.disk_head}weight", bits.head, take)
     norm = family.disk_layers.removesuffix("layers.") + "norm.weight"
     yield tensor("output_norm.weight", "decoder", norm, 32)

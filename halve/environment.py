@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -98,8 +99,30 @@ def _number(path: str) -> int | None:
 
 
 def cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores this process may use; in a container as many as its quota of processor time is worth, rounded up."""
+    known = hasattr(os, "sched_getaffinity")
+    found = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    quota = _cpu_quota()
+    return found if quota is None else max(1, min(found, math.ceil(quota)))
+
+
+def _cpu_quota() -> float | None:
+    """What a container may use of the processor, in cores; None without a limit (control groups 2 and 1)."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf8").split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    first, second = (
+        _number(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")
+    )
+    return first / second if first and second else None  # a quota of -1 is none, and no number here
+
+
+@cache
+def default_threads() -> int:
+    """The threads that torch would compute with, as first asked: later a thread's own setting may answer."""
+    return min(threads(), cores())
 
 
 def find_ffmpeg() -> str | None:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -89,10 +90,16 @@ class Engine:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        translator = None
         try:
             translator = self._open()
             runner = runner_for(translator, self._batch_size, self._reserve)
         except BaseException as error:  # handed to whoever waits for the model
+            if translator is not None:
+                translator.close()
+                translator = None
+            # What was loaded of it would live as long as the error does.
+            traceback.clear_frames(error.__traceback__)
             with self._changed:
                 self._closing = True
             self._drop_all()

@@ -21,7 +21,7 @@ from serve.settings import ServeSettings
 
 log = logging.getLogger("halve.serve")
 
-UNLOAD_WAIT_S = 60.0
+UNLOAD_WARN_S = 60
 PATIENCE_S = 5.0
 """A model that waits so long for room takes that of a busy one, as soon as its requests are done."""
 RETRY_S = 60.0
@@ -46,6 +46,7 @@ class Registry:
         self._room = asyncio.Condition()
         self._one_at_a_time = asyncio.Lock()
         self._opening: set[Engine] = set()
+        self._leaving: set[Engine] = set()
         self._restoring: asyncio.Task[None] | None = None
 
     @property
@@ -144,6 +145,7 @@ class Registry:
             else:
                 log.exception("%s: cannot be loaded", model.id)
             model.retry_s = time.monotonic() + RETRY_S
+            await asyncio.to_thread(_return_memory)
             if evicted:
                 self._restoring = asyncio.create_task(self._restore(evicted))
             raise unavailable(f"The model {model.id} cannot be loaded.") from None
@@ -226,20 +228,25 @@ class Registry:
     async def _evict(self, model: Model) -> None:
         engine, model.engine = model.engine, None
         if engine is not None:
-            closed = await asyncio.to_thread(engine.close, UNLOAD_WAIT_S)
-            while not closed:  # its memory is not free before its last translation is over
-                log.warning("%s: waiting for a translation that nobody wants", model.id)
-                closed = await asyncio.to_thread(engine.close, UNLOAD_WAIT_S)
+            self._leaving.add(engine)
+            waited_s = 0
+            # Its memory is not free before its last translation is over. In short waits: a server that stops does not outlast one.
+            while not await asyncio.to_thread(engine.close, 1.0):
+                waited_s += 1
+                if waited_s % UNLOAD_WARN_S == 0:
+                    log.warning("%s: waiting for a translation that nobody wants", model.id)
+            self._leaving.discard(engine)
             await asyncio.to_thread(_return_memory)
             log.info("%s: unloaded", model.id)
 
     async def close(self, wait_s: float) -> bool:
-        """Unloads everything; False if an engine is still loading or in a translation."""
+        """Unloads everything; False if an engine is still loading, leaving or in a translation."""
         engines = [m.engine for m in self.models.values() if m.engine is not None]
         for model in self.models.values():
             model.engine = None
         closing = [asyncio.to_thread(engine.close, wait_s) for engine in engines]
-        return all(await asyncio.gather(*closing)) and not self._opening
+        stopped = all(await asyncio.gather(*closing))
+        return stopped and not self._opening and not self._leaving
 
 
 class _NobodyWaitsError(Exception):

@@ -187,6 +187,9 @@ def open_model(path: str, settings: ServeSettings) -> Translator:
         # One request's audio is encoded while others are written: each has half of the cores.
         rows_at_once = environment.cores()
         threads = max(1, rows_at_once // 2)
+    elif threads is None:
+        # Else a model that is loaded while another one encodes would keep that one's share of the threads.
+        threads = environment.default_threads()
     return open_translator(
         path,
         threads=threads,

@@ -1,10 +1,14 @@
 """Threads are shared out among workers and given back."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from halve import environment
 from halve.crew import Crew
 
 CPU = torch.device("cpu")
@@ -48,3 +52,23 @@ def test_work_has_no_gradients() -> None:
     with Crew(CPU) as crew:
         assert not any(found.requires_grad for found in crew.map(lambda _: 2 * weight, range(4)))
     assert (2 * weight).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("told", "most"), [("max 100000", 64), ("200000 100000", 2), ("50000 100000", 1), ("x", 64)]
+)
+def test_a_container_s_quota_of_processor_time_counts(
+    told: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_text
+
+    def fake(path: Path, *given: Any, **options: Any) -> str:
+        if str(path).startswith("/sys/fs/cgroup/cpu"):
+            if path.name != "cpu.max":
+                raise FileNotFoundError(path)
+            return told + "\n"
+        return read(path, *given, **options)
+
+    monkeypatch.setattr(Path, "read_text", fake)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    assert environment.cores() == most

@@ -237,12 +237,12 @@ def test_fewer_candidates_are_decoded_together_where_a_segment_would_not_fit(
     with ExactTranslator(speech, task) as translator:
         most = {}
         for together in range(5, 0, -1):
-            translator._together = together
+            translator.together = together
             most[together] = translator._most_alone()
         for budget, together in ((most[5], 5), (most[5] - 1, 4), (most[2], 2), (0, 1)):
-            translator._together = DECODED_TOGETHER
+            translator.together = DECODED_TOGETHER
             translator.fit(budget)
-            assert translator._together == together
+            assert translator.together == together
             assert max(map(len, translator.groups([1, 2, 3, 4]))) == min(together, 4)
     found = []
     for name, budget in (("ample", None), ("tight", (most[2] + 1) / 1e9)):

@@ -15,6 +15,7 @@ import pytest
 
 from compress import workers
 from compress.config import ImportanceConfig
+from compress.footprint import checked
 from compress.importance import run_importance
 from compress.search import Ledger, translator_for
 from halve import environment
@@ -282,3 +283,20 @@ def test_without_ray(
         run_importance(
             ImportanceConfig(**SEARCH, workers=2), tiny_model, tiny_corpus, tmp_path / "out"
         )
+
+
+def test_workers_with_little_room_decode_fewer_candidates_together(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    speech, task = opened(tmp_path, tiny_corpus, segments=2, most=6)
+    speech.model.save_pretrained(speech.path)
+    with translator_for("exact", speech, task) as translator:
+        translator.together = 2
+        budget = translator._most_alone()
+        groups = translator.groups([None, 1, 2, 3, 4])
+    with pool(speech, task, FakeRay(), workers=2, memory_gb=2 * budget / 1e9) as two:
+        assert {room.budget for room in two.rooms()} <= {budget, budget - 1}
+        checked(two.rooms(), task.ids)
+        found = two.groups([None, 1, 2, 3, 4])
+    # Rounding may leave a byte less than two of them need.
+    assert found == groups or max(map(len, found)) == 1

@@ -15,6 +15,7 @@ from compress.prune import run_prune
 from export import merge, nf4
 from export.adapter import read_adapter
 from export.config import MergeConfig
+from export.contest import techniques
 from export.merge import run_merge
 from halve import artefact
 from halve.card import stored_bytes
@@ -27,6 +28,7 @@ from halve.translate import TorchTranslator
 from pipeline import steps
 from tests import tiny
 from tests.compress.damage import spoilt
+from tests.families import text_models
 
 
 def logits(speech) -> torch.Tensor:
@@ -105,6 +107,43 @@ def test_the_mean_of_whole_models(tmp_path: Path, tiny_model: Path, adapter: Pat
     other = run_prune(PruneConfig(layers=(1,)), tiny_model, None, tmp_path / "pruned").path
     with pytest.raises(ArtefactError, match="differ in language_model"):
         run_merge(plain, other, other, None, tmp_path / "no", others=[tuned])
+
+
+def test_the_mean_of_models_of_which_one_holds_a_second_head(tmp_path: Path) -> None:
+    """As releases do whose table is tied: what stock code does not read is no difference."""
+    base = text_models.make_model(tmp_path / "base", "qwen3", tie_word_embeddings=True)
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    tensors = load_file(base / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(twice, base / "model.safetensors", {"format": "pt"})
+    changed = {key: value + 0.5 for key, value in tensors.items()}
+    save_file(changed, tuned / "model.safetensors", {"format": "pt"})
+    config = MergeConfig(dtype="float32")
+    made = run_merge(config, base, base, None, tmp_path / "mean", others=[tuned])
+    mean = load_file(made.path / "model.safetensors")
+    assert mean.keys() == tensors.keys()
+    for key, value in mean.items():
+        assert torch.allclose(value, tensors[key] + 0.25, atol=1e-6), key
+
+
+def test_a_mean_states_every_way_that_its_members_were_tuned(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """The model that they started from was not tuned: it says nothing."""
+    members = []
+    for name, method in (("one", "full"), ("two", "qlora")):
+        with artefact.writing(tmp_path / name, "student", {}, 0, {"model": tiny_model}) as draft:
+            for file in tiny_model.iterdir():
+                if file.is_file():
+                    shutil.copyfile(file, draft.path / file.name)
+            draft.extra = {"tuned": {"method": method, "distilled": name == "two", "scores": {}}}
+        members.append(tmp_path / name)
+    made = run_merge(MergeConfig(), tiny_model, tiny_model, None, tmp_path / "mean", others=members)
+    assert made.extra["tuned"] == {"method": "full", "distilled": True, "logits": False}
+    assert made.extra["tuned_before"] == [{"method": "qlora", "distilled": True}]
+    said = techniques({**made.extra, "precision": "bf16"})
+    assert "fine-tuning of all decoder weights" in said and len(said) == 3
 
 
 def test_adapters_of_several_kinds_are_told_apart(

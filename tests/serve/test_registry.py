@@ -1,12 +1,17 @@
 """Which models a server takes, what it calls them, and what a failed load leaves behind."""
 
+import asyncio
 import json
+import threading
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from halve.errors import ArtefactError, InputError
 from serve.models import OVERHEAD, find_models
+from serve.registry import Registry
 from serve.service import open_model
 from serve.settings import ServeSettings
 from tests import tiny
@@ -96,6 +101,53 @@ def test_a_load_that_fails_leaves_the_server_as_it_was(tmp_path: Path) -> None:
         # Later it is tried again, and may have been mended.
         models["bad"].retry_s, broken = 0.0, set()
         assert server.post(wav(0.5), model="bad").status_code == 200
+
+
+def test_what_a_failed_load_held_is_gone_before_others_are_loaded_again(tmp_path: Path) -> None:
+    held: list[weakref.ref[np.ndarray]] = []
+    seen: list[bool] = []
+
+    def open_fake(path: str, settings: ServeSettings) -> FakeTranslator:
+        if Path(path).name == "bad":
+            weights = np.zeros(1_000_000)
+            held.append(weakref.ref(weights))
+            raise MemoryError("no room for the rest")
+        seen.extend(each() is None for each in held)
+        return FakeTranslator()
+
+    paths = tuple(make(tmp_path / name) for name in ("good", "bad"))
+    with serving(ServeSettings(models=paths, memory_gb=0.002), open_fake) as server:
+        assert server.post(wav(0.5), model="bad").status_code == 503
+        eventually(lambda: seen)
+        assert seen == [True]
+
+
+def test_a_server_that_stops_knows_of_the_model_that_is_leaving(tmp_path: Path) -> None:
+    """Its thread cannot be interrupted: whoever ends the process must not unwind under it."""
+    paths = tuple(make(tmp_path / name) for name in ("one", "two"))
+    settings = ServeSettings(models=paths, memory_gb=0.002)
+
+    async def run() -> tuple[bool, bool]:
+        registry = Registry(settings, lambda path, settings: FakeTranslator())
+        await registry.load_first()
+        model = registry.models["one"]
+        engine, begun, go = model.engine, threading.Event(), threading.Event()
+        assert engine is not None
+        stop = engine.close
+
+        def slow(wait_s: float) -> bool:
+            begun.set()
+            return go.wait(wait_s) and stop(5)
+
+        engine.close = slow  # type: ignore[method-assign]
+        evicting = asyncio.create_task(registry._evict(model))
+        await asyncio.to_thread(begun.wait, 10)
+        early = await registry.close(0.1)
+        go.set()
+        await evicting
+        return early, await registry.close(0.1)
+
+    assert asyncio.run(run()) == (False, True)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

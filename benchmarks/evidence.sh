@@ -16,7 +16,7 @@ export OUT=runs/students LIMIT=6000 STEPS_A=1800 STEPS_B=1800 STEPS_AGAIN=500
 BATCH_QLORA=16 students plans translations searched B B_twice B_searched baselines
 for SEED in 0 1 2; do SEED=$SEED BATCH_QLORA=32 students A; done
 SEED=2 BATCH_QLORA=32 students A_fine
-students A_mean
+students A_mean A_lessons
 students B_twice_fine
 SEED=2 BATCH_QLORA=16 students A_searched
 # What learnt from beams is measured on `select` alone.
@@ -32,6 +32,6 @@ mkdir -p runs/students/merged
 cp -r runs/students-half/merged/B-long-mean runs/students/merged
 students C_staged D_staged
 SEED=2 BEAMS=5 GROUPS_OF_STUDENTS=fine students test
-BEAMS=5 GROUPS_OF_STUDENTS=staged students select test
+BEAMS=5 GROUPS_OF_STUDENTS="staged lessons" students select test
 for CODE in de zh; do cp -r "runs/students-half/test-$CODE-half" "runs/students-half/test-$CODE-long" runs/students; done
 students table

@@ -49,6 +49,9 @@ def save_checkpoint(
     for key, value in weights.items():
         moments = optimizer.state.get(value, {})
         tensors |= {f"{name}/{key}": moments[name] for name in _MOMENTS if name in moments}
+        # A weight that some step had no gradient for (a layer that was skipped) has taken fewer steps than the run.
+        if "step" in moments and int(moments["step"]) != state.step:
+            tensors[f"step/{key}"] = moments["step"].detach().reshape(1)
     save_tensors(draft / _TENSORS, tensors)
     write_json(draft / _FACTS, asdict(state))
     place = folder / name
@@ -87,8 +90,9 @@ def _restore(
         for key, parameter in weights.items():
             parameter.copy_(tensors[f"weight/{key}"])
             if f"{_MOMENTS[0]}/{key}" in tensors:
+                taken = float(tensors.get(f"step/{key}", torch.tensor([float(step)])))
                 optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step), device=parameter.device),
+                    "step": torch.tensor(taken, device=parameter.device),
                     **{name: tensors[f"{name}/{key}"].to(parameter.device) for name in _MOMENTS},
                 }
 

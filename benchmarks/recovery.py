@@ -44,7 +44,22 @@ def collect(folder: Path) -> dict[str, Any]:
     for run in runs:
         name = run.path.name.rpartition("-")[0]
         ways.setdefault(name, []).append(_facts(run))
-    return {"ways": ways}
+    return {"shared": take_shared([run for runs in ways.values() for run in runs]), "ways": ways}
+
+
+def take_shared(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Takes what all runs have alike out of their settings, versions and machines, and returns it."""
+    shared: dict[str, dict[str, Any]] = {}
+    for part in ("recipe", "versions", "machine"):
+        first = dict(runs[0][part])
+        shared[part] = {
+            key: value
+            for key, value in first.items()
+            if all(key in run[part] and run[part][key] == value for run in runs)
+        }
+        for run in runs:
+            run[part] = {key: value for key, value in run[part].items() if key not in shared[part]}
+    return shared
 
 
 def _facts(run: Artefact) -> dict[str, Any]:

@@ -25,15 +25,19 @@ def test_every_run_stands_in_the_table(tiny_model: Path, tiny_corpus: Path, tmp_
         )
         run_tune(config, tiny_model, tiny_corpus, None, tmp_path / "tuned" / f"{way}-{seed}")
     assert main([str(tmp_path)]) == 0
-    ways = read_json(tmp_path / "recovery.json")["ways"]
+    result = read_json(tmp_path / "recovery.json")
+    ways, shared = result["ways"], result["shared"]
     assert {way: [run["seed"] for run in runs] for way, runs in ways.items()} == {
         "fast": [0, 1],
         "slow": [0],
     }
     run = ways["slow"][0]
     assert run["score"] == read(tmp_path / "tuned" / "slow-0").extra["score"]
-    assert run["machine"]["cores"] >= 1 and "gpu" not in run["machine"]
-    assert run["versions"]["torch"]
+    assert shared["machine"]["cores"] >= 1 and "gpu" not in shared["machine"]
+    assert shared["versions"]["torch"] and shared["recipe"]["rank"] == 4
+    # What some runs have otherwise stands in each.
+    assert run["recipe"] == {"learning_rate": 1e-5, "seed": 0}
+    assert ways["fast"][1]["recipe"] == {"learning_rate": 1e-3, "seed": 1}
     lines = (tmp_path / "README.md").read_text(encoding="utf8").splitlines()
     assert sum(line.startswith(("| fast |", "| slow |")) for line in lines) == 2
 

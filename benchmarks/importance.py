@@ -6,8 +6,8 @@ stock loop (the same without the copy: is the reference a fair one?), and `exact
 the audio and translate with the whole model first. Every difference in tokens is looked into.
 """
 
-import gzip
 import json
+import lzma
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ def run_importance_bench(
             progress.message("exact is not the reference's: see differences, near_ties and scores")
         write_json(draft.path / RESULT, result)
         for name, side in sides.items():
-            _write_hypotheses(draft.path / f"{name}.jsonl.gz", task, side)
+            _write_hypotheses(draft.path / f"{name}.jsonl.xz", task, side)
         draft.extra.update(bench="importance", lang=config.lang)
     return read(out)
 
@@ -335,4 +335,4 @@ def _write_hypotheses(path: Path, task: SearchTask, side: Side) -> None:
         )
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path.write_bytes(gzip.compress(text.encode("utf8"), mtime=0))
+    path.write_bytes(lzma.compress(text.encode("utf8"), preset=9))

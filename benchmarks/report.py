@@ -25,7 +25,7 @@ _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _WORST_SHOWN = 50
 _COPIED_BYTES = 20_000_000
 """An artefact's text files are copied into the report up to so much."""
-_COPIED_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".txt")
+_COPIED_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".txt")
 
 
 def run_report(

@@ -1,7 +1,7 @@
 """The bench of the search: the same tokens from every method, and the keys that others rely on."""
 
-import gzip
 import json
+import lzma
 import math
 import shutil
 from pathlib import Path
@@ -42,9 +42,9 @@ def test_one_round_of_each(tiny_model: Path, tiny_corpus: Path, tmp_path: Path) 
     assert (result["segments"], result["candidates"]) == (2, 4)
     assert result["threads"] == torch.get_num_threads() and result["stock_loop_s"] > 0
     assert result["also"]["bounded"]["same_winner"]
-    of = {name: made.path / f"{name}.jsonl.gz" for name in ("reference", "stock_loop", "exact")}
+    of = {name: made.path / f"{name}.jsonl.xz" for name in ("reference", "stock_loop", "exact")}
     assert len({path.read_bytes() for path in of.values()}) == 1
-    lines = gzip.decompress(of["exact"].read_bytes()).decode("utf8").splitlines()
+    lines = lzma.decompress(of["exact"].read_bytes()).decode("utf8").splitlines()
     assert len(lines) == 2 * 4 and json.loads(lines[0])["layer"] == 1
 
 

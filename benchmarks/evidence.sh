@@ -33,5 +33,6 @@ cp -r runs/students-half/merged/B-long-mean runs/students/merged
 students C_staged D_staged
 SEED=2 BEAMS=5 GROUPS_OF_STUDENTS=fine students test
 BEAMS=5 GROUPS_OF_STUDENTS="staged lessons" students select test
+BEAMS=5 GROUPS_OF_STUDENTS=equal students test
 for CODE in de zh; do cp -r "runs/students-half/test-$CODE-half" "runs/students-half/test-$CODE-long" runs/students; done
 students table

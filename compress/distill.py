@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.config import DistillConfig
-from compress.footprint import rows_at_once
+from compress.footprint import rows_that_fit
 from compress.logits import store_logits
 from compress.rows import Row, build_sequences, read_rows, segments_for
 from compress.states import open_states
@@ -192,7 +192,7 @@ def _hypotheses(
     """The translations of each source, the best first; a GPU that does not hold a batch's keys and values has parts of it."""
     longest = max(len(taken) + limit for taken, limit in zip(embeddings, limits, strict=True))
     most = config.batch_size if config.width > 1 else len(embeddings)
-    rows = rows_at_once(translator.speech, longest, most)
+    rows = rows_that_fit(translator.speech, longest, most)
     if config.width > 1:
         found = []
         sources = max(1, rows // config.width)  # every beam is a row

@@ -105,7 +105,7 @@ def _in_bins(rows: Sequence[int], count: int) -> list[list[int]]:
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-def rows_at_once(speech: SpeechModel, positions: int, most: int) -> int:
+def rows_that_fit(speech: SpeechModel, positions: int, most: int) -> int:
     """Rows of so many positions whose keys and values take a third of what a GPU has beside the weights, `most` of them.
 
     Of what there is in all, not of what is free: the same batches in each run.

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from compress import parallel
 from compress.adapters import put_adapter_on
 from compress.config import TeachConfig, TrainingConfig
-from compress.footprint import rows_at_once
+from compress.footprint import rows_that_fit
 from compress.gradients import arithmetic, settle, settled
 from compress.loop import Scores, Training, checkpoint_activations, train
 from compress.parallel import Team
@@ -299,7 +299,7 @@ def select_score(
     limits = [segment_limit(reads, segments[place]) for place in places]
     longest = max(map(add, lengths, limits), default=0)
     # A batch at a time: the projected audio of a whole split need not fit beside the model.
-    for batch in plan_batches(lengths, rows_at_once(speech, longest, SCORE_BATCH)):
+    for batch in plan_batches(lengths, rows_that_fit(speech, longest, SCORE_BATCH)):
         taken = [
             _taken_in(speech, segments[place], audio, place)
             for place in (places[index] for index in batch)

@@ -72,15 +72,18 @@ def _check_layers(recipe: Recipe, config: dict[str, Any]) -> None:
         plan_of_layers(recipe.prune.layers, family, num_layers)
 
 
-def check_splits(chosen: Sequence["Step"], speech: Speech) -> None:
+def check_splits(chosen: Sequence["Step"], corpus: Path, speech: Speech) -> None:
     """Refuses stages whose split of the corpus is empty, as far as the corpus is here to be counted.
+
+    Args:
+        corpus: where it lies, or will: the stages that have it among their inputs read it.
 
     Raises:
         CorpusError: there is one.
     """
     if speech.assumed:
         return
-    for step in chosen:
+    for step in (step for step in chosen if corpus in step.inputs):
         for split in _splits_of(step):
             if not speech.segments.get(split):
                 raise CorpusError(
@@ -104,9 +107,7 @@ def _splits_of(step: "Step") -> Iterable[str]:
         return tuple(config.splits)
     if step.stage in ("teach", "tune"):
         return ("train",) if config.select_segments == 0 else ("train", "select")
-    if step.stage == "merge":
-        return ("select",) if config.onto == "auto" and len(step.inputs) > 2 else ()
-    if step.stage == "package":
+    if step.stage in ("merge", "package"):
         return ("select",)
     return (config.split,) if step.stage == "bench" else ()
 

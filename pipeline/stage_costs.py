@@ -99,7 +99,7 @@ def _distill(of: Estimator, step: "Step") -> Cost:
     positions = of.speech.mean_s * (POSITIONS_PER_SECOND + TOKENS_PER_SECOND) + PROMPT_POSITIONS
     each = 2 * width(counts) * counts.decoder_layers * _bytes(config.dtype)
     kept = min(config.batch_size, segments * config.width) * positions * each
-    if of.on_gpu:  # longer batches are divided: see `compress.footprint.rows_at_once`
+    if of.on_gpu:  # longer batches are divided: see `compress.footprint.rows_that_fit`
         kept = min(kept, max(0.0, of.device_bytes - weights) / 3)
     return Cost(LOAD_S + time_s, 0.7e9 + weights + kept, disk)
 

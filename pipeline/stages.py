@@ -289,7 +289,7 @@ def plan(run: Run, first: str | None, last: str | None) -> tuple[list[Planned], 
     if estimator.config is not None:
         checks.check_fits(run.recipe, estimator.config)
     chosen = steps_between(run, first, last)
-    checks.check_splits(chosen, estimator.speech)
+    checks.check_splits(chosen, run.corpus, estimator.speech)
     planned: list[Planned] = []
     for step in chosen:
         # What follows a step that must run is only known to be current once that has run.
@@ -310,7 +310,7 @@ def run_all(run: Run, first: str | None, last: str | None, progress: Progress) -
     planned = steps_between(run, first, last)
     check_inputs(run, planned)
     estimator = Estimator(run)
-    checks.check_splits(planned, estimator.speech)
+    checks.check_splits(planned, run.corpus, estimator.speech)
     if estimator.config is not None:
         checks.check_weights(estimator.config, [step for step in planned if not _is_done(step)])
     run.out.mkdir(parents=True, exist_ok=True)
@@ -328,7 +328,7 @@ def run_all(run: Run, first: str | None, last: str | None, progress: Progress) -
         ran.append(Planned(step, cost, False))
         if step.stage == "corpus":
             estimator = Estimator(run)  # what was assumed is known now
-            checks.check_splits(planned, estimator.speech)
+            checks.check_splits(planned, run.corpus, estimator.speech)
     return ran
 
 

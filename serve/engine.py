@@ -96,7 +96,8 @@ class Engine:
             runner = runner_for(translator, self._batch_size, self._reserve)
         except BaseException as error:  # handed to whoever waits for the model
             if translator is not None:
-                translator.close()
+                with contextlib.suppress(Exception):  # whoever waits must hear of the first error
+                    translator.close()
                 translator = None
             # What was loaded of it would live as long as the error does.
             traceback.clear_frames(error.__traceback__)

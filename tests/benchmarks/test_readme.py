@@ -48,3 +48,10 @@ def test_a_result_without_readmes_students_is_named(
 def test_a_readme_without_the_table_is_named() -> None:
     with pytest.raises(ArtefactError, match="no place for the table demo"):
         readme.filled("# halve\n")
+
+
+def test_saying_less_is_no_speed() -> None:
+    timed = {"rtf": {"p50": 0.1}, "duration_s": 5.0, "tpot_ms": {"p50": 10.0}, "tokens": 20}
+    assert readme.slowed(timed, 20) == 1
+    assert readme.slowed(timed, 30) == pytest.approx(0.5 / 0.6)
+    assert readme.slowed(timed, 10) == pytest.approx(0.5 / 0.4)

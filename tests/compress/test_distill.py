@@ -220,7 +220,7 @@ def test_parts_of_a_batch_say_what_a_batch_says(
     found = {}
     for name, most in (("whole", 99), ("parts", 2)):
         monkeypatch.setattr(
-            distill, "rows_at_once", lambda speech, longest, rows, m=most: min(rows, m)
+            distill, "rows_that_fit", lambda speech, longest, rows, m=most: min(rows, m)
         )
         config = DistillConfig(langs=("de", "zh"), batch_size=7, min_score=0.0)
         done = run_distill(config, tiny_model, tiny_corpus, tmp_path / name)

@@ -13,7 +13,7 @@ import torch
 from compress import lanes
 from compress.config import ImportanceConfig
 from compress.exact import DECODED_TOGETHER, ExactTranslator, Pack
-from compress.footprint import Footprint, Room, checked, rows_at_once
+from compress.footprint import Footprint, Room, checked, rows_that_fit
 from compress.importance import default_gpu_budget, run_importance
 from compress.lanes import LanePool
 from compress.packing import PackedRows
@@ -220,13 +220,13 @@ def test_a_gpu_translates_as_many_rows_as_it_holds(
     speech = load_model(tiny_model)
     held = sum(weight.nbytes for weight in speech.model.parameters())
     row = speech.family.cache_width(speech.model) * 4 * (100 + 64)
-    assert rows_at_once(speech, 100, 40) == 40
+    assert rows_that_fit(speech, 100, 40) == 40
     on_gpu = replace(speech, device="cuda")
     for rows in (1, 5, 39):
         monkeypatch.setattr(environment, "device_bytes", lambda d, n=rows: held + 3 * n * row + 1)
-        assert rows_at_once(on_gpu, 100, 40) == rows
+        assert rows_that_fit(on_gpu, 100, 40) == rows
     monkeypatch.setattr(environment, "device_bytes", lambda device: held)
-    assert rows_at_once(on_gpu, 100, 40) == 1
+    assert rows_that_fit(on_gpu, 100, 40) == 1
 
 
 def test_fewer_candidates_are_decoded_together_where_a_segment_would_not_fit(
